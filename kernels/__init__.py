@@ -1,0 +1,1 @@
+"""Compiled kernels (``torchgsrq.kernels``). None yet: the pure-PyTorch reference runs everywhere."""

@@ -1,0 +1,126 @@
+"""Small models, codecs and buffers that the tests share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate
+from torchgsrq.calibrate import train_codebook
+from torchgsrq.layout import Layout, key_layout, value_layout
+
+settings.register_profile(
+    "default", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.load_profile("default")
+
+
+def make_codec(
+    heads: int = 2,
+    head_dim: int = 16,
+    *,
+    layout: Layout | None = None,
+    frame: int = 16,
+    pairs: int | None = None,
+    interleaved: bool = False,
+    beam: int = 4,
+    gains: bool = False,
+    seed: int = 0,
+) -> Codec:
+    """A codec with trained codewords and a random, well-conditioned metric."""
+    g = torch.Generator().manual_seed(seed)
+    layout = layout or Layout(head_dim, 2, 4)
+    pairs = layout.head_dim // 2 if pairs is None else pairs
+    x = torch.randn(heads, 512, layout.head_dim, generator=g)
+    codebook = train_codebook(x, torch.ones(heads, 512), layout, iterations=2, seed=seed)
+    transform = torch.eye(layout.head_dim) + 0.1 * torch.randn(heads, layout.head_dim, layout.head_dim, generator=g)
+    return Codec.build(
+        layout,
+        torch.randn(heads, layout.head_dim, generator=g),
+        transform,
+        codebook,
+        inv_freq=1.0 / 1000 ** (torch.arange(pairs) / max(pairs, 1)),
+        frame=frame,
+        interleaved=interleaved,
+        gains=torch.exp2((torch.arange(256) - 128) / 8) if gains else None,
+        beam=beam,
+    )
+
+
+def make_pair(
+    batch: int = 2,
+    heads: int = 2,
+    head_dim: int = 16,
+    capacity: int = 96,
+    *,
+    length: int = 0,
+    start: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    config: GSRQConfig | None = None,
+    key: Codec | None = None,
+    value: Codec | None = None,
+    seed: int = 0,
+) -> tuple[GSRQTensor, GSRQTensor, torch.Tensor, torch.Tensor]:
+    """Key and value buffers holding ``length`` random tokens, and those tokens."""
+    config = config or GSRQConfig(sink_tokens=2, recent_tokens=8, block_tokens=4)
+    key = key or make_codec(heads, head_dim, seed=seed)
+    value = value or make_codec(heads, head_dim, pairs=0, layout=Layout(head_dim, 4, 4), seed=seed + 1)
+    g = torch.Generator().manual_seed(seed + 2)
+    k, v = (torch.randn(batch, heads, length, head_dim, generator=g).to(dtype) for _ in range(2))
+    buffers = []
+    for codec, x in ((key, k), (value, v)):
+        buffer = GSRQTensor.empty(
+            batch, heads, capacity, head_dim, codec=codec, dtype=dtype, config=config, start=start
+        )
+        if length:
+            buffer.index_copy_(2, torch.arange(length), x)
+        buffers.append(buffer)
+    return buffers[0], buffers[1], k, v
+
+
+def tiny_llama(**changes: object) -> torch.nn.Module:
+    """A random Llama of two layers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    facts = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.15,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**{**facts, **changes})).eval()
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+SMALL = GSRQConfig(bits=1, sink_tokens=2, recent_tokens=8, block_tokens=4, frame=32)
+
+
+def tiny_books(model: torch.nn.Module, config: GSRQConfig = SMALL) -> Codebooks:
+    """Codebooks from random tokens: enough for correctness, useless for quality."""
+    tokens = torch.randint(3, 100, (512,), generator=torch.Generator().manual_seed(0))
+    return calibrate(model, config, tokens, tokens=512, progress=False)
+
+
+@pytest.fixture(scope="session")
+def llama() -> tuple[torch.nn.Module, Codebooks]:
+    """A tiny Llama and its codebooks; quantize and dequantize it, change nothing else."""
+    model = tiny_llama()
+    return model, tiny_books(model)
+
+
+__all__ = ["SMALL", "key_layout", "make_codec", "make_pair", "tiny_books", "tiny_llama", "value_layout"]

@@ -1,0 +1,5 @@
+"""``python -m torchgsrq``."""
+
+from torchgsrq.cli import app
+
+app()

@@ -1,0 +1,164 @@
+"""Attention and mask functions for transformers: on codes where the cache is quantized, dense elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from torchgsrq import models, reference
+from torchgsrq.tensor import GSRQTensor
+
+NAME = "gsrq"
+
+# Arguments of transformers' attention functions that change nothing here: the mask, the cache and the scale carry
+# what they say. Any other that is given is refused, since ignoring it could change the result.
+_NEUTRAL = frozenset(
+    {
+        "sliding_window",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "num_items_in_batch",
+        "position_embeddings",
+        "logits_to_keep",
+        "past_key_values",
+        "layer_idx",
+    }
+)
+
+
+class Incoming(NamedTuple):
+    """A quantized buffer and what its newest queries see in full precision (`reference.tail`)."""
+
+    buffer: GSRQTensor
+    tail: Tensor
+    tail_start: Tensor
+    view: int
+
+
+def gsrq_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor | Incoming,
+    value: Tensor | Incoming,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention in the form that transformers calls.
+
+    Args:
+        query: ``[batch, q_heads, queries, head_dim]``.
+        key, value: what the cache's ``update`` returned: plain tensors (full-precision layers, an exact prefill), or
+            quantized buffers.
+        attention_mask: from `sdpa_mask`: bool, additive, or None for "causal".
+        scaling, softcap, s_aux: multiplier of the scores, their soft cap, and a sink logit per query head.
+
+    Returns:
+        ``[batch, queries, q_heads, head_dim]`` and None (no weights are ever formed).
+
+    Raises:
+        ValueError: dropout, or attention weights asked for.
+        TypeError: an argument that this function does not know; ignoring it could change the result.
+    """
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True: attention on codes never forms the weights; call dequantize_kv_ first"
+        )
+    unknown = sorted(k for k, v in kwargs.items() if k not in _NEUTRAL and v is not None and v is not False)
+    if unknown and isinstance(key, (GSRQTensor, Incoming)):
+        raise TypeError(f"attention on codes does not know the argument(s) {', '.join(unknown)}")
+    if not isinstance(key, (GSRQTensor, Incoming)) and isinstance(value, Tensor):
+        return dense_attention(
+            module, query, key, value, attention_mask, scaling, dropout, softcap, s_aux, is_causal, **kwargs
+        )
+    if dropout:
+        raise ValueError(f"dropout={dropout}: attention on codes has no dropout; call model.eval()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    aligned = reference.LAST_ALIGNED if causal and attention_mask is None else reference.NOT_CAUSAL
+    tails: tuple[Tensor | None, ...] = (None, None, None)
+    view = reference.WINDOW
+    if isinstance(key, Incoming):
+        assert isinstance(value, Incoming)
+        tails, view = (key.tail, value.tail, key.tail_start), key.view
+        key, value = key.buffer, value.buffer
+    out = torch.ops.torchgsrq.kv_attention(
+        query, key, value, attention_mask, scale, aligned, softcap or 0.0, s_aux, *tails, view
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def dense_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Full-precision attention: transformers' SDPA, or plain PyTorch for what SDPA cannot do (soft cap, sinks)."""
+    if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
+        attention_mask = attention_mask[..., : key.shape[-2]]  # a mask of a static cache, for an exact prefill
+    if softcap is None and s_aux is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    group = query.shape[1] // key.shape[1]
+    scores = (query @ repeat_kv(key, group).transpose(-1, -2)).float()
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is None and query.shape[2] > 1:
+        rows = torch.arange(query.shape[2], device=query.device)[:, None]
+        attention_mask = torch.arange(key.shape[2], device=query.device) <= rows
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    if s_aux is not None:
+        logits = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, logits), -1)
+    p = scores.softmax(-1)[..., : key.shape[2]].to(query.dtype)
+    p = nn.functional.dropout(p, dropout, module.training)
+    return (p @ repeat_kv(value, group)).transpose(1, 2).contiguous(), None
+
+
+def observed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`dense_attention`, telling calibration's observer what it sees."""
+    scaling = kwargs.get("scaling")
+    models.notify(
+        module,
+        query,
+        key,
+        value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=kwargs.get("softcap") or 0.0,
+        s_aux=kwargs.get("s_aux"),
+    )
+    return dense_attention(module, query, key, value, attention_mask, **kwargs)
+
+
+for _name, _function in ((NAME, gsrq_attention), (models.OBSERVED, observed_attention)):
+    AttentionInterface.register(_name, _function)
+    # Without an entry here transformers silently passes no mask at all, and padded batches are wrong.
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -1,0 +1,389 @@
+"""GSRQCache: transformers' Cache on quantized buffers. How attention reads them is in attention.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+
+from torchgsrq import reference
+from torchgsrq.attention import Incoming
+from torchgsrq.codec import Codebooks, LayerCodec
+from torchgsrq.config import GSRQConfig
+from torchgsrq.tensor import GSRQTensor
+
+_FORMAT = "torchgsrq.cache"
+_GROWTH = 256  # a growing buffer is a multiple of this many tokens, and grows by at least an eighth
+
+
+class GSRQLayer(CacheLayerMixin):
+    """One layer's keys and values as `GSRQTensor`s.
+
+    Args:
+        codec: the layer's codecs.
+        config: sink, recent and block tokens, and ``prefill``.
+        max_cache_len: a fixed capacity, for `torch.compile`; grows without it.
+    """
+
+    is_sliding = False
+    is_croppable = False  # a block that became codes in between stays codes
+
+    keys: GSRQTensor
+    values: GSRQTensor
+
+    def __init__(self, codec: LayerCodec, config: GSRQConfig, max_cache_len: int | None = None) -> None:
+        super().__init__()
+        self.codec = codec
+        self.config = config
+        self.max_cache_len = max_cache_len
+        self.is_compileable = max_cache_len is not None
+        self.is_empty = True
+        self.row_start: Tensor | None = None
+        # The length, kept beside the buffers: traced code must not read their inner tensors. A tensor where the
+        # capacity is fixed, so that a compiled step serves every length.
+        self.cumulative_length: Any = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for these heads, device and dtype."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        capacity = _round_up(key_states.shape[2]) if self.max_cache_len is None else self.max_cache_len
+        for name, states in (("keys", key_states), ("values", value_states)):
+            batch, heads, _, head_dim = states.shape
+            codec = self.codec.key if name == "keys" else self.codec.value
+            buffer = GSRQTensor.empty(
+                batch,
+                heads,
+                capacity,
+                head_dim,
+                codec=codec,
+                device=self.device,
+                dtype=self.dtype,
+                config=self.config,
+                start=self.row_start,
+            )
+            setattr(self, name, buffer)
+        if self.max_cache_len is not None:
+            self.cumulative_length = self.cumulative_length.to(self.device)
+            if not torch.compiler.is_compiling():
+                for tensor in (*self.keys.parts[:5], *self.values.parts[:5], self.cumulative_length):
+                    torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Append, and return what attention reads: the buffers, with what the new queries see exactly if they
+        are several; or the incoming tensors themselves, for an exact prefill of an empty cache."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        tokens = key_states.shape[2]
+        slots = torch.arange(tokens, device=key_states.device) + self.cumulative_length
+        if self.max_cache_len is None:
+            self._reserve(self.cumulative_length + tokens)
+        if not torch.compiler.is_compiling():  # both, before either is written
+            reference.check_append(self.keys.packed, key_states, slots)
+            reference.check_append(self.values.packed, value_states, slots)
+        exact = self.config.prefill == "exact"
+        out: tuple[Any, Any] = (self.keys, self.values)
+        if tokens > 1 and exact and self.is_empty:
+            out = (key_states, value_states)
+        elif tokens > 1:
+            view = reference.EXACT_TAIL if exact else reference.STREAMING
+            key_tail, tail_start = torch.ops.torchgsrq.kv_tail(self.keys, key_states, slots)
+            value_tail, _ = torch.ops.torchgsrq.kv_tail(self.values, value_states, slots)
+            out = (
+                Incoming(self.keys, key_tail, tail_start, view),
+                Incoming(self.values, value_tail, tail_start, view),
+            )
+        torch.ops.torchgsrq.kv_append_(self.keys, key_states, slots)
+        torch.ops.torchgsrq.kv_append_(self.values, value_states, slots)
+        self.cumulative_length += tokens
+        self.is_empty = False
+        return out
+
+    def set_row_start(self, start: Tensor) -> None:
+        """Set the slot of position 0 of each row, before the first token."""
+        self.row_start = start
+        if self.is_initialized:
+            for buffer in (self.keys, self.values):
+                buffer.start.copy_(start)
+
+    def _reserve(self, tokens: int) -> None:
+        capacity = self.keys.shape[2]
+        if tokens > capacity:
+            capacity = _round_up(max(tokens, capacity + capacity // 8))
+            self.keys, self.values = self.keys.grown(capacity), self.values.grown(capacity)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width and offset of the mask of the next step."""
+        if self.max_cache_len is not None:
+            return self.max_cache_len, 0
+        return self.cumulative_length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held; a tensor where the capacity is fixed."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Capacity, or -1 for a growing layer."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def get_max_cache_shape(self) -> int:
+        """The older name of `get_max_length`."""
+        return self.get_max_length()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.keys.shape[0] if self.is_initialized else -1
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
+        self._set_length(0)
+        self.is_empty, self.row_start = True, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end: ``-n`` removes n; a positive number is the length to keep, as in transformers."""
+        held = int(self.get_seq_length())
+        keep = held + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, held)
+        if keep < 0:
+            raise ValueError(f"crop({tokens_to_remove}) of a cache of {held} tokens")
+        if keep == held:
+            return
+        for buffer in (self.keys, self.values):
+            buffer.crop_(keep)
+        self._set_length(keep)
+        self.is_empty = keep == 0
+
+    def _set_length(self, length: int) -> None:
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.fill_(length)
+        else:
+            self.cumulative_length = length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys.select_rows(indices), self.values.select_rows(indices)
+
+
+def _round_up(tokens: int) -> int:
+    return max(1, -(-tokens // _GROWTH)) * _GROWTH
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of a cache by part. ``total`` is what the cache owns; the tables are shared by all caches of a model.
+
+    Attributes:
+        codes: codes of the tokens that left the window, and of slots not used yet.
+        unused: the part of ``codes`` that no token has used so far.
+        sinks, window: full-precision tokens. counters: lengths and row offsets.
+        full_precision_layers: layers that are not quantized.
+        codebooks: shared tables.
+        elements: key and value elements held by quantized layers.
+        full_precision_bytes: what the same tokens take in the model's dtype.
+    """
+
+    codes: int
+    unused: int
+    sinks: int
+    window: int
+    counters: int
+    full_precision_layers: int
+    codebooks: int
+    elements: int
+    full_precision_bytes: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that the cache owns."""
+        return self.codes + self.sinks + self.window + self.counters + self.full_precision_layers
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits per element of quantized layers: codes, unused slots, sinks, window and counters."""
+        return 8 * (self.total - self.full_precision_layers) / max(self.elements, 1)
+
+    @property
+    def bits_per_element_codes(self) -> float:
+        """Bits per element of the used codes alone."""
+        return 8 * (self.codes - self.unused) / max(self.elements, 1)
+
+    @property
+    def bits_per_element_with_codebooks(self) -> float:
+        """`bits_per_element`, with the tables, as if this were the model's only cache."""
+        return 8 * (self.total - self.full_precision_layers + self.codebooks) / max(self.elements, 1)
+
+
+class GSRQCache(Cache):
+    """A model's KV cache, quantized layer by layer; layers without codebooks keep transformers' own.
+
+    Supports what `DynamicCache` and, with ``max_cache_len``, `StaticCache` do. Made for models that
+    `quantize_kv_` prepared, whose attention reads it.
+
+    Args:
+        codebooks: for the layers to quantize.
+        config: sinks, window and prefill.
+        model_config: the decoder's transformers config, for the other layers.
+        max_cache_len: fixed capacity; grows without it.
+        template: a cache that transformers made for this model, whose other layers and offloading are taken over.
+    """
+
+    def __init__(
+        self,
+        codebooks: Codebooks,
+        config: GSRQConfig,
+        model_config: PreTrainedConfig,
+        max_cache_len: int | None = None,
+        template: Cache | None = None,
+    ) -> None:
+        if template is None:
+            fixed = max_cache_len is not None
+            template = StaticCache(model_config, max_cache_len) if fixed else DynamicCache(config=model_config)
+        layers = [
+            GSRQLayer(codebooks[i], config, max_cache_len) if i in codebooks else layer
+            for i, layer in enumerate(template.layers)
+        ]
+        offload_only_non_sliding = getattr(template, "only_non_sliding", True)
+        super().__init__(layers, offloading=template.offloading, offload_only_non_sliding=offload_only_non_sliding)
+        self.codebooks, self.config = codebooks, config
+
+    @property
+    def quantized_layers(self) -> list[GSRQLayer]:
+        """The quantized layers."""
+        return [layer for layer in self.layers if isinstance(layer, GSRQLayer)]
+
+    def place_rows(self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
+        """Tell an empty cache where each row begins: its left padding, and positions that do not begin at 0.
+
+        Args:
+            tokens: ``[batch, n, ...]``, the first input, for its shape.
+            attention_mask: ``[batch, n]``, 1 for real tokens, or None.
+            position_ids: ``[batch or 1, n]`` or None.
+        """
+        batch = tokens.shape[0]
+        first = torch.zeros(batch, dtype=torch.long, device=tokens.device)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            first = attention_mask.long().argmax(-1)
+        start = first
+        if position_ids is not None and position_ids.ndim == 2:
+            start = first - position_ids.expand(batch, -1).gather(1, first[:, None])[:, 0]
+        for layer in self.quantized_layers:
+            layer.set_row_start(start.int())
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the quantized layers hold no token."""
+        return all(layer.is_empty for layer in self.quantized_layers)
+
+    def memory(self) -> MemoryReport:
+        """Bytes by part, from the storages themselves."""
+        parts = dict.fromkeys(("codes", "unused", "sinks", "window", "counters", "full_precision_layers"), 0)
+        elements = full = 0
+        for layer in self.layers:
+            if not isinstance(layer, GSRQLayer):
+                for tensor in (layer.keys, layer.values):
+                    if tensor is not None:
+                        parts["full_precision_layers"] += tensor.untyped_storage().nbytes()
+                continue
+            if not layer.is_initialized:
+                continue
+            for buffer in (layer.keys, layer.values):
+                by_part = buffer.nbytes_by_part()
+                batch, heads, capacity, _ = buffer.shape
+                parts["codes"] += by_part["codes"]
+                parts["unused"] += by_part["codes"] - by_part["codes"] * int(buffer.encoded) // max(capacity, 1)
+                sinks = by_part["window"] * layer.config.sink_tokens // buffer.window.shape[2]
+                parts["sinks"] += sinks
+                parts["window"] += by_part["window"] - sinks
+                parts["counters"] += by_part["start"] + by_part["length"] + by_part["encoded"]
+                elements += batch * heads * int(buffer.length) * buffer.shape[-1]
+                full += batch * heads * int(buffer.length) * buffer.shape[-1] * buffer.dtype.itemsize
+        tables = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+            for layer in self.quantized_layers
+            for codec in layer.codec
+            for t in codec.tensors
+        }
+        return MemoryReport(**parts, codebooks=sum(tables.values()), elements=elements, full_precision_bytes=full)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
+        tensors: dict[str, Tensor] = {}
+        lengths: dict[str, Any] = {}
+        for i, layer in enumerate(self.layers):
+            lengths[str(i)] = int(layer.get_seq_length())
+            if not layer.is_initialized:
+                continue
+            for name in ("keys", "values"):
+                held = getattr(layer, name)
+                if isinstance(held, GSRQTensor):
+                    for part in ("codes", "window", "start", "length", "encoded"):
+                        tensors[f"{i}.{name}.{part}"] = getattr(held, part).contiguous()
+                else:
+                    tensors[f"{i}.{name}"] = held.contiguous()
+        facts = {"config": self.config.to_dict(), "codebooks": self.codebooks.metadata, "lengths": lengths}
+        save_file(tensors, path, {"format": _FORMAT, "version": "1", "facts": json.dumps(facts)})
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Fill this cache from a file that `save` wrote.
+
+        Raises:
+            ValueError: not such a file, or of other codebooks, another model, or another kind of cache.
+        """
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != _FORMAT or meta.get("version") != "1":
+                raise ValueError(f"{os.fspath(path)} is not a torchgsrq cache file that this version reads")
+            facts = json.loads(meta["facts"])
+            if facts["codebooks"] != json.loads(json.dumps(self.codebooks.metadata)):
+                raise ValueError(f"{os.fspath(path)} was written with other codebooks than this cache's")
+            window = ("sink_tokens", "recent_tokens", "block_tokens")
+            if any(facts["config"][k] != getattr(self.config, k) for k in window) or len(facts["lengths"]) != len(self):
+                raise ValueError(f"{os.fspath(path)} holds {facts['config']}; this cache has {self.config}")
+            names = set(file.keys())
+            for i, layer in enumerate(self.layers):
+                length = facts["lengths"][str(i)]
+                if isinstance(layer, GSRQLayer):
+                    if f"{i}.keys.codes" not in names:
+                        continue
+                    for name, codec in (("keys", layer.codec.key), ("values", layer.codec.value)):
+                        parts = [
+                            file.get_tensor(f"{i}.{name}.{p}")
+                            for p in ("codes", "window", "start", "length", "encoded")
+                        ]
+                        c = self.config
+                        layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
+                        buffer = GSRQTensor([*(p.to(codec.frame_mean.device) for p in parts), *codec.tensors], layout)
+                        if layer.max_cache_len is not None:
+                            if length > layer.max_cache_len:
+                                raise ValueError(f"{length} tokens do not fit max_cache_len={layer.max_cache_len}")
+                            codes = buffer.codes[:, :, : layer.max_cache_len].contiguous()
+                            buffer = GSRQTensor([codes, *buffer.parts[1:]], layout).grown(layer.max_cache_len)
+                        setattr(layer, name, buffer)
+                    layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
+                    layer.is_initialized, layer.is_empty = True, length == 0
+                    layer._set_length(length)
+                elif f"{i}.keys" in names:
+                    layer.update(file.get_tensor(f"{i}.keys"), file.get_tensor(f"{i}.values"))
+                    if isinstance(getattr(layer, "cumulative_length", None), int):
+                        layer.cumulative_length = length

@@ -1,0 +1,481 @@
+"""Calibration: statistics of a model's keys, values and queries, and the codecs trained on them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from torchgsrq import models
+from torchgsrq.codec import Codebooks, Codec, LayerCodec
+from torchgsrq.config import GSRQConfig
+from torchgsrq.kmeans import assign, cluster
+from torchgsrq.layout import CODEWORDS, Layout, key_layout, num_codes, value_layout
+from torchgsrq.models import LayerInfo
+from torchgsrq.rope import rotate
+
+log = logging.getLogger("torchgsrq")
+
+TOKENS = 16384  # of calibration text
+WINDOW = 1024  # tokens of a calibration sequence
+FAR = 32  # a query's nearer neighbours are in the recent window and do not count
+_QUERY_STRIDE = 4  # every 4th query is enough
+_ROTATIONS = 256  # relative offsets that the query metric is averaged over
+
+
+@dataclass
+class Statistics:
+    """What calibration keeps of one layer. N counts tokens over all windows.
+
+    Attributes:
+        keys: un-rotated, ``[heads, N, head_dim]``. values: ``[heads, N, head_dim]``.
+        places: ``[N]``, position in the window. window: ``[N]``, which window.
+        key_weight: ``[heads, N]``, ``sum_t p_ts^2 |v_s - o_t|^2`` over far queries: what a key error costs.
+        value_weight: ``[heads, N]``, ``sum_t p_ts^2``: what a value error costs.
+        query_metric: ``[heads, head_dim, head_dim]``, ``sum_t sqrt(b_t) q q^T`` of un-rotated queries, with
+            ``b_t = sum_s p_ts^2 |v_s - o_t|^2``.
+    """
+
+    info: LayerInfo
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
+    key_weight: list[Tensor] = field(default_factory=list)
+    value_weight: list[Tensor] = field(default_factory=list)
+    query_metric: Tensor | float = 0.0
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float, sink_logits: Tensor | None) -> None:
+        """Add a batch of windows: q ``[b, q_heads, t, d]``, k and v ``[b, heads, t, d]``."""
+        q, k, v = q.float(), k.float(), v.float()
+        info = self.info
+        tokens = torch.arange(k.shape[2], device=k.device)
+        asking = tokens[_QUERY_STRIDE - 1 :: _QUERY_STRIDE]
+        some_q = q[:, :, asking].unflatten(1, (info.kv_heads, -1))  # [b, h, g, t/4, d]
+        scores = some_q @ k[:, :, None].transpose(-1, -2) * scaling
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(tokens > asking[:, None], -torch.inf)
+        if sink_logits is None:
+            p = scores.softmax(-1)
+        else:
+            logits = sink_logits.float().view(1, info.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            p = torch.cat((scores, logits), -1).softmax(-1)[..., :-1]
+        del scores
+        out = p @ v[:, :, None]
+        far = (asking[:, None] - tokens >= FAR) & (tokens >= 1)
+        p2 = p.square_().mul_(far)
+        spread = v.square().sum(-1)[:, :, None, None] + out.square().sum(-1, keepdim=True)
+        spread = spread.sub_(out @ v[:, :, None].transpose(-1, -2), alpha=2).clamp_min_(0).mul_(p2)
+        self.key_weight.append(spread.sum((2, 3)).transpose(0, 1).flatten(1))
+        self.value_weight.append(p2.sum((2, 3)).transpose(0, 1).flatten(1))
+        flat_q = rotate(some_q, -asking, info.inv_freq, info.interleaved)
+        weighted = flat_q * spread.sum(-1, keepdim=True).sqrt()
+        self.query_metric = self.query_metric + torch.einsum("bhgtd,bhgte->hde", weighted, flat_q)
+        self.keys.append(rotate(k, -tokens, info.inv_freq, info.interleaved).transpose(0, 1).flatten(1, 2))
+        self.values.append(v.transpose(0, 1).flatten(1, 2))
+        self.places.append(tokens.repeat(k.shape[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train_codebook(
+    y: Tensor, weight: Tensor, layout: Layout, *, method: str = "kmeans", iterations: int = 10, seed: int = 0
+) -> Tensor:
+    """Residual stages of 256 codewords, nested: the first m codes are the codebook of the lower rate.
+
+    Every stage after a group's first keeps a zero codeword, so that one more stage never makes the
+    greedy error worse.
+
+    Args:
+        y: ``[heads, n, head_dim]``, in the metric. weight: ``[heads, n]``.
+
+    Returns:
+        float32 rounded to float16, ``[heads, layout.codes, 256, layout.width]``.
+    """
+    heads = y.shape[0]
+    out = torch.zeros(heads, layout.codes, CODEWORDS, layout.width, device=y.device)
+    residual = y.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3).contiguous()  # [h, g, n, w]
+    for stage in range(layout.stages):
+        groups = layout.groups_in(stage)
+        part = residual[:, :groups].flatten(0, 1)
+        some_weight = weight[:, None].expand(-1, groups, -1).flatten(0, 1)
+        zero = int(stage > 0)
+        words = cluster(
+            part,
+            some_weight,
+            codewords=CODEWORDS - zero,
+            method=method,
+            iterations=iterations,
+            seed=seed + 1000 * stage,
+        )
+        words = torch.cat((words.new_zeros(words.shape[0], zero, layout.width), words), 1).half().float()
+        code, _ = assign(part, words)
+        part = part - words.gather(1, code.unsqueeze(-1).expand_as(part))
+        residual[:, :groups] = part.unflatten(0, (heads, groups))
+        first = stage * layout.groups
+        out[:, first : first + groups] = words.unflatten(0, (heads, groups))
+    return out
+
+
+def _root(metric: Tensor) -> Tensor:
+    """Symmetric square root of ``[heads, d, d]``, kept away from singular."""
+    mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
+    scaled = metric / mean + 1e-3 * torch.eye(metric.shape[-1], device=metric.device, dtype=metric.dtype)
+    values, vectors = torch.linalg.eigh(scaled)
+    return vectors * values.clamp_min(1e-6).sqrt().unsqueeze(-2) @ vectors.transpose(-1, -2)
+
+
+def _deal(y: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """An orthogonal transform that spreads the variance of ``y [h, n, d]`` evenly over groups.
+
+    Principal directions, dealt to the groups in snake order.
+    """
+    heads, _, dim = y.shape
+    if groups == 1:
+        return torch.eye(dim, device=y.device).expand(heads, -1, -1)
+    covariance = (y * weight.unsqueeze(-1)).transpose(1, 2).double() @ y.double()
+    vectors = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+    hands: list[list[int]] = [[] for _ in range(groups)]
+    for i in range(dim):
+        lap, seat = divmod(i, groups)
+        hands[seat if lap % 2 == 0 else groups - 1 - seat].append(i)
+    order = torch.tensor([i for hand in hands for i in hand], device=y.device)
+    return vectors[..., order].transpose(1, 2).float()
+
+
+def _normalised(weight: Tensor, power: float) -> Tensor:
+    weight = weight / weight.mean(1, keepdim=True).clamp_min(1e-30)
+    return weight.pow(power)
+
+
+def _train_gsrq(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
+    """The default recipe: anchored frames, attention-weighted metric and weights, means removed."""
+    info = stats.info
+    k, v = torch.cat(stats.keys, 1), torch.cat(stats.values, 1)
+    frame = config.frame if info.inv_freq.numel() else 1
+    generator = torch.Generator().manual_seed(config.seed)
+    places = torch.cat(stats.places)
+    # Windows start anywhere in a frame, so that every place is trained, however short the windows are.
+    shift = torch.randint(frame, (int((places == 0).sum()),), generator=generator).to(places.device)
+    places = (places + shift[(places == 0).cumsum(0) - 1]) % frame
+
+    weight = _normalised(torch.cat(stats.key_weight, 1), 0.5)
+    mean = (k * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
+    metric = torch.as_tensor(stats.query_metric).double()
+    offsets = torch.randint(max(span, 1), (_ROTATIONS,), generator=generator).to(k.device)
+    turned = torch.zeros_like(metric)
+    for some in offsets.split(32):
+        once = rotate(metric.unsqueeze(1), some[:, None], info.inv_freq, info.interleaved)
+        once = once.expand(-1, some.numel(), -1, -1)
+        turned += rotate(once.transpose(-1, -2), some[:, None], info.inv_freq, info.interleaved).mean(1) * some.numel()
+    root = _root(turned).float()
+    centred = rotate(k - mean.unsqueeze(1), places, info.inv_freq, info.interleaved)
+    y = centred @ root.transpose(1, 2)
+    layout = key_layout(info.head_dim, config.key_rate, config.layout)
+    deal = _deal(y, weight, layout.groups)
+    codebook = train_codebook(y @ deal.transpose(1, 2), weight, layout, seed=config.seed)
+    key = Codec.build(
+        layout,
+        mean,
+        deal @ root,
+        codebook,
+        inv_freq=info.inv_freq,
+        frame=frame,
+        interleaved=info.interleaved,
+        beam=config.beam,
+    )
+
+    weight = _normalised(torch.cat(stats.value_weight, 1), 0.25)
+    mean = (v * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
+    centred = v - mean.unsqueeze(1)
+    layout = value_layout(info.head_dim, config.value_rate, config.layout)
+    deal = _deal(centred, weight, layout.groups)
+    codebook = train_codebook(centred @ deal.transpose(1, 2), weight, layout, seed=config.seed + 1)
+    return LayerCodec(key, Codec.build(layout, mean, deal, codebook, beam=config.beam))
+
+
+def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCodec:
+    """GSRQ as the paper has it, in our reading, or the same with plain k-means.
+
+    Un-rotated keys, 32-element groups, logarithmic weights, greedy encoding. The paper weighs by
+    gradients; the attention weights of `Statistics` stand in for them.
+    """
+    info = stats.info
+    codecs = []
+    for vectors, weights, bits in (
+        (stats.keys, stats.key_weight, config.key_rate),
+        (stats.values, stats.value_weight, config.value_rate),
+    ):
+        x, weight = torch.cat(vectors, 1), _normalised(torch.cat(weights, 1), 1).log1p()
+        layout = value_layout(info.head_dim, bits, "quality")
+        codebook = train_codebook(x, weight, layout, method=method, seed=config.seed)
+        eye = torch.eye(info.head_dim, device=x.device).expand(info.kv_heads, -1, -1)
+        is_key = vectors is stats.keys
+        codecs.append(
+            Codec.build(
+                layout,
+                x.new_zeros(info.kv_heads, info.head_dim),
+                eye,
+                codebook,
+                inv_freq=info.inv_freq if is_key else None,
+                interleaved=info.interleaved if is_key else False,
+                beam=1,
+            )
+        )
+    return LayerCodec(*codecs)
+
+
+def _train(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
+    if config.recipe == "gsrq":
+        return _train_gsrq(stats, config, span)
+    return _train_paper(stats, config, "gskm" if config.recipe == "gsrq-paper" else "kmeans")
+
+
+def universal(config: GSRQConfig, num_layers: int, num_kv_heads: int, head_dim: int) -> Codebooks:
+    """Codebooks that need no model and no data: an 8-bit gain and residual stages for the sphere.
+
+    One byte of a vector's rate is its norm, in steps of 1/8 octave. A rough fallback: it knows
+    neither the mean of the keys nor what attention does with them.
+    """
+    codecs = {}
+    for bits in {config.key_rate, config.value_rate}:
+        codes = num_codes(head_dim, bits) - 1
+        if codes < 1:
+            raise ValueError(f"bits={bits} leaves no byte for the shape of a vector of head_dim={head_dim}")
+        generator = torch.Generator().manual_seed(config.seed)
+        x = torch.randn(1, 8192, head_dim, generator=generator)
+        x = x / x.norm(dim=-1, keepdim=True)
+        layout = Layout(head_dim, 1, codes)
+        codebook = train_codebook(x, torch.ones(1, 8192), layout, seed=config.seed, iterations=5)
+        gains = torch.exp2((torch.arange(CODEWORDS) - 128) / 8)
+        eye = torch.eye(head_dim).expand(num_kv_heads, -1, -1)
+        mean = torch.zeros(num_kv_heads, head_dim)
+        codebook = codebook.expand(num_kv_heads, -1, -1, -1).contiguous()
+        codecs[bits] = Codec.build(layout, mean, eye, codebook, inverse=eye, gains=gains, beam=config.beam)
+    layer = LayerCodec(codecs[config.key_rate], codecs[config.value_rate])
+    metadata = {"config": config.codec_fields(), "model": None, "source": "none", "tokens": 0}
+    return Codebooks(dict.fromkeys(range(num_layers), layer), metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+def token_windows(
+    model: PreTrainedModel, data: Iterable[Any], tokens: int, window: int, tokenizer: Any = None
+) -> Tensor:
+    """Cut data into windows: strings, 1-D or 2-D token tensors, lists of ids, or batches with ``input_ids``.
+
+    Returns:
+        int64 ``[windows, window]``, about ``tokens`` tokens in all; fewer where the data is shorter.
+    """
+    pieces: list[Tensor] = []
+    have = 0
+    data = [data] if isinstance(data, (str, Tensor)) else data
+    for item in data:
+        if isinstance(item, str):
+            if tokenizer is None:
+                from transformers import AutoTokenizer
+
+                tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+            item = tokenizer(item, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+        elif hasattr(item, "keys"):
+            mask = item.get("attention_mask")
+            item = item["input_ids"] if mask is None else item["input_ids"][mask.bool()]
+        piece = torch.as_tensor(item).flatten().long()
+        pieces.append(piece)
+        have += piece.numel()
+        if have >= tokens:
+            break
+    stream = torch.cat(pieces)[:tokens] if pieces else torch.zeros(0, dtype=torch.long)
+    if stream.numel() < 4 * FAR:
+        raise ValueError(f"data holds {stream.numel()} tokens; calibration needs at least {4 * FAR}, better {TOKENS}")
+    window = min(window, stream.numel())
+    return stream[: stream.numel() // window * window].view(-1, window)
+
+
+def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progress: bool) -> Tensor:
+    """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch."""
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+    config = models.text_config(model)
+    start = next((t for t in (config.bos_token_id, config.eos_token_id, 0) if isinstance(t, int)), 0)
+    rows = -(-tokens // window)
+    prompt = torch.full((rows, 1), start, device=model.get_input_embeddings().weight.device)
+    with tqdm(total=window - 1, desc="writing calibration text", disable=not progress) as bar:
+
+        class Tick(LogitsProcessor):
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                bar.update()
+                return scores
+
+        generation = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=window - 1,
+            min_new_tokens=window - 1,
+            pad_token_id=start,
+            eos_token_id=config.eos_token_id,
+        )
+        with torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
+            torch.manual_seed(seed)
+            return model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=generation,
+                logits_processor=LogitsProcessorList([Tick()]),
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    config: GSRQConfig | None = None,
+    data: Iterable[Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    tokens: int = TOKENS,
+    max_memory: int = 2 << 30,
+    progress: bool = True,
+) -> Codebooks:
+    """Learn a model's codebooks.
+
+    Args:
+        model: a transformers decoder, not quantized.
+        config: rates, layout, frame, recipe and seed are used.
+        data: text of the kind that the model will read: strings, token tensors, or batches. Without it
+            the model writes its own, which costs a third of the quality.
+        tokenizer: for strings; the one of ``model.name_or_path`` by default.
+        tokens: how much of the data to use.
+        max_memory: bytes of vectors held at a time; more layers than fit are calibrated in several passes.
+        progress: show bars.
+
+    Returns:
+        Codebooks for every full-attention layer not in ``config.skip_layers``.
+
+    Raises:
+        TypeError, ValueError: the model, the rate for its head_dim, or the data do not fit; says why.
+    """
+    config = config or GSRQConfig()
+    model = models.check_supported(model)
+    training = model.training
+    model.eval()
+    try:
+        layers = {info.index: info for info in models.inspect_layers(model) if quantizes(info, config)}
+        for info in layers.values():
+            key_layout(info.head_dim, config.key_rate, config.layout)
+            value_layout(info.head_dim, config.value_rate, config.layout)
+            if info.rope == "not recognised":
+                log.warning("layer %d: no known RoPE fits its keys, so they are coded without frames", info.index)
+        facts = {"config": config.codec_fields(), "model": models.fingerprint(model)}
+        if config.recipe == "universal":
+            info = next(iter(layers.values()))
+            books = universal(config, 1, info.kv_heads, info.head_dim)
+            return Codebooks(dict.fromkeys(layers, books[0]), {**books.metadata, **facts}).to(model.device)
+        window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", WINDOW))
+        if data is None:
+            windows, source = own_text(model, tokens, window // 2, config.seed, progress), "text the model wrote itself"
+            log.info(
+                "calibrating on %d tokens that the model wrote itself; real text of your own kind (data=) is better",
+                windows.numel(),
+            )
+        else:
+            windows, source = token_windows(model, data, tokens, window, tokenizer), "data"
+        trained = _train_layers(model, config, layers, windows, max_memory, progress)
+        return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
+    finally:
+        model.train(training)
+
+
+def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
+    """Whether a layer's cache is quantized: full attention, not skipped. A sliding window is bounded already."""
+    return info.kind == "full_attention" and info.index not in config.skip_layers
+
+
+def _train_layers(
+    model: PreTrainedModel,
+    config: GSRQConfig,
+    layers: dict[int, LayerInfo],
+    windows: Tensor,
+    max_memory: int,
+    progress: bool,
+) -> dict[int, LayerCodec]:
+    device = model.get_input_embeddings().weight.device
+    span = getattr(models.text_config(model), "max_position_embeddings", 8192)
+    trained: dict[int, LayerCodec] = {}
+    for chunk in _chunks(list(layers.values()), windows.numel(), max_memory):
+        stats = {info.index: Statistics(info) for info in chunk}
+
+        def observer(
+            module: nn.Module,
+            q: Tensor,
+            k: Tensor,
+            v: Tensor,
+            wanted: dict[int, Statistics] = stats,
+            *,
+            scaling: float,
+            softcap: float = 0.0,
+            s_aux: Tensor | None = None,
+        ) -> None:
+            if getattr(module, "layer_idx", None) in wanted:
+                wanted[module.layer_idx].add(q, k, v, scaling, softcap, s_aux)  # type: ignore[index]
+
+        with models.observed(model, observer):
+            for window in tqdm(windows, desc="reading", disable=not progress):
+                backbone = model.base_model
+                backbone(input_ids=window[None].to(device), use_cache=False)
+        for index in tqdm(list(stats), desc="training codebooks", disable=not progress):
+            trained[index] = _train(stats.pop(index), config, span)
+    return trained
+
+
+def _chunks(layers: list[LayerInfo], tokens: int, max_memory: int) -> Iterable[list[LayerInfo]]:
+    """Layers whose vectors fit in memory together."""
+    chunk: list[LayerInfo] = []
+    used = 0
+    for info in layers:
+        need = 4 * tokens * info.kv_heads * (2 * info.head_dim + 2)
+        if chunk and used + need > max_memory:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(info)
+        used += need
+    if chunk:
+        yield chunk
+
+
+def cache_folder() -> Path:
+    """Where codebooks and the embedded model are kept: ``$TORCHGSRQ_CACHE``, or the user's cache folder."""
+    root = os.environ.get("TORCHGSRQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torchgsrq"
+    folder = Path(root).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def cached_codebooks(model: PreTrainedModel, config: GSRQConfig, progress: bool = True) -> Codebooks:
+    """The codebooks of the disk cache for this model and config, calibrated first if there are none."""
+    skipped = "-skip" + "_".join(map(str, config.skip_layers)) if config.skip_layers else ""
+    path = cache_folder() / f"{models.fingerprint(model)}-{config.codec_key()}{skipped}.safetensors"
+    if path.exists():
+        log.info("using the codebooks cached at %s", path)
+        return Codebooks.load(path).to(model.device)
+    books = calibrate(model, config, progress=progress)
+    books.save(path)
+    log.info("codebooks cached at %s", path)
+    return books

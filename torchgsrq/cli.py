@@ -1,0 +1,332 @@
+"""The command line: ``torchgsrq demo | calibrate | evaluate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from torchgsrq import evaluate as measures
+from torchgsrq.api import new_cache
+from torchgsrq.calibrate import TOKENS, cached_codebooks, calibrate
+from torchgsrq.codec import Codebooks
+from torchgsrq.config import GSRQConfig
+from torchgsrq.embedded import NAME, document, load_model
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_show_locals=False)
+console = Console(stderr=True)
+
+Model = Annotated[str | None, typer.Option("--model", help="hub ID or folder; the embedded model by default")]
+TextFile = Annotated[Path | None, typer.Option("--text", help="a text file; the Python language reference by default")]
+Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element; may be repeated")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
+Seed = Annotated[int, typer.Option("--seed")]
+Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
+Books = Annotated[Path | None, typer.Option("--codebooks", help="a file of codebooks; else cached or calibrated")]
+
+
+@app.callback()
+def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log more")] = False) -> None:
+    level = logging.DEBUG if verbose else logging.INFO
+    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+    logging.getLogger("torchgsrq").setLevel(level)
+    logging.getLogger("torchgsrq").handlers = [handler]
+
+
+def _tokens(tokenizer: Any, text: str) -> torch.Tensor:
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+
+
+def _read(text: Path | None) -> str:
+    if text is None:
+        return document()
+    if not text.is_file():
+        raise typer.BadParameter(f"{text} is no file", param_hint="--text")
+    return text.read_text()
+
+
+def _config(**fields: Any) -> GSRQConfig:
+    try:
+        return GSRQConfig(**fields)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    bits: Bits = None,
+    text: TextFile = None,
+    context: Annotated[int, typer.Option(help="tokens of the document to read")] = 2048,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
+    layout: Layout = "quality",
+    codebooks: Books = None,
+    json_only: Json = False,
+) -> None:
+    """Read a document with a quantized KV cache, and compare with full precision."""
+    rates = bits or [1.0]
+    configs = [_config(bits=b, layout=layout) for b in rates]
+    console.print(f"Loading {model or NAME} ...")
+    llm, tokenizer = load_model(model)
+    ids = _tokens(tokenizer, _read(text))[None, : context + 1]
+    context = ids.shape[1] - 1
+    if context < 2 * configs[0].recent_tokens:
+        raise typer.BadParameter(f"{context} tokens leave nothing to quantize", param_hint="--context")
+    most = max(configs, key=lambda c: c.bits)
+    books = Codebooks.load(codebooks) if codebooks else cached_codebooks(llm, most, progress=True)
+
+    console.print(f"Reading {context} tokens in full precision and with each cache ...")
+    scores = measures.quality(llm, [ids[0]], {str(c.bits): (c, books) for c in configs})
+    speed_full, said_full, full_cache = measures.decode_speed(llm, ids, new_tokens)
+    full_bytes = sum(t.untyped_storage().nbytes() for layer in full_cache.layers for t in (layer.keys, layer.values))
+    results, said = [], []
+    for config in configs:
+        with measures.quantized(llm, config, books):
+            speed, words, cache = measures.decode_speed(llm, ids, new_tokens)
+        memory, score = cache.memory(), scores[str(config.bits)]
+        results.append(
+            {
+                "model": model or NAME,
+                "bits": config.bits,
+                "effective_bits": round(memory.bits_per_element, 4),
+                "context": context,
+                "kv_bytes_full": full_bytes,
+                "kv_bytes": memory.total,
+                "ppl_full": round(score.ppl_full, 4),
+                "ppl": round(score.ppl, 4),
+                "kl": round(score.kl, 4),
+                "agreement": round(score.agreement, 4),
+                "tokens_per_second_full": round(speed_full, 2),
+                "tokens_per_second": round(speed, 2),
+            }
+        )
+        said.append(words)
+    if json_only:
+        print(json.dumps(results[0] if len(results) == 1 else results))
+        return
+    out = Console()
+    table = Table(title=f"{model or NAME}, {context} tokens read", caption=measures.environment())
+    table.add_column("")
+    table.add_column("full precision", justify="right")
+    for config in configs:
+        table.add_column(f"GSRQ {config.bits:g} bit", justify="right")
+    rows: list[tuple[str, str, list[str]]] = [
+        ("KV cache", _mib(full_bytes), [_mib(r["kv_bytes"]) for r in results]),
+        (
+            "bits per element, all counted",
+            f"{8 * llm.dtype.itemsize}",
+            [f"{r['effective_bits']:.2f}" for r in results],
+        ),
+        ("perplexity", f"{results[0]['ppl_full']:.3f}", [f"{r['ppl']:.3f}" for r in results]),
+        ("KL divergence, nats", "0", [f"{r['kl']:.4f}" for r in results]),
+        ("same next token", "100%", [f"{r['agreement']:.1%}" for r in results]),
+        ("tokens per second", f"{speed_full:.1f}", [f"{r['tokens_per_second']:.1f}" for r in results]),
+    ]
+    for name, full, others in rows:
+        table.add_row(name, full, *others)
+    out.print(table)
+    out.print(
+        "[dim]Quality is measured with every token outside the recent window quantized, as a long generation would "
+        "see it. The full-precision window and sinks weigh less the longer the context.[/dim]"
+    )
+    out.print("\n[bold]The document ends:[/bold] ..." + tokenizer.decode(ids[0, -40:]).replace("\n", " "))
+    out.print("[bold]Full precision goes on:[/bold] " + tokenizer.decode(said_full))
+    for config, words in zip(configs, said, strict=True):
+        out.print(f"[bold]GSRQ at {config.bits:g} bit goes on:[/bold] " + tokenizer.decode(words))
+
+
+@app.command("calibrate")
+def calibrate_command(
+    output: Annotated[Path, typer.Argument(help="file to write, .safetensors")],
+    model: Model = None,
+    bits: Annotated[float, typer.Option(help="bits per element")] = 1,
+    text: Annotated[Path | None, typer.Option("--text", help="calibration text; the model's own by default")] = None,
+    tokens: Annotated[int, typer.Option(help="tokens of it to use")] = TOKENS,
+    layout: Layout = "quality",
+    frame: Annotated[int, typer.Option(help="tokens per anchored frame")] = GSRQConfig.frame,
+    recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",
+    seed: Seed = 0,
+    json_only: Json = False,
+) -> None:
+    """Learn a model's codebooks and write them to a file."""
+    config = _config(bits=bits, layout=layout, frame=frame, recipe=recipe, seed=seed)
+    llm, tokenizer = load_model(model)
+    data = None if text is None else [_read(text)]
+    books = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens)
+    books.save(output)
+    facts = {"file": str(output), "layers": len(books), **books.metadata}
+    print(json.dumps(facts) if json_only else f"{books} written to {output}")
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model = None,
+    text: TextFile = None,
+    context: Annotated[int, typer.Option(help="tokens of a window")] = 1024,
+    windows: Annotated[int, typer.Option(help="windows, evenly spread from the start of the text")] = 3,
+    stride: Annotated[int, typer.Option(help="tokens between the starts of windows")] = 4096,
+    recipe: Annotated[list[str] | None, typer.Option(help="recipes; may be repeated")] = None,
+    bits: Bits = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="calibration text; the model's own by default", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="tokens of calibration text")] = TOKENS,
+    layout: Layout = "quality",
+    frame: Annotated[int, typer.Option(help="tokens per anchored frame")] = GSRQConfig.frame,
+    sinks: Annotated[int, typer.Option(help="sink tokens")] = GSRQConfig.sink_tokens,
+    recent: Annotated[int, typer.Option(help="recent tokens")] = GSRQConfig.recent_tokens,
+    block: Annotated[int, typer.Option(help="tokens encoded together")] = GSRQConfig.block_tokens,
+    shift: Annotated[int, typer.Option(help="move all positions by this much")] = 0,
+    passkey: Annotated[int, typer.Option(help="also this many passkey trials, of --context tokens")] = 0,
+    codebooks: Books = None,
+    seed: Seed = 0,
+    json_only: Json = False,
+) -> None:
+    """Perplexity, KL divergence and agreement of quantized caches on held-out text."""
+    rates = sorted(bits or [1.0], reverse=True)
+    llm, tokenizer = load_model(model)
+    document_text = _read(text)
+    ids = _tokens(tokenizer, document_text)
+    starts = [i * stride for i in range(windows) if i * stride + context <= ids.numel()]
+    if not starts:
+        raise typer.BadParameter(f"the text has {ids.numel()} tokens, fewer than --context {context}")
+    candidates: dict[str, measures.Candidate] = {}
+    cuts = [ids[s : s + context] for s in starts]
+    for name in recipe or ["gsrq"]:
+        base = _config(
+            bits=rates[0],
+            recipe=name,
+            layout=layout,
+            frame=frame,
+            sink_tokens=sinks,
+            recent_tokens=recent,
+            block_tokens=block,
+            seed=seed,
+        )
+        if codebooks is not None:
+            books = Codebooks.load(codebooks)
+        elif calibration is not None and name != "universal":
+            books = calibrate(llm, base, [_read(calibration)], tokenizer=tokenizer, tokens=tokens)
+        else:
+            books = cached_codebooks(llm, base)
+        for rate in rates:
+            config = dataclasses.replace(base, bits=rate)
+            nested = books
+            try:
+                nested = books.at(rate) if rate != rates[0] else books
+            except ValueError:  # a layout whose groups change with the rate
+                if codebooks is not None:
+                    raise
+                data = [_read(calibration)] if calibration is not None else None
+                nested = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens)
+            candidates[f"{name} {rate:g}"] = (config, nested)
+    found = measures.quality(llm, cuts, candidates, shift) if windows else {}
+    rows: list[dict[str, Any]] = []
+    for name, (config, books) in candidates.items():
+        row = {"recipe": config.recipe, "bits": config.bits, **dataclasses.asdict(found[name])}
+        row["key_error"] = measures.key_error(llm, cuts[0], books.at(config.bits), shift)
+        if passkey:
+            row["passkey"] = measures.passkey(llm, tokenizer, document_text, context, passkey, (config, books))
+        rows.append(row)
+    facts = {
+        "model": model or NAME,
+        "context": context,
+        "windows": len(cuts),
+        "shift": shift,
+        "layout": layout,
+        "frame": frame,
+        "sinks": sinks,
+        "recent": recent,
+        "block": block,
+        "environment": measures.environment(),
+    }
+    full_passkey = measures.passkey(llm, tokenizer, document_text, context, passkey) if passkey else None
+    if json_only:
+        print(json.dumps({**facts, "passkey_full": full_passkey, "results": rows}))
+        return
+    table = Table(
+        title=f"{facts['model']}: {len(cuts)} windows of {context} tokens, positions + {shift}; layout {layout}, frame "
+        f"{frame}, {sinks} sinks, {recent} recent tokens, blocks of {block}",
+        caption=measures.environment(),
+    )
+    names = ["recipe", "bits", "perplexity", "KL, nats", "same next token", "key error"]
+    for name in names + ["passkey"] * bool(passkey):
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    full = ["full precision", f"{8 * llm.dtype.itemsize}", f"{rows[0]['ppl_full']:.3f}", "0", "100%", "0"]
+    table.add_row(*full, *([f"{full_passkey:.0%}"] if full_passkey is not None else []))
+    for row in rows:
+        cells = [row["recipe"], f"{row['bits']:g}", f"{row['ppl']:.3f}", f"{row['kl']:.4f}", f"{row['agreement']:.1%}"]
+        table.add_row(*cells, f"{row['key_error']:.4f}", *([f"{row['passkey']:.0%}"] if passkey else []))
+    Console(width=120).print(table)
+
+
+@app.command()
+def memory(
+    model: Model = None,
+    bits: Bits = None,
+    context: Annotated[int, typer.Option(help="tokens held")] = 8192,
+    json_only: Json = False,
+) -> None:
+    """KV bytes by part, with a cache filled to a context."""
+    llm, _ = load_model(model)
+    rows = []
+    for rate in bits or [1.0]:
+        config = _config(bits=rate)
+        books = cached_codebooks(llm, _config(bits=max(bits or [1.0])))
+        with measures.quantized(llm, config, books):
+            cache = new_cache(llm)
+            for layer in cache.quantized_layers:
+                codec = layer.codec.key
+                for _ in range(0, context, 1024):
+                    x = torch.zeros(1, codec.heads, min(1024, context), codec.head_dim, dtype=llm.dtype)
+                    layer.update(x, x)
+            report = cache.memory()
+        facts = dataclasses.asdict(report)
+        facts |= {
+            "bits": rate,
+            "context": context,
+            "total": report.total,
+            "bits_per_element": report.bits_per_element,
+            "bits_per_element_codes": report.bits_per_element_codes,
+            "bits_per_element_with_codebooks": report.bits_per_element_with_codebooks,
+            "bf16": 2 * report.elements,
+        }
+        rows.append(facts)
+    if json_only:
+        print(json.dumps(rows))
+        return
+    table = Table(title=f"{model or NAME}: KV cache of {context} tokens", caption=measures.environment())
+    table.add_column("")
+    for row in rows:
+        table.add_column(f"{row['bits']:g} bit", justify="right")
+    labels = {
+        "codes": "codes",
+        "unused": "  of them slots not used yet",
+        "sinks": "sinks, full precision",
+        "window": "recent window, full precision",
+        "counters": "lengths and row offsets",
+        "total": "total",
+        "bf16": "the same tokens in bf16",
+        "codebooks": "codebooks, shared by all caches",
+    }
+    for key, label in labels.items():
+        table.add_row(label, *(f"{r[key] / 2**10:,.1f} KiB" for r in rows))
+    for key, label in {
+        "bits_per_element_codes": "bits per element, codes alone",
+        "bits_per_element": "bits per element, all but codebooks",
+        "bits_per_element_with_codebooks": "bits per element, codebooks too",
+    }.items():
+        table.add_row(label, *(f"{r[key]:.3f}" for r in rows))
+    Console(width=100).print(table)

@@ -1,0 +1,275 @@
+"""Codec and Codebooks: what was learned, and its file. Not how it was learned (calibrate.py)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchgsrq.layout import CODEWORDS, Layout
+from torchgsrq.rope import rotate
+
+FORMAT = "torchgsrq.codebooks"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Codec:
+    """How the vectors of one layer's keys (or values) are coded, per KV head.
+
+    A vector at position p, frame start s = p - p % frame, means
+    ``R(s) (frame_mean[p % frame] + inverse @ sum_m codeword_m)``. Values and models without RoPE are
+    the case of an empty ``inv_freq`` and one row of ``frame_mean``.
+
+    Tensor attributes (all float32, read only, shared by every cache):
+        frame_mean: ``[heads, frame, head_dim]``, the mean vector, rotated to each place in a frame.
+        transform: ``[heads, head_dim, head_dim]``, into the metric the codewords were learned in.
+        inverse: ``[heads, head_dim, head_dim]``, its inverse.
+        codebook: ``[heads, layout.codes, 256, layout.width]``, gains multiplied in.
+        inv_freq: ``[pairs]``, RoPE frequencies of the frame rotation; empty for none.
+        gains: ``[256]``, or empty. Where present, the first byte of a vector is the index of a gain
+            that multiplies the sum of its codewords (the data-free ``universal`` recipe only).
+
+    Non-tensor attributes:
+        layout: which code writes which slice.
+        interleaved: RoPE pairs are ``(2i, 2i + 1)``.
+        beam: width of the encoder's beam search.
+    """
+
+    layout: Layout
+    frame_mean: Tensor
+    transform: Tensor
+    inverse: Tensor
+    codebook: Tensor
+    inv_freq: Tensor
+    gains: Tensor
+    interleaved: bool = False
+    beam: int = 4
+
+    @classmethod
+    def build(
+        cls,
+        layout: Layout,
+        mean: Tensor,
+        transform: Tensor,
+        codebook: Tensor,
+        *,
+        inverse: Tensor | None = None,
+        inv_freq: Tensor | None = None,
+        frame: int = 1,
+        interleaved: bool = False,
+        gains: Tensor | None = None,
+        beam: int = 4,
+    ) -> Codec:
+        """A codec from its mean ``[heads, head_dim]`` at the start of a frame and its tables."""
+        inv_freq = mean.new_zeros(0) if inv_freq is None else inv_freq.float().to(mean.device)
+        frame = frame if inv_freq.numel() else 1
+        frame_mean = rotate(mean.float().unsqueeze(1), torch.arange(frame, device=mean.device), inv_freq, interleaved)
+        return cls(
+            layout,
+            frame_mean.contiguous(),
+            transform.float(),
+            torch.linalg.inv(transform.double()).float() if inverse is None else inverse.float(),
+            codebook.float(),
+            inv_freq,
+            mean.new_zeros(0) if gains is None else gains.float(),
+            interleaved,
+            beam,
+        )
+
+    @property
+    def frame(self) -> int:
+        """Tokens per anchored frame."""
+        return self.frame_mean.shape[1]
+
+    @property
+    def heads(self) -> int:
+        """KV heads."""
+        return self.frame_mean.shape[0]
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a vector."""
+        return self.layout.head_dim
+
+    @property
+    def num_codes(self) -> int:
+        """Bytes per vector."""
+        return self.layout.codes + bool(self.gains.numel())
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensor attributes, in the order of `from_flat`."""
+        return [self.frame_mean, self.transform, self.inverse, self.codebook, self.inv_freq, self.gains]
+
+    @property
+    def integers(self) -> list[int]:
+        """The non-tensor attributes as integers, in the order of `from_flat`."""
+        return [self.layout.head_dim, self.layout.groups, self.layout.codes, int(self.interleaved), self.beam]
+
+    @classmethod
+    def from_flat(cls, tensors: list[Tensor], integers: list[int]) -> Codec:
+        """A codec from what ops and tensor subclasses carry: `tensors` and `integers`."""
+        head_dim, groups, codes, interleaved, beam = integers
+        frame_mean, transform, inverse, codebook, inv_freq, gains = tensors
+        layout = Layout(head_dim, groups, codes)
+        return cls(layout, frame_mean, transform, inverse, codebook, inv_freq, gains, bool(interleaved), beam)
+
+    def at(self, bits: float) -> Codec:
+        """The same codec at a lower rate: a prefix of its residual stages.
+
+        Raises:
+            ValueError: the rate is higher, no whole number of bytes, or leaves a group uncoded.
+        """
+        codes = bits * self.head_dim / 8 - bool(self.gains.numel())
+        if codes != int(codes) or not self.layout.groups <= codes <= self.layout.codes:
+            least = 8 * self.layout.groups / self.head_dim
+            raise ValueError(
+                f"bits={bits} is no prefix of a codec of {self.layout.bits:g} bits in {self.layout.groups} groups: it "
+                f"must lie between {least:g} and {self.layout.bits:g} and give whole bytes; calibrate at that rate"
+            )
+        layout = dataclasses.replace(self.layout, codes=int(codes))
+        return dataclasses.replace(self, layout=layout, codebook=self.codebook[:, : int(codes)].contiguous())
+
+    def to(self, device: torch.device | str) -> Codec:
+        """The same codec on a device."""
+        if self.frame_mean.device == torch.device(device):
+            return self
+        return Codec.from_flat([t.to(device) for t in self.tensors], self.integers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Codec:
+        return self  # read only
+
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(t.untyped_storage().nbytes() for t in self.tensors)
+
+
+class LayerCodec(NamedTuple):
+    """The codecs of one layer."""
+
+    key: Codec
+    value: Codec
+
+
+class Codebooks:
+    """One key and one value codec per layer, and where they came from.
+
+    Args:
+        layers: layer index to `LayerCodec`; layers that stay in full precision are absent.
+        metadata: JSON-able facts: ``model`` (fingerprint), ``config`` (what was asked), ``source``,
+            ``tokens``.
+    """
+
+    def __init__(self, layers: dict[int, LayerCodec], metadata: dict[str, Any]) -> None:
+        self.layers = dict(layers)
+        self.metadata = dict(metadata)
+
+    def __getitem__(self, layer: int) -> LayerCodec:
+        if layer not in self.layers:
+            raise KeyError(f"no codebooks for layer {layer}; there are some for {sorted(self.layers)}")
+        return self.layers[layer]
+
+    def __contains__(self, layer: int) -> bool:
+        return layer in self.layers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Codebooks:
+        return self  # read only, so copies of a model share it
+
+    def __repr__(self) -> str:
+        rate = next((f"{8 * c.key.num_codes / c.key.head_dim:g}" for c in self.layers.values()), "no")
+        return f"Codebooks({len(self)} layers, {rate} bits, source={self.metadata.get('source')!r})"
+
+    def at(self, bits: float, value_bits: float | None = None) -> Codebooks:
+        """The same codebooks at a lower rate; residual stages are nested (see `Codec.at`)."""
+        value_bits = bits if value_bits is None else value_bits
+        layers = {i: LayerCodec(c.key.at(bits), c.value.at(value_bits)) for i, c in self.layers.items()}
+        config = {**self.metadata.get("config", {}), "key_bits": float(bits), "value_bits": float(value_bits)}
+        return Codebooks(layers, {**self.metadata, "config": config})
+
+    def to(self, device: torch.device | str) -> Codebooks:
+        """The same codebooks on a device."""
+        layers = {i: LayerCodec(c.key.to(device), c.value.to(device)) for i, c in self.layers.items()}
+        return Codebooks(layers, self.metadata)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file. Codewords are float16 (they are rounded to it when learned)."""
+        tensors: dict[str, Tensor] = {}
+        codecs: dict[str, dict[str, Any]] = {}
+        for i, layer in self.layers.items():
+            for name, codec in layer._asdict().items():
+                tensors[f"{i}.{name}.mean"] = codec.frame_mean[:, 0].clone()
+                tensors[f"{i}.{name}.codebook"] = codec.codebook.half().contiguous()
+                for part in ("transform", "inverse", "inv_freq", "gains"):
+                    tensors[f"{i}.{name}.{part}"] = getattr(codec, part).clone().contiguous()
+                codecs[f"{i}.{name}"] = {
+                    "groups": codec.layout.groups,
+                    "frame": codec.frame,
+                    "interleaved": codec.interleaved,
+                    "beam": codec.beam,
+                }
+        meta = {"format": FORMAT, "version": str(VERSION), "codecs": json.dumps(codecs)}
+        partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+        save_file(tensors, partial, {**meta, "metadata": json.dumps(self.metadata)})
+        os.replace(partial, path)  # a killed process leaves no half-written file behind
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Codebooks:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a codebook file, truncated, or of an unknown format version.
+        """
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"no codebook file at {os.fspath(path)}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                meta = file.metadata() or {}
+                if meta.get("format") != FORMAT:
+                    raise ValueError(
+                        f"{os.fspath(path)} is not a torchgsrq codebook file (format={meta.get('format')!r})"
+                    )
+                if meta.get("version") != str(VERSION):
+                    raise ValueError(
+                        f"{os.fspath(path)} has format version {meta.get('version')}; this torchgsrq reads {VERSION}"
+                    )
+                layers: dict[int, dict[str, Codec]] = {}
+                for name, facts in json.loads(meta["codecs"]).items():
+                    parts = ("mean", "transform", "inverse", "codebook", "inv_freq", "gains")
+                    t = {part: file.get_tensor(f"{name}.{part}") for part in parts}
+                    _, codes, words, width = t["codebook"].shape
+                    if words != CODEWORDS or width * facts["groups"] != t["mean"].shape[-1]:
+                        raise ValueError(f"{os.fspath(path)}: the tables of {name} do not fit together")
+                    layout = Layout(t["mean"].shape[-1], facts["groups"], codes)
+                    index, kind = name.split(".")
+                    layers.setdefault(int(index), {})[kind] = Codec.build(
+                        layout,
+                        t["mean"],
+                        t["transform"],
+                        t["codebook"],
+                        inverse=t["inverse"],
+                        inv_freq=t["inv_freq"],
+                        frame=facts["frame"],
+                        interleaved=facts["interleaved"],
+                        gains=t["gains"],
+                        beam=facts["beam"],
+                    )
+                metadata = json.loads(meta["metadata"])
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{os.fspath(path)} is not a whole codebook file: {error}") from error
+        return cls({i: LayerCodec(c["key"], c["value"]) for i, c in sorted(layers.items())}, metadata)

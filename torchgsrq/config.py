@@ -1,0 +1,112 @@
+"""GSRQConfig: what a user chooses. Not how it is laid out (layout.py) or learned (calibrate.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
+LAYOUTS = ("quality", "fast")
+PREFILLS = ("exact", "quantized")
+RECIPES = ("gsrq", "gsrq-paper", "kmeans", "universal")
+
+
+@dataclass(frozen=True)
+class GSRQConfig:
+    """How a model's KV cache is quantized.
+
+    Args:
+        bits: bits per element of keys and values, one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
+        key_bits: bits per key element; defaults to ``bits``.
+        value_bits: bits per value element; defaults to ``bits``.
+        layout: ``"quality"`` (whole-head key codes) or ``"fast"`` (smaller tables).
+        frame: tokens per anchored frame; a key is coded in the coordinates of its frame.
+        sink_tokens: first real tokens of each row, kept in full precision.
+        recent_tokens: newest tokens, kept in full precision.
+        block_tokens: tokens that leave the recent window and are encoded together.
+        prefill: what a prompt attends to: ``"exact"``, its own full-precision keys and values, or
+            ``"quantized"``, what a token-by-token decode would have seen (use it to measure quality).
+        skip_layers: indices of the layers that keep their full-precision cache.
+        recipe: ``"gsrq"`` (default), ``"gsrq-paper"``, ``"kmeans"``, or ``"universal"`` (no data).
+        beam: width of the encoder's beam search.
+        seed: seed of calibration.
+        codebooks: path of a file of codebooks; ``None`` looks in the disk cache, then calibrates.
+
+    Raises:
+        ValueError: a field has a value that is not offered; the message says what is.
+    """
+
+    bits: float = 1
+    key_bits: float | None = None
+    value_bits: float | None = None
+    layout: str = "quality"
+    frame: int = 512
+    sink_tokens: int = 4
+    recent_tokens: int = 128
+    block_tokens: int = 32
+    prefill: str = "exact"
+    skip_layers: tuple[int, ...] = ()
+    recipe: str = "gsrq"
+    beam: int = 4
+    seed: int = 0
+    codebooks: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "key_bits", "value_bits"):
+            value = getattr(self, name)
+            if value is None and name != "bits":
+                continue
+            if value not in BITS:
+                raise ValueError(f"{name}={value!r} is not offered; choose one of {', '.join(map(str, BITS))}")
+        for name, allowed in (("layout", LAYOUTS), ("prefill", PREFILLS), ("recipe", RECIPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not offered; choose one of {', '.join(allowed)}")
+        for name, least in (("frame", 1), ("sink_tokens", 0), ("recent_tokens", 0), ("block_tokens", 1), ("beam", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        layers = tuple(self.skip_layers)
+        if any(not isinstance(i, int) or i < 0 for i in layers):
+            raise ValueError(f"skip_layers={self.skip_layers!r} must hold layer indices, integers of at least 0")
+        object.__setattr__(self, "skip_layers", layers)
+
+    @property
+    def key_rate(self) -> float:
+        """Bits per key element."""
+        return self.bits if self.key_bits is None else self.key_bits
+
+    @property
+    def value_rate(self) -> float:
+        """Bits per value element."""
+        return self.bits if self.value_bits is None else self.value_bits
+
+    def codec_fields(self) -> dict[str, Any]:
+        """The fields that decide what the codebooks are; the others only say how they are used."""
+        return {
+            "key_bits": float(self.key_rate),
+            "value_bits": float(self.value_rate),
+            "layout": self.layout,
+            "frame": self.frame,
+            "recipe": self.recipe,
+            "seed": self.seed,
+        }
+
+    def codec_key(self) -> str:
+        """A short hash of `codec_fields`, for the disk cache."""
+        return hashlib.sha256(json.dumps(self.codec_fields(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def encoded_tokens(length: int, recent_tokens: int, block_tokens: int) -> int:
+    """How many of ``length`` appended tokens have been turned into codes.
+
+    A pure function of the length, so that appending in any chunking gives the same codes: whole
+    blocks leave the window, which so holds ``recent_tokens`` to ``recent_tokens + block_tokens - 1``.
+    """
+    return max(0, math.floor((length - recent_tokens) / block_tokens) * block_tokens)

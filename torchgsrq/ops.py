@@ -1,0 +1,191 @@
+"""The ops as torch sees them: schemas, shapes for tracing, and their implementations.
+
+Ops on plain tensors carry a codec as ``Tensor[] codec, int[] layout`` (see `Codec.tensors` and
+`Codec.integers`) and a cache as ``Tensor[] kv, int[] layout`` (see `pack`). The ``kv_`` ops take
+`GSRQTensor`s and are what traced code calls, so that inner tensors are read only inside dispatch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchgsrq import reference
+from torchgsrq.codec import Codec
+from torchgsrq.reference import Packed
+
+_library = torch.library.Library("torchgsrq", "FRAGMENT")
+
+_SCHEMAS = {
+    "encode": "(Tensor x, Tensor position, Tensor[] codec, int[] layout) -> Tensor",
+    "decode": "(Tensor codes, Tensor position, Tensor[] codec, int[] layout, ScalarType dtype) -> Tensor",
+    "append_": "(Tensor(a!) codes, Tensor(b!) window, Tensor(c!) length, Tensor(d!) encoded, Tensor start, "
+    "Tensor[] codec, int[] layout, Tensor x, Tensor slots) -> ()",
+    "tail": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> (Tensor, Tensor)",
+    "dequantize": "(Tensor[] kv, int[] layout, ScalarType dtype) -> Tensor",
+    "attention": "(Tensor q, Tensor[] key, int[] key_layout, Tensor[] value, int[] value_layout, Tensor? mask, "
+    "float scale, int causal, float softcap, Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, "
+    "Tensor? tail_start, int view) -> Tensor",
+    "kv_append_": "(Tensor(a!) kv, Tensor x, Tensor slots) -> ()",
+    "kv_tail": "(Tensor kv, Tensor x, Tensor slots) -> (Tensor, Tensor)",
+    "kv_attention": "(Tensor q, Tensor key, Tensor value, Tensor? mask, float scale, int causal, float softcap, "
+    "Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, Tensor? tail_start, int view) -> Tensor",
+}
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema)
+
+
+def pack(kv: list[Tensor], layout: list[int]) -> Packed:
+    """The parts of a cache from the flat form of the ops: ``codes, window, start, length, encoded, *codec``."""
+    codes, window, start, length, encoded, *codec = kv
+    sink_tokens, recent_tokens, block_tokens, *integers = layout
+    codec_ = Codec.from_flat(codec, integers)
+    return Packed(codes, window, start, length, encoded, codec_, sink_tokens, recent_tokens, block_tokens)
+
+
+def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+    """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 ``[b, h, n, codes]``."""
+    _check_vectors(x, position, layout)
+    return reference.encode(x, position, Codec.from_flat(codec, layout))
+
+
+def decode(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+    """Codes ``[b, h, n, codes]`` at positions ``[b, n]`` to vectors of ``dtype``, ``[b, h, n, d]``."""
+    codec_ = Codec.from_flat(codec, layout)
+    if codes.dtype != torch.uint8 or codes.ndim != 4 or codes.shape[1::2] != (codec_.heads, codec_.num_codes):
+        raise ValueError(
+            f"codes are {codes.dtype} {tuple(codes.shape)}; this codec reads uint8 "
+            f"[batch, {codec_.heads}, n, {codec_.num_codes}]: they come from another codebook"
+        )
+    return reference.decode(codes, position, codec_, dtype)
+
+
+def append_(
+    codes: Tensor,
+    window: Tensor,
+    length: Tensor,
+    encoded: Tensor,
+    start: Tensor,
+    codec: list[Tensor],
+    layout: list[int],
+    x: Tensor,
+    slots: Tensor,
+) -> None:
+    """Append vectors ``[b, h, n, d]`` at slots ``[n]`` in place (`reference.append_`)."""
+    reference.append_(pack([codes, window, start, length, encoded, *codec], layout), x, slots)
+
+
+def tail(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The full-precision tokens before an append and the new ones (`reference.tail`)."""
+    return reference.tail(pack(kv, layout), x, slots)
+
+
+def dequantize(kv: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+    """Everything a cache holds, ``[b, h, capacity, d]`` (`reference.dequantize`)."""
+    return reference.dequantize(pack(kv, layout), dtype)
+
+
+def attention(
+    q: Tensor,
+    key: list[Tensor],
+    key_layout: list[int],
+    value: list[Tensor],
+    value_layout: list[int],
+    mask: Tensor | None,
+    scale: float,
+    causal: int,
+    softcap: float,
+    sink_logits: Tensor | None,
+    key_tail: Tensor | None,
+    value_tail: Tensor | None,
+    tail_start: Tensor | None,
+    view: int,
+) -> Tensor:
+    """Attention on the codes of a cache (`reference.attention`)."""
+    k, v = pack(key, key_layout), pack(value, value_layout)
+    _check_query(q, k, v, mask)
+    tails = None if key_tail is None or value_tail is None else (key_tail, value_tail)
+    return reference.attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        tails=tails,
+        tail_start=tail_start,
+        view=view,
+    )
+
+
+def _check_vectors(x: Tensor, position: Tensor, layout: list[int]) -> None:
+    if x.ndim != 4 or x.shape[-1] != layout[0]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [batch, heads, n, head_dim={layout[0]}]")
+    if position.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(f"position has shape {tuple(position.shape)}; expected {(x.shape[0], x.shape[2])}")
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; expected a floating dtype")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x holds NaN or inf, which no codeword stands for")
+
+
+def _check_query(q: Tensor, key: Packed, value: Packed, mask: Tensor | None) -> None:
+    heads, dim = key.codec.heads, key.codec.head_dim
+    if q.ndim != 4 or q.shape[-1] != dim or q.shape[1] % heads or q.shape[0] != key.codes.shape[0]:
+        raise ValueError(
+            f"query has shape {tuple(q.shape)}; this cache takes [batch={key.codes.shape[0]}, a multiple of {heads} "
+            f"heads, queries, head_dim={dim}]"
+        )
+    if int(key.length) != int(value.length):
+        raise ValueError(f"the keys hold {int(key.length)} tokens and the values {int(value.length)}")
+    if mask is not None and mask.shape[-1] < int(key.length):
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}; its last size must cover the {int(key.length)} tokens held"
+        )
+
+
+def _subclass_only(*_: object) -> None:
+    raise TypeError("the kv_ ops take a GSRQTensor; use torchgsrq::append_ and torchgsrq::attention on plain tensors")
+
+
+for _key in ("CPU", "CUDA"):
+    for _function in (encode, decode, append_, tail, dequantize, attention):
+        _library.impl(_function.__name__, _function, _key)
+    for _name in ("kv_append_", "kv_tail", "kv_attention"):
+        _library.impl(_name, _subclass_only, _key)
+
+
+@torch.library.register_fake("torchgsrq::encode", lib=_library)
+def _(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+    codes = layout[2] + (1 if codec[5].shape[0] else 0)
+    return x.new_empty((x.shape[0], x.shape[1], x.shape[2], codes), dtype=torch.uint8)
+
+
+@torch.library.register_fake("torchgsrq::decode", lib=_library)
+def _(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+    return codes.new_empty((*codes.shape[:3], layout[0]), dtype=dtype)
+
+
+@torch.library.register_fake("torchgsrq::append_", lib=_library)
+def _(codes, window, length, encoded, start, codec, layout, x, slots) -> None:  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("torchgsrq::tail", lib=_library)
+def _(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    window, encoded = kv[1], kv[4]
+    shape = (*window.shape[:2], window.shape[2] - layout[0] + x.shape[2], window.shape[3])
+    return window.new_empty(shape), torch.empty_like(encoded)
+
+
+@torch.library.register_fake("torchgsrq::dequantize", lib=_library)
+def _(kv: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+    codes, window = kv[:2]
+    return codes.new_empty((*codes.shape[:3], window.shape[3]), dtype=dtype)
+
+
+@torch.library.register_fake("torchgsrq::attention", lib=_library)
+def _(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)

@@ -1,0 +1,441 @@
+"""GSRQTensor: a KV buffer that looks like ``[batch, heads, capacity, head_dim]`` and holds codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from torchgsrq import ops, reference
+from torchgsrq.codec import Codec
+from torchgsrq.config import GSRQConfig
+
+aten = torch.ops.aten
+gsrq = torch.ops.torchgsrq
+
+_PARTS = ("codes", "window", "start", "length", "encoded")
+_TABLES = ("frame_mean", "transform", "inverse", "codebook", "inv_freq", "gains")
+
+
+class GSRQTensor(Tensor):
+    """A quantized KV buffer that stands in for a plain one.
+
+    Write with ``index_copy_(2, slots, x)`` or ``buffer[:, :, slots] = x``, read with
+    ``F.scaled_dot_product_attention`` (on the codes) or ``dequantize()``. Slots past the length never
+    take part in attention. Tokens are written in order; writing at an earlier slot rewinds to it.
+
+    Tensor Attributes:
+        codes: uint8 ``[batch, heads, capacity, codes]``, the encoded tokens.
+        window: ``[batch, heads, sink_tokens + ring, head_dim]``: the first real tokens of each row, and a ring
+            of the newest, in full precision.
+        start: int32 ``[batch]``, the slot of each row's position 0: its left padding, or minus the position
+            of slot 0 where positions do not begin at 0.
+        length, encoded: int32 ``[]``, tokens held, and tokens already turned into codes.
+        frame_mean, transform, inverse, codebook, inv_freq, gains: the codec's tables (codec.py), shared.
+
+    Non-Tensor Attributes:
+        integers: sink, recent and block tokens, then `Codec.integers`.
+        head_repeat: times that each head is repeated in the logical shape (``repeat_interleave`` is lazy).
+        read_only: a view; appending to it would leave the original behind.
+        split_heads: the repeated heads have a dimension of their own, as between ``expand`` and ``reshape``.
+    """
+
+    codes: Tensor
+    window: Tensor
+    start: Tensor
+    length: Tensor
+    encoded: Tensor
+    integers: tuple[int, ...]
+    head_repeat: int
+    read_only: bool
+    split_heads: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        tensors: list[Tensor],
+        layout: tuple[int, ...],
+        repeat: int = 1,
+        read_only: bool = False,
+        split: bool = False,
+    ) -> GSRQTensor:
+        """Wrap the tensor attributes, in their order; users call `empty`."""
+        codes, window = tensors[:2]
+        batch, heads, capacity, _ = codes.shape
+        size = (batch, heads, repeat, capacity, window.shape[-1])
+        if not split:
+            size = (batch, heads * repeat, capacity, window.shape[-1])  # type: ignore[assignment]
+        self = Tensor._make_wrapper_subclass(cls, size, dtype=window.dtype, device=window.device)
+        for name, tensor in zip(_PARTS + _TABLES, tensors, strict=True):
+            setattr(self, name, tensor)
+        self.integers, self.head_repeat, self.read_only, self.split_heads = tuple(layout), repeat, read_only, split
+        return self
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        *,
+        codec: Codec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        config: GSRQConfig | None = None,
+        start: Tensor | None = None,
+    ) -> GSRQTensor:
+        """An empty buffer.
+
+        Args:
+            codec: ``codebooks[layer].key`` or ``.value``.
+            config: sink, recent and block tokens; the defaults of `GSRQConfig` without it.
+            start: int ``[batch]``, slot of each row's position 0 (its left padding); zeros by default.
+
+        Raises:
+            ValueError: the codec is for another head_dim or number of heads, or a size is negative.
+        """
+        if (codec.heads, codec.head_dim) != (kv_heads, head_dim):
+            raise ValueError(
+                f"codec is for {codec.heads} heads of {codec.head_dim}, not kv_heads={kv_heads} and head_dim={head_dim}"
+            )
+        if batch < 0 or capacity < 0:
+            raise ValueError(f"batch={batch} and capacity={capacity} must be at least 0")
+        config = config or GSRQConfig()
+        device = torch.device(device if device is not None else torch.get_default_device())
+        dtype = dtype or torch.get_default_dtype()
+        codec = codec.to(device)
+        ring = config.recent_tokens + config.block_tokens
+        tensors = [
+            torch.zeros(batch, kv_heads, capacity, codec.num_codes, dtype=torch.uint8, device=device),
+            torch.zeros(batch, kv_heads, config.sink_tokens + ring, head_dim, dtype=dtype, device=device),
+            torch.zeros(batch, dtype=torch.int32, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+            torch.zeros((), dtype=torch.int32, device=device),
+            *codec.tensors,
+        ]
+        if start is not None:
+            if start.shape != (batch,):
+                raise ValueError(f"start has shape {tuple(start.shape)}; expected [{batch}]")
+            tensors[2] = start.to(device=device, dtype=torch.int32).clone()
+        layout = (config.sink_tokens, config.recent_tokens, config.block_tokens, *codec.integers)
+        return cls(tensors, layout)
+
+    # -- what torch asks of a wrapper subclass
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return [*_PARTS, *_TABLES], (self.integers, self.head_repeat, self.read_only, self.split_heads)
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> GSRQTensor:
+        return cls([inner[name] for name in _PARTS + _TABLES], *meta)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        bits = 8 * self.codes.shape[-1] / self.window.shape[-1]
+        return f"GSRQTensor(shape={tuple(self.shape)}, bits={bits:g}, dtype={self.dtype}, device={self.device})"
+
+    def _stable_hash_for_caching(self) -> str:
+        inner = [(name, tuple(getattr(self, name).shape), str(getattr(self, name).dtype)) for name in _PARTS + _TABLES]
+        return repr((type(self).__name__, str(self.device), inner, self.integers, self.head_repeat, self.read_only))
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _sdpa(*args, **kwargs)
+        if func in (torch.repeat_interleave, Tensor.repeat_interleave):
+            return _repeat_interleave(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # the default would label plain results as this class
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            raise NotImplementedError(
+                f"GSRQTensor does not support {func}: its tokens are codes. Call .dequantize() for a plain tensor."
+            )
+        return handler(*args, **(kwargs or {}))
+
+    # -- what users call
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """A plain tensor of everything held; zeros past the length."""
+        out = gsrq.dequantize(self.parts, list(self.integers), dtype or self.dtype)
+        if self.split_heads:
+            return out.unsqueeze(2).expand(-1, -1, self.head_repeat, -1, -1)
+        return out.repeat_interleave(self.head_repeat, 1) if self.head_repeat > 1 else out
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The tensor attributes, as ops take them."""
+        return [getattr(self, name) for name in _PARTS + _TABLES]
+
+    @property
+    def codec(self) -> Codec:
+        """The codec."""
+        return Codec.from_flat(self.parts[5:], list(self.integers[3:]))
+
+    @property
+    def packed(self) -> reference.Packed:
+        """The parts by name, as the reference takes them."""
+        return ops.pack(self.parts, list(self.integers))
+
+    def crop_(self, length: int) -> None:
+        """Forget all slots from ``length`` on. What remains decodes as before, so what became codes stays codes.
+
+        Raises:
+            ValueError: ``length`` is negative or more than is held.
+        """
+        held = int(self.length)
+        if not 0 <= length <= held:
+            raise ValueError(f"length={length} must lie between 0 and the {held} tokens held")
+        self.length.fill_(length)
+        self.encoded.clamp_(max=length)
+
+    def grown(self, capacity: int) -> GSRQTensor:
+        """A buffer of at least this capacity with the same tokens; its codes are moved, the rest is shared."""
+        more = capacity - self.codes.shape[2]
+        if more <= 0:
+            return self
+        return _like(self, [F.pad(self.codes, (0, 0, 0, more)), *self.parts[1:]])
+
+    def select_rows(self, rows: Tensor) -> GSRQTensor:
+        """The rows of the batch at ``rows``, any of them, in any order; a copy."""
+        codes, window, start, length, encoded, *tables = self.parts
+        picked = [t.index_select(0, rows.to(t.device)) for t in (codes, window, start)]
+        return _like(self, [*picked, length.clone(), encoded.clone(), *tables])
+
+    def nbytes_by_part(self) -> dict[str, int]:
+        """Bytes of the storages that this buffer owns (not the shared tables), by part."""
+        return {name: getattr(self, name).untyped_storage().nbytes() for name in _PARTS}
+
+
+def _like(x: GSRQTensor, tensors: list[Tensor], **changes: Any) -> GSRQTensor:
+    facts = {"repeat": x.head_repeat, "read_only": x.read_only, "split": x.split_heads, **changes}
+    return GSRQTensor(tensors, x.integers, **facts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def _append(kv: GSRQTensor, x: Tensor, slots: Tensor) -> None:
+    if kv.read_only or kv.head_repeat > 1:
+        raise ValueError("this GSRQTensor is a view; write to the buffer that it was made from")
+    codes, window, start, length, encoded, *tables = kv.parts
+    gsrq.append_(codes, window, length, encoded, start, tables, list(kv.integers), x, slots)
+
+
+def _index_copy_(kv: GSRQTensor, dim: int, index: Tensor, source: Tensor) -> GSRQTensor:
+    if dim not in (2, -2):
+        raise ValueError(f"index_copy_ along dim={dim}: a GSRQTensor is written along dim 2, its tokens")
+    _append(kv, source, index)
+    return kv
+
+
+def _index_put_(kv: GSRQTensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> GSRQTensor:
+    if accumulate or len(indices) != 3 or indices[0] is not None or indices[1] is not None or indices[2] is None:
+        raise ValueError("a GSRQTensor is written along its tokens: buffer[:, :, slots] = x")
+    _append(kv, values, indices[2].reshape(-1))
+    return kv
+
+
+def _copy_(kv: GSRQTensor, source: Tensor, non_blocking: bool = False) -> GSRQTensor:
+    if isinstance(source, GSRQTensor):
+        if source.integers != kv.integers or source.codes.shape != kv.codes.shape:
+            raise ValueError(f"cannot copy {source!r} into {kv!r}: their codecs or shapes differ")
+        for name in _PARTS:
+            getattr(kv, name).copy_(getattr(source, name), non_blocking)
+        for name in _TABLES:
+            setattr(kv, name, getattr(source, name))
+    else:
+        _append(kv, source.to(kv.dtype), torch.arange(source.shape[2], device=kv.device))
+    return kv
+
+
+def _zero_(kv: GSRQTensor) -> GSRQTensor:
+    for name in _PARTS:
+        getattr(kv, name).zero_()
+    return kv
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Moving, copying, viewing
+
+
+def _clone(kv: GSRQTensor, memory_format: Any = None) -> GSRQTensor:
+    if kv.split_heads:  # the middle of expand().reshape(): still a view, nothing to copy
+        return kv
+    return _like(kv, [*(t.clone() for t in kv.parts[:5]), *kv.parts[5:]], read_only=False)
+
+
+def _alias(kv: GSRQTensor) -> GSRQTensor:
+    return _like(kv, kv.parts)
+
+
+def _to_copy(
+    kv: GSRQTensor, *, dtype: Any = None, device: Any = None, non_blocking: bool = False, **_: Any
+) -> GSRQTensor:
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"a GSRQTensor holds floating values; dtype={dtype} is not one")
+    moved = [t.to(device=device, non_blocking=non_blocking, copy=i < 5) for i, t in enumerate(kv.parts)]
+    moved[1] = moved[1].to(dtype or kv.dtype)
+    return _like(kv, moved)
+
+
+def _index_select(kv: GSRQTensor, dim: int, index: Tensor) -> GSRQTensor:
+    if dim not in (0, -4):
+        raise ValueError(f"index_select along dim={dim}: only rows of the batch can be selected; call .dequantize()")
+    return kv.select_rows(index)
+
+
+def _index(kv: GSRQTensor, indices: list[Tensor | None]) -> GSRQTensor:
+    if len(indices) == 0 or indices[0] is None or any(i is not None for i in indices[1:]) or indices[0].ndim != 1:
+        raise ValueError("only rows of the batch can be indexed; call .dequantize() for anything else")
+    rows = indices[0].nonzero().flatten() if indices[0].dtype == torch.bool else indices[0]
+    return kv.select_rows(rows)
+
+
+def _slice(kv: GSRQTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> GSRQTensor:
+    size = kv.shape[dim]
+    first = min(max((start or 0) + (size if (start or 0) < 0 else 0), 0), size)
+    last = min(max(size if end is None else end + (size if end < 0 else 0), first), size)
+    if (first, last, step) == (0, size, 1):
+        return _alias(kv)
+    codes, window, begin, length, encoded, *tables = kv.parts
+    dim = dim % kv.ndim
+    if dim == 0 and step == 1:
+        parts = [t[first:last] for t in (codes, window, begin)]
+        return _like(kv, [*parts, length, encoded, *tables], read_only=True)
+    if dim == kv.ndim - 2 and first == 0 and step == 1:
+        parts = [codes[:, :, :last], window, begin, length.clamp(max=last), encoded.clamp(max=last)]
+        if int(kv.encoded) > last or int(kv.length) <= last:
+            return _like(kv, [*parts, *tables], read_only=True)
+        return _like(kv, [*parts, *tables], read_only=True)
+    raise ValueError(
+        f"slice [{start}:{end}:{step}] along dim {dim}: only rows of the batch and the first tokens can be cut out; "
+        "call .dequantize() for anything else"
+    )
+
+
+def _unsqueeze(kv: GSRQTensor, dim: int) -> GSRQTensor:
+    if kv.split_heads or dim not in (2, -3) or kv.head_repeat != 1:
+        raise ValueError(f"unsqueeze at dim={dim}: only heads can be repeated, as in buffer[:, :, None].expand(...)")
+    return _like(kv, kv.parts, split=True, read_only=True)
+
+
+def _expand(kv: GSRQTensor, size: list[int], implicit: bool = False) -> GSRQTensor:
+    if not kv.split_heads:
+        if all(s in (-1, have) for s, have in zip(size, kv.shape, strict=True)):
+            return _alias(kv)
+        raise ValueError(f"expand to {list(size)}: only heads can be repeated, as in buffer[:, :, None].expand(...)")
+    batch, heads, _, capacity, dim = kv.shape
+    if any(s not in (-1, have) for s, have in zip((*size[:2], *size[3:]), (batch, heads, capacity, dim), strict=True)):
+        raise ValueError(f"expand {tuple(kv.shape)} to {list(size)}: only heads can be repeated")
+    return _like(kv, kv.parts, repeat=max(size[2], 1))
+
+
+def _view(kv: GSRQTensor, size: list[int]) -> GSRQTensor:
+    if tuple(size) == tuple(kv.shape):
+        return _alias(kv)
+    batch, heads, capacity, _ = kv.codes.shape
+    if tuple(size) == (batch, heads * kv.head_repeat, capacity, kv.window.shape[-1]):
+        return _like(kv, kv.parts, split=False, read_only=True)
+    raise ValueError(f"cannot view {tuple(kv.shape)} as {list(size)}: only repeated heads can be merged")
+
+
+def _repeat_interleave(kv: GSRQTensor, repeats: Any, dim: int | None = None, **_: Any) -> Tensor:
+    if dim in (0, -4):
+        rows = torch.arange(kv.shape[0], device=kv.device).repeat_interleave(repeats)
+        return kv.select_rows(rows)
+    if dim in (1, -3) and isinstance(repeats, int):
+        return _repeat_heads(kv, repeats)
+    raise ValueError(f"repeat_interleave({repeats}, dim={dim}): rows (dim 0) and heads (dim 1) can be repeated")
+
+
+def _repeat_heads(kv: GSRQTensor, repeats: int) -> Tensor:
+    """Repeat heads lazily, through the ops that plain code would use, so that tracing sees them."""
+    batch, heads, capacity, dim = kv.shape
+    return kv[:, :, None].expand(batch, heads, repeats, capacity, dim).reshape(batch, heads * repeats, capacity, dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def _attention(q: Tensor, key: GSRQTensor, value: GSRQTensor, *rest: Any) -> Tensor:
+    for name, kv in (("key", key), ("value", value)):
+        if not isinstance(kv, GSRQTensor):
+            raise TypeError(f"{name} is a plain tensor; attention on codes takes a GSRQTensor for both")
+    mask, scale, causal, softcap, sink_logits, key_tail, value_tail, tail_start, view = rest
+    return gsrq.attention(
+        q,
+        key.parts,
+        list(key.integers),
+        value.parts,
+        list(value.integers),
+        mask,
+        scale,
+        causal,
+        softcap,
+        sink_logits,
+        key_tail,
+        value_tail,
+        tail_start,
+        view,
+    )
+
+
+def _tail(kv: GSRQTensor, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    return gsrq.tail(kv.parts, list(kv.integers), x, slots)
+
+
+def _sdpa(
+    query: Tensor,
+    key: GSRQTensor,
+    value: GSRQTensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if not (isinstance(key, GSRQTensor) and isinstance(value, GSRQTensor)) or isinstance(query, GSRQTensor):
+        raise TypeError("scaled_dot_product_attention takes a plain query and a GSRQTensor for both key and value")
+    if dropout_p:
+        raise ValueError(f"dropout_p={dropout_p}: attention on codes has no dropout")
+    if query.shape[1] != key.shape[1] and not enable_gqa:
+        raise ValueError(f"{query.shape[1]} query heads and {key.shape[1]} key heads need enable_gqa=True")
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError("attn_mask and is_causal=True exclude each other")
+        attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])
+    causal = reference.UPPER_LEFT if is_causal else reference.NOT_CAUSAL
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return gsrq.kv_attention(query, key, value, attn_mask, scale, causal, 0.0, None, None, None, None, reference.WINDOW)
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    gsrq.kv_append_.default: _append,
+    gsrq.kv_tail.default: _tail,
+    gsrq.kv_attention.default: _attention,
+    aten.index_copy_.default: _index_copy_,
+    aten.index_put_.default: _index_put_,
+    aten.copy_.default: _copy_,
+    aten.zero_.default: _zero_,
+    aten.clone.default: _clone,
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten._to_copy.default: _to_copy,
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
+    aten.slice.Tensor: _slice,
+    aten.unsqueeze.default: _unsqueeze,
+    aten.expand.default: _expand,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+}
