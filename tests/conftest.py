@@ -14,6 +14,8 @@ from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate
 from torchgsrq.calibrate import train_codebook
 from torchgsrq.layout import Layout, key_layout, value_layout
 
+torch.set_num_threads(1)  # the tensors are tiny, and threads of parallel test processes would fight
+
 settings.register_profile(
     "default", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )

@@ -158,7 +158,7 @@ def _normalised(weight: Tensor, power: float) -> Tensor:
     return weight.pow(power)
 
 
-def _train_gsrq(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
+def _train_gsrq(stats: Statistics, config: GSRQConfig, span: int, method: str) -> LayerCodec:
     """The default recipe: anchored frames, attention-weighted metric and weights, means removed."""
     info = stats.info
     k, v = torch.cat(stats.keys, 1), torch.cat(stats.values, 1)
@@ -183,7 +183,7 @@ def _train_gsrq(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
     y = centred @ root.transpose(1, 2)
     layout = key_layout(info.head_dim, config.key_rate, config.layout)
     deal = _deal(y, weight, layout.groups)
-    codebook = train_codebook(y @ deal.transpose(1, 2), weight, layout, seed=config.seed)
+    codebook = train_codebook(y @ deal.transpose(1, 2), weight, layout, method=method, seed=config.seed)
     key = Codec.build(
         layout,
         mean,
@@ -200,7 +200,7 @@ def _train_gsrq(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
     centred = v - mean.unsqueeze(1)
     layout = value_layout(info.head_dim, config.value_rate, config.layout)
     deal = _deal(centred, weight, layout.groups)
-    codebook = train_codebook(centred @ deal.transpose(1, 2), weight, layout, seed=config.seed + 1)
+    codebook = train_codebook(centred @ deal.transpose(1, 2), weight, layout, method=method, seed=config.seed + 1)
     return LayerCodec(key, Codec.build(layout, mean, deal, codebook, beam=config.beam))
 
 
@@ -217,7 +217,7 @@ def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCod
         (stats.values, stats.value_weight, config.value_rate),
     ):
         x, weight = torch.cat(vectors, 1), _normalised(torch.cat(weights, 1), 1).log1p()
-        layout = value_layout(info.head_dim, bits, "quality")
+        layout = key_layout(info.head_dim, bits, "fast")
         codebook = train_codebook(x, weight, layout, method=method, seed=config.seed)
         eye = torch.eye(info.head_dim, device=x.device).expand(info.kv_heads, -1, -1)
         is_key = vectors is stats.keys
@@ -235,10 +235,18 @@ def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCod
     return LayerCodec(*codecs)
 
 
-def _train(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
+def train(stats: Statistics, config: GSRQConfig, span: int, method: str | None = None) -> LayerCodec:
+    """The codecs of one layer.
+
+    Args:
+        stats: what was collected of the layer.
+        config: rates, layout, frame, recipe and seed are used.
+        span: see `rope_span`.
+        method: how to cluster (`kmeans.METHODS`), instead of the recipe's own.
+    """
     if config.recipe == "gsrq":
-        return _train_gsrq(stats, config, span)
-    return _train_paper(stats, config, "gskm" if config.recipe == "gsrq-paper" else "kmeans")
+        return _train_gsrq(stats, config, span, method or "kmeans")
+    return _train_paper(stats, config, method or ("gskm" if config.recipe == "gsrq-paper" else "kmeans"))
 
 
 def universal(config: GSRQConfig, num_layers: int, num_kv_heads: int, head_dim: int) -> Codebooks:
@@ -408,6 +416,33 @@ def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
     return info.kind == "full_attention" and info.index not in config.skip_layers
 
 
+def collect_statistics(
+    model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
+) -> dict[int, Statistics]:
+    """Read token windows ``[n, window]`` and keep what calibration needs of these layers."""
+    stats = {info.index: Statistics(info) for info in layers}
+
+    def observer(
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        s_aux: Tensor | None = None,
+    ) -> None:
+        index = getattr(module, "layer_idx", None)
+        if index in stats:
+            stats[index].add(q, k, v, scaling, softcap, s_aux)
+
+    device = model.get_input_embeddings().weight.device
+    with torch.no_grad(), models.observed(model, observer):
+        for window in tqdm(windows, desc="reading", disable=not progress):
+            model.base_model(input_ids=window[None].to(device), use_cache=False)
+    return stats
+
+
 def _train_layers(
     model: PreTrainedModel,
     config: GSRQConfig,
@@ -416,33 +451,17 @@ def _train_layers(
     max_memory: int,
     progress: bool,
 ) -> dict[int, LayerCodec]:
-    device = model.get_input_embeddings().weight.device
-    span = getattr(models.text_config(model), "max_position_embeddings", 8192)
     trained: dict[int, LayerCodec] = {}
     for chunk in _chunks(list(layers.values()), windows.numel(), max_memory):
-        stats = {info.index: Statistics(info) for info in chunk}
-
-        def observer(
-            module: nn.Module,
-            q: Tensor,
-            k: Tensor,
-            v: Tensor,
-            wanted: dict[int, Statistics] = stats,
-            *,
-            scaling: float,
-            softcap: float = 0.0,
-            s_aux: Tensor | None = None,
-        ) -> None:
-            if getattr(module, "layer_idx", None) in wanted:
-                wanted[module.layer_idx].add(q, k, v, scaling, softcap, s_aux)  # type: ignore[index]
-
-        with models.observed(model, observer):
-            for window in tqdm(windows, desc="reading", disable=not progress):
-                backbone = model.base_model
-                backbone(input_ids=window[None].to(device), use_cache=False)
+        stats = collect_statistics(model, chunk, windows, progress)
         for index in tqdm(list(stats), desc="training codebooks", disable=not progress):
-            trained[index] = _train(stats.pop(index), config, span)
+            trained[index] = train(stats.pop(index), config, rope_span(model))
     return trained
+
+
+def rope_span(model: PreTrainedModel) -> int:
+    """How far apart a query and a key can be: the context that the model supports."""
+    return getattr(models.text_config(model), "max_position_embeddings", 8192)
 
 
 def _chunks(layers: list[LayerInfo], tokens: int, max_memory: int) -> Iterable[list[LayerInfo]]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 METHODS = ("kmeans", "kmeans-spherical", "gskm", "gskm-public")
-_ROWS = 2048  # rows of a distance block: stays in cache, and a larger one is slower on CPU
+_ROWS = 1024  # rows of a distance block: stays in cache, and a larger one is slower on CPU
 
 
 def cluster(
@@ -125,10 +125,10 @@ def _sum_by_code(x: Tensor, code: Tensor, codewords: int) -> Tensor:
 
 
 def _samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` vectors per batch entry, drawn by weight; evenly where too few have any weight."""
+    """``count`` vectors per batch entry, drawn by weight; those without any only when the others are used up."""
     odds = weight.double().cpu().clamp_min(0)
-    few = (odds > 0).sum(1, keepdim=True) < count
-    odds = torch.where(few, torch.ones_like(odds), odds)
+    most = odds.amax(1, keepdim=True)
+    odds = torch.where(most > 0, odds.clamp_min(1e-12 * most), 1.0)
     index = torch.multinomial(odds, count, replacement=False, generator=generator).to(x.device)
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 

@@ -94,6 +94,6 @@ def key_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
 
 
 def value_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
-    """Values: 32-element groups; ``"fast"``: one stage (8 elements a code at 1 bit)."""
+    """Values: as keys; ``"fast"``: one stage (8 elements a code at 1 bit)."""
     codes = num_codes(head_dim, bits)
-    return _grouped(head_dim, codes, 32) if preset == "quality" else _one_stage(head_dim, codes)
+    return _grouped(head_dim, codes, 64) if preset == "quality" else _one_stage(head_dim, codes)

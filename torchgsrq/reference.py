@@ -14,7 +14,8 @@ from torchgsrq.config import encoded_tokens
 from torchgsrq.layout import CODEWORDS
 from torchgsrq.rope import rotate
 
-_ENCODE_TILE = 32  # rows of a distance block: one fixed shape, so that a code never depends on its batch
+_TILE = 32  # products are of whole tiles of rows, so that a vector's result never depends on its batch
+_ENCODE_ROWS = 128  # rows searched at a time: their distances stay in cache
 _DECODE_BLOCK = 512  # slots dequantized at a time
 _TABLE_BLOCK = 4096  # slots scored by look-up at a time
 _TABLE_ROWS = 16  # up to this many query rows per KV head, look-up tables are cheaper than decoding
@@ -48,8 +49,7 @@ def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
     y = rotate(x.float(), (place - position).unsqueeze(1), codec.inv_freq, codec.interleaved)
     y = y - codec.frame_mean[:, place].transpose(0, 1)
     y = y.transpose(0, 1).reshape(heads, batch * n, head_dim)
-    pad = -y.shape[1] % _ENCODE_TILE
-    y = F.pad(y, (0, 0, 0, pad)) @ codec.transform.transpose(1, 2)
+    y = _tiled_product(y, codec.transform)
     head = []
     if codec.gains.numel():
         gain = (y.norm(dim=-1, keepdim=True) - codec.gains).abs().argmin(-1, keepdim=True)
@@ -60,11 +60,16 @@ def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
     for group in range(layout.groups):
         part = y[..., layout.start(group) : layout.start(group) + layout.width]
         tables = codec.codebook[:, group :: layout.groups]
-        for rows in range(0, y.shape[1], 2048):
-            found = beam_search(part[:, rows : rows + 2048], tables, codec.beam)
-            codes[:, rows : rows + 2048, group :: layout.groups] = found
+        for rows in range(0, y.shape[1], _ENCODE_ROWS):
+            found = beam_search(part[:, rows : rows + _ENCODE_ROWS], tables, codec.beam)
+            codes[:, rows : rows + _ENCODE_ROWS, group :: layout.groups] = found
     codes = torch.cat([*head, codes], -1)[:, : batch * n]
     return codes.reshape(heads, batch, n, codec.num_codes).transpose(0, 1).contiguous()
+
+
+def _tiled_product(y: Tensor, matrix: Tensor) -> Tensor:
+    """``matrix @ y`` for every row of ``y [heads, n, d]``, padded with zero rows to whole tiles."""
+    return F.pad(y, (0, 0, 0, -y.shape[1] % _TILE)) @ matrix.transpose(1, 2)
 
 
 def beam_search(y: Tensor, tables: Tensor, beam: int) -> Tensor:
@@ -83,13 +88,12 @@ def beam_search(y: Tensor, tables: Tensor, beam: int) -> Tensor:
     codes = torch.zeros(heads, n, 1, 0, dtype=torch.int64, device=y.device)
     for stage in range(stages):
         table = tables[:, stage]
-        squares = table.square().sum(-1)[:, None, None, :]
-        dots = torch.bmm(residual.flatten(1, 2), table.transpose(1, 2)).view(heads, n, -1, CODEWORDS)
-        change = squares - 2 * dots
+        squares = table.square().sum(-1).unsqueeze(1)
+        change = torch.baddbmm(squares, residual.flatten(1, 2), table.transpose(1, 2), alpha=-2)
+        change = change.view(heads, n, -1, CODEWORDS)
         pick = change[:, :, 0].argmin(-1, keepdim=True)  # candidate 0, greedily
         if beam > 1:
-            total = change + cost.unsqueeze(-1)
-            total = total.flatten(2).scatter(2, pick, torch.inf)
+            total = change.add_(cost.unsqueeze(-1)).flatten(2).scatter_(2, pick, torch.inf)
             others = total.topk(beam - 1, dim=-1, largest=False).indices
             pick = torch.cat((pick, others), -1)
         parent, code = pick // CODEWORDS, pick % CODEWORDS
@@ -132,7 +136,9 @@ def decode(codes: Tensor, position: Tensor, codec: Codec, dtype: torch.dtype = t
         ``[batch, heads, n, head_dim]`` of ``dtype``.
     """
     place = position.remainder(codec.frame)
-    x = codeword_sum(codes, codec) @ codec.inverse.transpose(1, 2)
+    batch, heads, n, _ = codes.shape
+    y = codeword_sum(codes, codec).transpose(0, 1).reshape(heads, batch * n, codec.head_dim)
+    x = _tiled_product(y, codec.inverse)[:, : batch * n].unflatten(1, (batch, n)).transpose(0, 1)
     x = x + codec.frame_mean[:, place].transpose(0, 1)
     return rotate(x, (position - place).unsqueeze(1), codec.inv_freq, codec.interleaved).to(dtype)
 
@@ -343,7 +349,7 @@ def attention(
         nonlocal top, mass, out
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.view(batch, heads, group, queries, -1)
+        scores = scores.unflatten(2, (group, queries))
         if causal:
             allowed = allowed & (slots[:, None] <= query_slot[:, None])
         if mask is not None:

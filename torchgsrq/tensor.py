@@ -240,7 +240,9 @@ def _index_copy_(kv: GSRQTensor, dim: int, index: Tensor, source: Tensor) -> GSR
 def _index_put_(kv: GSRQTensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> GSRQTensor:
     if accumulate or len(indices) != 3 or indices[0] is not None or indices[1] is not None or indices[2] is None:
         raise ValueError("a GSRQTensor is written along its tokens: buffer[:, :, slots] = x")
-    _append(kv, values, indices[2].reshape(-1))
+    slots = indices[2].reshape(-1)
+    # `buffer[...] = x` drops leading dimensions of size 1 from x.
+    _append(kv, values.expand(*kv.shape[:2], slots.shape[0], kv.shape[3]), slots)
     return kv
 
 

@@ -1,0 +1,268 @@
+"""Encode and decode: the contracts of a codec, on any input; codebook files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from tests.conftest import make_codec
+from torchgsrq import Codebooks, GSRQConfig
+from torchgsrq.calibrate import universal
+from torchgsrq.codec import LayerCodec
+from torchgsrq.layout import Layout
+from torchgsrq.reference import beam_search, codeword_sum, decode, encode
+from torchgsrq.rope import rotate
+
+LAYOUTS = {
+    "whole": Layout(16, 1, 3),
+    "groups": Layout(16, 2, 4),
+    "ragged": Layout(16, 4, 6),
+    "one stage": Layout(16, 4, 4),
+    "odd": Layout(12, 3, 7),
+}
+CODECS = {
+    **{name: make_codec(2, layout=layout) for name, layout in LAYOUTS.items()},
+    "no frames": make_codec(2, pairs=0),
+    "frame of 1": make_codec(2, frame=1),
+    "partial, interleaved": make_codec(2, pairs=3, interleaved=True),
+    "greedy": make_codec(2, beam=1),
+    "gains": make_codec(2, pairs=0, gains=True, layout=Layout(16, 1, 3)),
+}
+SCALES = st.sampled_from([1.0, 1e-3, 1e3, 1e-30, 1e12, 0.0])
+
+
+def vectors(codec, batch=2, n=9, seed=0, scale=1.0):
+    x = torch.randn(batch, codec.heads, n, codec.head_dim, generator=torch.Generator().manual_seed(seed))
+    return x * scale
+
+
+def positions(batch, n, first=0):
+    return (torch.arange(n) + first).expand(batch, -1)
+
+
+def metric(x, codec, position):
+    """Squared length in the codec's metric."""
+    place = position.remainder(codec.frame)
+    y = rotate(x, (place - position)[:, None], codec.inv_freq, codec.interleaved) @ codec.transform.transpose(1, 2)
+    return y.square().sum(-1)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@given(seed=st.integers(0, 99), first=st.sampled_from([-5, 0, 7, 1000, 30000]), scale=SCALES)
+def test_codes_do_not_depend_on_batch_or_chunk(name, seed, first, scale):
+    codec = CODECS[name]
+    x, at = vectors(codec, 3, 11, seed, scale), positions(3, 11, first)
+    codes = encode(x, at, codec)
+    assert codes.dtype == torch.uint8 and codes.shape == (3, 2, 11, codec.num_codes)
+    assert torch.equal(encode(x, at, codec), codes)
+    rows = torch.tensor([2, 0])
+    assert torch.equal(encode(x[rows], at[rows], codec), codes[rows])
+    split = [encode(c, p, codec) for c, p in zip(x.split([1, 4, 6], 2), at.split([1, 4, 6], 1), strict=True)]
+    assert torch.equal(torch.cat(split, 2), codes)
+    assert torch.equal(decode(codes[:, :, 3:5], at[:, 3:5], codec), decode(codes, at, codec)[:, :, 3:5])
+
+
+@pytest.mark.parametrize("name", CODECS)
+@given(seed=st.integers(0, 99), scale=SCALES)
+def test_beam_search_is_never_worse_than_greedy(name, seed, scale):
+    codec = CODECS[name]
+    if codec.gains.numel():
+        return
+    x, at = vectors(codec, 1, 8, seed, scale), positions(1, 8)
+    errors = []
+    for beam in (1, 2, 4, 7):
+        from dataclasses import replace
+
+        one = replace(codec, beam=beam)
+        errors.append(metric(x - decode(encode(x, at, one), at, one), codec, at))
+    for error in errors[1:]:
+        assert (error <= errors[0] * (1 + 1e-4) + 1e-6 * (1 + scale**2)).all()
+
+
+@given(seed=st.integers(0, 99), scale=SCALES, kind=st.sampled_from(["random", "constant", "outlier"]))
+def test_another_stage_never_hurts_greedy(seed, scale, kind):
+    """Stages after the first keep a zero codeword; k-means alone does not give this."""
+    y = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(seed)) * scale
+    if kind == "constant":
+        y = torch.full_like(y, scale)
+    if kind == "outlier":
+        y[..., 3] = 1e4 * scale
+    codec = make_codec(2, layout=Layout(8, 1, 5), pairs=0)
+    assert not codec.codebook[:, 1:, 0].any()
+    last = None
+    for stages in range(1, 6):
+        tables = codec.codebook[:, :stages]
+        codes = beam_search(y, tables, 1).long()
+        back = sum(tables[:, s].gather(1, codes[..., s, None].expand(-1, -1, 8)) for s in range(stages))
+        error = (y - back).square().sum(-1)
+        if last is not None:
+            assert (error <= last * (1 + 1e-5) + 1e-12).all()
+        last = error
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_codewords_come_back(name):
+    """A vector that is a sum of codewords is coded without error, wherever it is."""
+    codec = CODECS[name]
+    codes = torch.randint(0, 256, (1, 2, 6, codec.num_codes), generator=torch.Generator().manual_seed(0))
+    codes[..., 1 + bool(codec.gains.numel()) * 0 :] %= 256
+    if codec.layout.stages > 1:  # only the first stage, so that greedy search finds it
+        codes[..., codec.layout.groups + bool(codec.gains.numel()) :] = 0
+    codes = codes.to(torch.uint8)
+    at = positions(1, 6, 40)
+    x = decode(codes, at, codec)
+    if codec.gains.numel():  # the gain of a codeword that is not of unit length is another one
+        return
+    torch.testing.assert_close(decode(encode(x, at, codec), at, codec), x, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_decode_is_what_the_codec_says(name):
+    """Against the formula, one vector at a time: R(start) (frame_mean[place] + inverse sum of codewords)."""
+    codec = CODECS[name]
+    codes = torch.randint(0, 256, (1, 2, 5, codec.num_codes), generator=torch.Generator().manual_seed(1)).byte()
+    at = positions(1, 5, 30)
+    got = decode(codes, at, codec)
+    gains = int(bool(codec.gains.numel()))
+    for h in range(2):
+        for t in range(5):
+            y = torch.zeros(codec.head_dim)
+            for m in range(codec.layout.codes):
+                start = codec.layout.start(m)
+                y[start : start + codec.layout.width] += codec.codebook[h, m, int(codes[0, h, t, m + gains])]
+            if gains:
+                y = y * codec.gains[int(codes[0, h, t, 0])]
+            place = int(at[0, t]) % codec.frame
+            x = codec.frame_mean[h, place] + codec.inverse[h] @ y
+            want = rotate(x, at[0, t] - place, codec.inv_freq, codec.interleaved)
+            torch.testing.assert_close(got[0, h, t], want, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_are_coded_alike_at_any_frame():
+    """The same key at the same place of another frame has the same codes: R(-start) is taken off before coding."""
+    codec = make_codec(2, frame=16)
+    raw = vectors(codec, 1, 16)
+    codes = []
+    for start in (0, 16 * 7, 16 * 2000):
+        at = positions(1, 16, start)
+        x = rotate(raw, at[:, None], codec.inv_freq)
+        codes.append(encode(x, at, codec))
+    assert torch.equal(codes[0], codes[1])
+    assert (codes[0] == codes[2]).float().mean() > 0.97
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_is_transformers_rope(interleaved):
+    from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as interleaved_rope
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as half_split_rope
+
+    inv_freq = 1.0 / 10000 ** (torch.arange(0, 16, 2) / 16)
+    x, at = torch.randn(1, 2, 5, 16), torch.arange(5)[None] + 11
+    angle = at[..., None] * inv_freq
+    cos, sin = (torch.cat((f(angle), f(angle)), -1) for f in (torch.cos, torch.sin))
+    theirs = (interleaved_rope if interleaved else half_split_rope)(x, x, cos, sin)[0]
+    torch.testing.assert_close(rotate(x, at[:, None], inv_freq, interleaved), theirs, rtol=1e-5, atol=1e-5)
+    back = rotate(rotate(x, at[:, None], inv_freq, interleaved), -at[:, None], inv_freq, interleaved)
+    torch.testing.assert_close(back, x, rtol=1e-5, atol=1e-5)
+
+
+def test_ties_go_to_the_lower_code():
+    table = torch.zeros(1, 1, 256, 4)
+    table[0, 0, 7], table[0, 0, 200] = 1.0, 1.0
+    assert int(beam_search(torch.ones(1, 32, 4), table, 1)[0, 0, 0]) == 7
+    assert int(beam_search(torch.zeros(1, 32, 4), table, 1)[0, 0, 0]) == 0
+
+
+def test_nested_rates_are_prefixes():
+    codec = make_codec(2, layout=Layout(16, 2, 8), beam=1)
+    lower = codec.at(2)
+    assert lower.layout == Layout(16, 2, 4) and torch.equal(lower.codebook, codec.codebook[:, :4])
+    x, at = vectors(codec), positions(2, 9)
+    assert torch.equal(encode(x, at, codec)[..., :4], encode(x, at, lower))  # greedy codes are nested too
+    for bits in (0.5, 8, 1.3):
+        with pytest.raises(ValueError, match=f"bits={bits} is no prefix.*between 1 and 4"):
+            codec.at(bits)
+
+
+def books() -> Codebooks:
+    layers = {
+        0: LayerCodec(make_codec(2), make_codec(2, pairs=0)),
+        3: LayerCodec(make_codec(2, interleaved=True, pairs=3, seed=5), make_codec(2, pairs=0, seed=6)),
+    }
+    return Codebooks(layers, {"model": "abc", "config": {"key_bits": 2.0}, "source": "data", "tokens": 5})
+
+
+def test_files_are_exact(tmp_path):
+    was = books()
+    was.save(tmp_path / "b.safetensors")
+    got = Codebooks.load(tmp_path / "b.safetensors")
+    assert list(got) == [0, 3] and got.metadata == was.metadata
+    for i in got:
+        for a, b in zip(got[i], was[i], strict=True):
+            assert a.integers == b.integers and a.layout == b.layout
+            assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+    assert [p.name for p in tmp_path.iterdir()] == ["b.safetensors"]
+    with pytest.raises(KeyError, match="no codebooks for layer 1"):
+        got[1]
+
+
+def test_wrong_files_are_refused(tmp_path):
+    path = tmp_path / "b.safetensors"
+    with pytest.raises(FileNotFoundError, match="no codebook file"):
+        Codebooks.load(path)
+    books().save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole codebook file"):
+        Codebooks.load(path)
+    path.write_bytes(b"hello, this is text")
+    with pytest.raises(ValueError, match="not a whole codebook file"):
+        Codebooks.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a torchgsrq codebook file"):
+        Codebooks.load(path)
+    path.write_bytes(whole)
+    with safe_open(path, "pt") as file:
+        meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, {**meta, "version": "99"})
+    with pytest.raises(ValueError, match="format version 99; this torchgsrq reads 1"):
+        Codebooks.load(path)
+    facts = json.loads(meta["codecs"])
+    facts["0.key"]["groups"] = 4
+    save_file(tensors, path, {**meta, "codecs": json.dumps(facts)})
+    with pytest.raises(ValueError, match=r"tables of 0\.key do not fit"):
+        Codebooks.load(path)
+
+
+def test_universal_codebooks_need_nothing_and_suit_any_scale():
+    found = universal(GSRQConfig(bits=2), 3, 2, 16)
+    assert len(found) == 3 and found[0].key.num_codes == 4
+    at = positions(1, 40)
+    x = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for scale in (1e-3, 1.0, 100.0):
+        back = decode(encode(x * scale, at, found[0].key), at, found[0].key)
+        errors.append(float((back - x * scale).square().sum() / (x * scale).square().sum()))
+    assert max(errors) < 0.35 and max(errors) - min(errors) < 0.05
+    with pytest.raises(ValueError, match="no byte for the shape"):
+        universal(GSRQConfig(bits=0.5), 1, 1, 16)
+
+
+def test_codeword_sum_reads_every_layout_alike():
+    """A grouped codebook and the whole-head one that embeds it mean the same vectors."""
+    codec = CODECS["groups"]
+    wide = torch.zeros(2, 4, 256, 16)
+    for m in range(4):
+        start = codec.layout.start(m)
+        wide[:, m, :, start : start + codec.layout.width] = codec.codebook[:, m]
+    from dataclasses import replace
+
+    whole = replace(codec, layout=Layout(16, 1, 4), codebook=wide)
+    codes = torch.randint(0, 256, (2, 2, 7, 4)).byte()
+    torch.testing.assert_close(codeword_sum(codes, whole), codeword_sum(codes, codec))

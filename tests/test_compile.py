@@ -1,0 +1,180 @@
+"""torch.compile: one graph, the same outputs and the same cache contents as eager, no copy of the cache."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
+
+from tests.conftest import SMALL, make_pair
+from torchgsrq import new_cache
+from torchgsrq.evaluate import quantized
+
+CAPACITY = 96
+
+
+class Decoder(nn.Module):
+    """A decoder block in plain PyTorch over static KV buffers, which may be plain or quantized."""
+
+    def __init__(self, repeat: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Embedding(100, 32), nn.Linear(32, 100)
+        self.q, self.kv, self.o = nn.Linear(32, 64), nn.Linear(32, 64), nn.Linear(64, 32)
+        self.repeat = repeat
+
+    def forward(self, ids, slots, keys, values):
+        x = self.embed(ids)
+        b, n, _ = x.shape
+        q = self.q(x).view(b, n, 4, 16).transpose(1, 2)
+        k, v = (t.view(b, n, 2, 16).transpose(1, 2) for t in self.kv(x).split(32, -1))
+        keys.index_copy_(2, slots, k)
+        values.index_copy_(2, slots, v)
+        mask = torch.arange(keys.shape[2], device=ids.device) <= slots[:, None]
+        if self.repeat:
+            y = F.scaled_dot_product_attention(
+                q, keys.repeat_interleave(2, 1), values.repeat_interleave(2, 1), attn_mask=mask
+            )
+        else:
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
+        return self.out(x + self.o(y.transpose(1, 2).reshape(b, n, 64)))
+
+
+@torch.no_grad()
+def generate(step, steps: int = 40):
+    """Greedy logits from a prompt of 20, and the buffers."""
+    key, value, _, _ = make_pair(2, 2, 16, CAPACITY)
+    ids = torch.randint(0, 100, (2, 20), generator=torch.Generator().manual_seed(0))
+    slots, logits = torch.arange(20), []
+    for i in range(steps):
+        logits.append(step(ids, slots, key, value)[:, -1])
+        ids, slots = logits[-1].argmax(-1, keepdim=True), torch.tensor([20 + i])
+    return torch.stack(logits), key, value
+
+
+@torch.no_grad()
+def test_the_dequantized_twin_says_the_same():
+    """Swapped for plain buffers that hold what the quantized ones decode to, every step's logits are the same."""
+    model = Decoder()
+    key, value, _, _ = make_pair(2, 2, 16, CAPACITY)
+    ids, slots = torch.randint(0, 100, (2, 20)), torch.arange(20)
+    for i in range(40):
+        got = model(ids, slots, key, value)
+        plain = [t.dequantize() for t in (key, value)]
+        want = model(ids, slots, *plain)  # writes the same tokens again
+        if i:
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            assert torch.equal(got.argmax(-1), want.argmax(-1))
+        ids, slots = got[:, -1:].argmax(-1), torch.tensor([20 + i])
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_equals_eager(backend, repeat):
+    dynamo.reset()
+    model = Decoder(repeat)
+    want, key, value = generate(model)
+    counter = CompileCounterWithBackend(backend)
+    got, key_2, value_2 = generate(torch.compile(model, fullgraph=True, backend=counter, dynamic=False))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for a, b in ((key, key_2), (value, value_2)):
+        assert int(b.length) == 59 and int(b.encoded) == 48
+        assert torch.equal(a.codes, b.codes)
+        torch.testing.assert_close(a.window, b.window)
+    assert counter.frame_count == 2, "one graph for the prompt and one for every length after it"
+
+
+def test_no_copy_of_the_cache_in_the_generated_code():
+    """Neither the codes nor the window are allocated, cloned or copied."""
+    dynamo.reset()
+    key, value, _, _ = make_pair(2, 2, 16, CAPACITY, length=20)
+    step = torch.compile(Decoder(), fullgraph=True, dynamic=False)
+    arguments = (torch.zeros(2, 1, dtype=torch.long), torch.tensor([20]), key, value)
+    with torch.no_grad():
+        _, code = run_and_get_code(step, *arguments)
+    text = "\n".join(code)
+    assert "torchgsrq.append_" in text and "torchgsrq.attention" in text
+    for held in (key.codes, key.window):
+        shape = re.escape(", ".join(map(str, held.shape)))
+        assert not re.search(rf"empty_strided\w*\(\({shape}\)", text)
+    assert "clone" not in text
+
+
+@torch.no_grad()
+def test_append_after_clone():
+    """clone-then-mutate in one graph must not write through to the source."""
+    dynamo.reset()
+    key, _, _, _ = make_pair(1, 2, 16, 32, length=10)
+    was = key.dequantize()
+    x = torch.randn(1, 2, 1, 16)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def fork(buffer, x):
+        other = buffer.clone()
+        other.index_copy_(2, torch.tensor([10]), x)
+        return other
+
+    other = fork(key, x)
+    assert torch.equal(key.dequantize(), was) and int(key.length) == 10
+    assert int(other.length) == 11 and torch.equal(other.dequantize()[:, :, 10:11], x)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@torch.no_grad()
+def test_a_transformers_decode_step(llama, backend):
+    """One graph for all lengths of a static cache, with eager's logits and eager's codes."""
+    dynamo.reset()
+    model, books = llama
+    prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
+    with quantized(model, SMALL, books):
+        counter = CompileCounterWithBackend(backend)
+        step = torch.compile(model.forward, fullgraph=True, backend=counter, dynamic=False)
+        caches = [new_cache(model, max_cache_len=64) for _ in range(2)]
+        for cache in caches:
+            model(prompt, past_key_values=cache, use_cache=True)
+        token = prompt[:, -1:].contiguous()  # as those to come: strides are part of a graph
+        for i in range(16):
+            position = torch.full((2, 1), 20 + i)
+            want = model(token, position_ids=position, past_key_values=caches[0], use_cache=True).logits
+            got = step(token, position_ids=position, past_key_values=caches[1], use_cache=True).logits
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            token = want[:, -1:].argmax(-1)
+        for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert torch.equal(a.keys.codes, b.keys.codes)
+            torch.testing.assert_close(a.keys.window, b.keys.window, rtol=1e-4, atol=1e-4)
+            assert int(b.keys.length) == int(b.get_seq_length()) == 36
+    assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_compiled_models_generate(llama):
+    """`torch.compile(model).generate`, static cache; graphs do not multiply over calls and lengths."""
+    dynamo.reset()
+    model, books = llama
+    with quantized(model, SMALL, books):
+        prompt = torch.randint(3, 100, (1, 20), generator=torch.Generator().manual_seed(2))
+        arguments = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "cache_implementation": "static"}
+        want = model.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)
+        counter = CompileCounterWithBackend("aot_eager")
+        forward = model.forward
+        model.forward = torch.compile(forward, backend=counter, fullgraph=True)
+        try:
+            graphs = []
+            for length in (20, 17, 11):
+                ids = prompt[:, :length]
+                got = model.generate(ids, attention_mask=torch.ones_like(ids), **arguments)
+                if length == 20:
+                    assert torch.equal(got, want)
+                graphs.append(counter.frame_count)
+        finally:
+            model.forward = forward
+        assert graphs[2] == graphs[1] <= graphs[0] + 2
+        assert torch.equal(
+            torch.compile(model).generate(prompt, attention_mask=torch.ones_like(prompt), **arguments), want
+        )

@@ -1,0 +1,153 @@
+"""Clustering: pinned against straightforward recomputation and against scipy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchgsrq.kmeans import METHODS, assign, cluster
+
+
+def points(n: int = 400, width: int = 3, batch: int = 2, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch, n, width, generator=torch.Generator().manual_seed(seed))
+
+
+def slow_update(x, w, centers, method):
+    """One round, vector by vector, as the paper writes it (arXiv 2607.01065), in float64."""
+    shape = [c / np.linalg.norm(c) if np.linalg.norm(c) else c for c in centers]
+    gain = [np.linalg.norm(c) for c in centers]
+    if method == "gskm-public":
+        gain = [max(float(torch.tensor(g).bfloat16()), 1e-4) for g in gain]
+    code = [max(range(len(shape)), key=lambda k: 2 * gain[k] * (v @ shape[k]) - gain[k] ** 2) for v in x]
+    out = []
+    for k in range(len(shape)):
+        mine = [(v, m) for v, m, c in zip(x, w, code, strict=True) if c == k]
+        total = sum(m for _, m in mine)
+        if method == "kmeans":
+            out.append(sum(m * v for v, m in mine) / total)
+            continue
+        if method == "gskm":
+            direction = sum(m * v / np.linalg.norm(v) for v, m in mine)
+        else:
+            direction = sum(gain[k] * m * v for v, m in mine)
+        new = direction / np.linalg.norm(direction)
+        onto = new if method == "gskm" else shape[k]
+        g = sum(m * (v @ onto) for v, m in mine) / total
+        if method == "gskm-public":
+            g = max(float(torch.tensor(g).bfloat16()), 1e-4)
+        out.append(g * new)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "gskm", "gskm-public"])
+def test_one_round_is_the_papers(method, monkeypatch):
+    """From a given start, one round equals the plain loop."""
+    import torchgsrq.kmeans as module
+
+    x, w = points(200, 4, 1), torch.rand(1, 200, generator=torch.Generator().manual_seed(1)) + 0.1
+    start = points(6, 4, 1, seed=2)
+    monkeypatch.setattr(module, "_samples", lambda *_: start)
+    monkeypatch.setattr(module, "_spherical", lambda *_: start)
+    got = cluster(x, w, codewords=6, method=method, iterations=1)
+    want = slow_update(x[0].double().numpy(), w[0].double().numpy(), start[0].double().numpy(), method)
+    np.testing.assert_allclose(got[0].numpy(), want, rtol=2e-3 if method == "gskm-public" else 1e-4, atol=1e-5)
+
+
+def test_assignment_is_the_nearest_codeword():
+    x, centers = points(300, 5), points(20, 5, seed=3)
+    code, error = assign(x, centers)
+    distance = torch.cdist(x, centers).square()
+    assert torch.equal(code, distance.argmin(-1))
+    torch.testing.assert_close(error, distance.amin(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "kmeans-spherical"])
+def test_distortion_is_that_of_scipy(method):
+    """Within 2% of scipy's k-means with k-means++ starts, on clustered data."""
+    from scipy.cluster.vq import kmeans2
+
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(1, 3000, 4, generator=g) + 1.5 * torch.randn(16, 4, generator=g)[torch.arange(3000) % 16]
+    ours = float(
+        np.mean([assign(x, cluster(x, codewords=32, method=method, iterations=30, seed=s))[1].mean() for s in range(3)])
+    )
+    theirs = []
+    for seed in range(3):
+        centers, _ = kmeans2(x[0].double().numpy(), 32, iter=30, minit="++", seed=seed)
+        theirs.append(float(torch.cdist(x[0].double(), torch.from_numpy(centers)).amin(-1).square().mean()))
+    assert ours < 1.02 * np.mean(theirs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_rounds_do_not_hurt_and_seeds_repeat(method):
+    x = points(600, 6)
+    few, many = (assign(x, cluster(x, codewords=16, method=method, iterations=i))[1].mean() for i in (1, 20))
+    assert many <= few * 1.01
+    assert torch.equal(cluster(x, codewords=16, method=method, seed=4), cluster(x, codewords=16, method=method, seed=4))
+    assert not torch.equal(
+        cluster(x, codewords=16, method=method, seed=4), cluster(x, codewords=16, method=method, seed=5)
+    )
+
+
+def test_batch_entries_do_not_see_each_other():
+    x = points(300, 4, batch=1).repeat(3, 1, 1)
+    w = torch.ones(3, 300)
+    out = cluster(x, w, codewords=300 // 4, iterations=3)
+    again = cluster(x.clone().index_fill_(0, torch.tensor([2]), 7.0), w, codewords=300 // 4, iterations=3)
+    assert torch.equal(out[:2], again[:2])
+
+
+def test_weights_move_codewords():
+    x = torch.tensor([[[0.0], [1.0]]]).repeat(1, 50, 1)
+    w = torch.where(x[..., 0] > 0, 3.0, 1.0)
+    out = cluster(x, w, codewords=1, iterations=2)
+    torch.testing.assert_close(out, torch.tensor([[[0.75]]]))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_awkward_data(method):
+    """Fewer vectors than codewords, equal vectors, zeros, weights of zero: finite, and exact where it can be."""
+    few = points(5, 3, 1)
+    out = cluster(few, codewords=8, method=method)
+    assert out.shape == (1, 8, 3)
+    assert assign(few, out)[1].max() < 1e-6
+    same = torch.ones(2, 100, 3)
+    out = cluster(same, codewords=4, method=method, iterations=3)
+    assert out.isfinite().all() and assign(same, out)[1].max() < 2e-3
+    zeros = torch.zeros(1, 50, 3)
+    assert cluster(zeros, codewords=4, method=method, iterations=2).abs().max() <= 1e-4
+    unweighted = cluster(points(50), torch.zeros(2, 50), codewords=4, method=method, iterations=2)
+    assert unweighted.isfinite().all()
+
+
+def test_empty_clusters_are_seeded_again():
+    """Two far points among thousands of equal ones: every codeword still ends somewhere useful."""
+    x = torch.zeros(1, 1000, 2)
+    x[0, :3] = torch.tensor([[50.0, 0], [0, 50.0], [-50.0, 0]])
+    out = cluster(x, codewords=4, iterations=10)
+    assert assign(x, out)[1].max() < 1e-6
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 3), st.sampled_from(METHODS))
+def test_never_worse_than_one_codeword(n, width, seed, method):
+    x = points(n, width, 1, seed)
+    one = (x - x.mean(1, keepdim=True)).square().sum()
+    out = cluster(x, codewords=4, method=method, iterations=5, seed=seed)
+    assert out.isfinite().all()
+    assert float(assign(x, out)[1].sum()) <= float(x.square().sum()) * 1.01 + 1e-4
+    if method == "kmeans":
+        assert float(assign(x, out)[1].sum()) <= float(one) * 1.5 + 1e-4
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match=r"x has shape \(2, 3\)"):
+        cluster(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="at least 1"):
+        cluster(torch.zeros(2, 0, 3))
+    with pytest.raises(ValueError, match="weight has shape"):
+        cluster(torch.zeros(2, 4, 3), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="choose one of kmeans"):
+        cluster(torch.zeros(2, 4, 3), method="lloyd")

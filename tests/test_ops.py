@@ -1,0 +1,89 @@
+"""The ops as torch sees them: schemas, fakes and mutation, checked by `torch.library.opcheck`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conftest import make_pair
+
+ops = torch.ops.torchgsrq
+TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def buffers(length: int = 30):
+    key, value, _, _ = make_pair(2, 2, 16, 48, length=length)
+    return key, value
+
+
+def flat(kv):
+    return [p.clone() for p in kv.parts], list(kv.integers)
+
+
+def test_encode_and_decode():
+    key, _ = buffers()
+    codec = key.codec
+    at = torch.arange(7).expand(2, -1)
+    x = torch.randn(2, 2, 7, 16)
+    torch.library.opcheck(ops.encode.default, (x, at, codec.tensors, codec.integers), test_utils=TESTS)
+    codes = ops.encode(x, at, codec.tensors, codec.integers)
+    torch.library.opcheck(
+        ops.decode.default, (codes, at, codec.tensors, codec.integers, torch.float16), test_utils=TESTS
+    )
+
+
+def test_append():
+    tensors, layout = flat(buffers()[0])
+    codes, window, start, length, encoded, *tables = tensors
+    arguments = (codes, window, length, encoded, start, tables, layout, torch.randn(2, 2, 5, 16), torch.arange(30, 35))
+    torch.library.opcheck(ops.append_.default, arguments, test_utils=TESTS)
+
+
+def test_tail_and_dequantize():
+    tensors, layout = flat(buffers()[0])
+    new = torch.randn(2, 2, 5, 16)
+    torch.library.opcheck(ops.tail.default, (tensors, layout, new, torch.arange(30, 35)), test_utils=TESTS)
+    torch.library.opcheck(ops.dequantize.default, (tensors, layout, torch.float32), test_utils=TESTS)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention(masked):
+    (key, key_layout), (value, value_layout) = (flat(b) for b in buffers())
+    q = torch.randn(2, 4, 3, 16)
+    mask = torch.rand(2, 1, 3, 48) < 0.5 if masked else None
+    logits = torch.randn(4) if masked else None
+    arguments = (q, key, key_layout, value, value_layout, mask, 0.25, 0, 2.0, logits, None, None, None, 0)
+    torch.library.opcheck(ops.attention.default, arguments, test_utils=TESTS)
+
+
+def test_ops_on_buffers_agree_with_ops_on_their_parts():
+    key, value = buffers()
+    q = torch.randn(2, 4, 3, 16)
+    rest = (None, 0.25, 2, 0.0, None, None, None, None, 0)
+    (k, kl), (v, vl) = flat(key), flat(value)
+    assert torch.equal(ops.kv_attention(q, key, value, *rest), ops.attention(q, k, kl, v, vl, *rest))
+    new, slots = torch.randn(2, 2, 5, 16), torch.arange(30, 35)
+    for a, b in zip(ops.kv_tail(key, new, slots), ops.tail(k, kl, new, slots), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_buffer_ops_refuse_plain_tensors():
+    x = torch.zeros(1, 2, 3, 16)
+    with pytest.raises(TypeError, match="take a GSRQTensor"):
+        ops.kv_append_(x, x, torch.arange(3))
+    key, value = buffers()
+    with pytest.raises(TypeError, match="value is a plain tensor"):
+        ops.kv_attention(
+            torch.zeros(2, 2, 1, 16), key, value.dequantize(), None, 0.25, 0, 0.0, None, None, None, None, 0
+        )
+
+
+def test_mismatched_caches_are_refused():
+    key, _ = buffers(30)
+    _, value = buffers(20)
+    q = torch.zeros(2, 2, 1, 16)
+    with pytest.raises(ValueError, match="keys hold 30 tokens and the values 20"):
+        ops.kv_attention(q, key, value, None, 0.25, 0, 0.0, None, None, None, None, 0)
+    key, value = buffers(30)
+    with pytest.raises(ValueError, match="must cover the 30 tokens"):
+        ops.kv_attention(q, key, value, torch.ones(1, 1, 1, 9), 0.25, 0, 0.0, None, None, None, None, 0)
