@@ -16,7 +16,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/torchgsrq demo
+	$(BIN)/torchgsrq demo --bits 1 --bits 0.5
 
 lint: setup
 	$(BIN)/ruff check .
@@ -24,10 +24,10 @@ lint: setup
 	$(BIN)/mypy
 
 quick: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n auto -m "not slow"
 	$(BIN)/python -m pytest -q -m slow
 
 clean:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate
-from torchgsrq.calibrate import train_codebook
+from torchgsrq.kmeans import train_codebook
 from torchgsrq.layout import Layout, key_layout, value_layout
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads of parallel test processes would fight

@@ -209,7 +209,7 @@ def test_outlier_channels_do_not_break_attention():
     bias = torch.zeros(2, 16)
     bias[:, 3], bias[:, 11] = 400.0, -250.0
     raw = torch.randn(1, 2, 300, 16, generator=g)
-    from torchgsrq.calibrate import train_codebook
+    from torchgsrq.kmeans import train_codebook
 
     layout = Layout(16, 1, 4)
     codebook = train_codebook(raw[0], torch.ones(2, 300), layout)

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 
 from tests.conftest import make_codec
 from torchgsrq import Codebooks, GSRQConfig
-from torchgsrq.calibrate import universal
 from torchgsrq.codec import LayerCodec
 from torchgsrq.layout import Layout
 from torchgsrq.reference import beam_search, codeword_sum, decode, encode
@@ -241,7 +240,7 @@ def test_wrong_files_are_refused(tmp_path):
 
 
 def test_universal_codebooks_need_nothing_and_suit_any_scale():
-    found = universal(GSRQConfig(bits=2), 3, 2, 16)
+    found = Codebooks.universal(GSRQConfig(bits=2), 3, 2, 16)
     assert len(found) == 3 and found[0].key.num_codes == 4
     at = positions(1, 40)
     x = torch.randn(1, 2, 40, 16, generator=torch.Generator().manual_seed(0))
@@ -251,7 +250,7 @@ def test_universal_codebooks_need_nothing_and_suit_any_scale():
         errors.append(float((back - x * scale).square().sum() / (x * scale).square().sum()))
     assert max(errors) < 0.35 and max(errors) - min(errors) < 0.05
     with pytest.raises(ValueError, match="no byte for the shape"):
-        universal(GSRQConfig(bits=0.5), 1, 1, 16)
+        Codebooks.universal(GSRQConfig(bits=0.5), 1, 1, 16)
 
 
 def test_codeword_sum_reads_every_layout_alike():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -178,3 +179,24 @@ def test_compiled_models_generate(llama):
         assert torch.equal(
             torch.compile(model).generate(prompt, attention_mask=torch.ones_like(prompt), **arguments), want
         )
+
+
+@torch.no_grad()
+def test_a_plain_forward_is_one_graph(llama):
+    """`torch.compile(model)(ids)`: the cache is made and filled inside the graph; lengths do not multiply graphs."""
+    dynamo.reset()
+    model, books = llama
+    prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
+    with quantized(model, SMALL, books):
+        counter = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(model, fullgraph=True, backend=counter)
+        out = step(prompt)
+        torch.testing.assert_close(out.logits, model(prompt).logits, rtol=1e-4, atol=1e-4)
+        cache, token = out.past_key_values, prompt[:, :1].contiguous()
+        graphs = []
+        for i in range(8):
+            want = model(token, past_key_values=copy.deepcopy(cache)).logits
+            torch.testing.assert_close(step(token, past_key_values=cache).logits, want, rtol=1e-4, atol=1e-4)
+            assert cache.get_seq_length() == 21 + i
+            graphs.append(counter.frame_count)
+    assert graphs[-1] == graphs[2] <= 4

@@ -82,6 +82,8 @@ def quantize_kv_(
     if hasattr(model, "_prepare_cache_for_generation"):
         model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
     log.info("%s", describe(model, layers))
+    if not len(books):
+        log.warning("no layer of %s was quantized: see the table above", type(model).__name__)
 
 
 def dequantize_kv_(model: PreTrainedModel) -> None:

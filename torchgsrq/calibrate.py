@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from torchgsrq import models
 from torchgsrq.codec import Codebooks, Codec, LayerCodec
 from torchgsrq.config import GSRQConfig
-from torchgsrq.kmeans import assign, cluster
-from torchgsrq.layout import CODEWORDS, Layout, key_layout, num_codes, value_layout
+from torchgsrq.kmeans import train_codebook
+from torchgsrq.layout import key_layout, value_layout
 from torchgsrq.models import LayerInfo
 from torchgsrq.rope import rotate
 
@@ -29,6 +29,7 @@ WINDOW = 1024  # tokens of a calibration sequence
 FAR = 32  # a query's nearer neighbours are in the recent window and do not count
 _QUERY_STRIDE = 4  # every 4th query is enough
 _ROTATIONS = 256  # relative offsets that the query metric is averaged over
+_SHRINK = 0.5  # see `_shrunk`
 
 
 @dataclass
@@ -88,45 +89,6 @@ class Statistics:
 # Training
 
 
-def train_codebook(
-    y: Tensor, weight: Tensor, layout: Layout, *, method: str = "kmeans", iterations: int = 10, seed: int = 0
-) -> Tensor:
-    """Residual stages of 256 codewords, nested: the first m codes are the codebook of the lower rate.
-
-    Every stage after a group's first keeps a zero codeword, so that one more stage never makes the
-    greedy error worse.
-
-    Args:
-        y: ``[heads, n, head_dim]``, in the metric. weight: ``[heads, n]``.
-
-    Returns:
-        float32 rounded to float16, ``[heads, layout.codes, 256, layout.width]``.
-    """
-    heads = y.shape[0]
-    out = torch.zeros(heads, layout.codes, CODEWORDS, layout.width, device=y.device)
-    residual = y.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3).contiguous()  # [h, g, n, w]
-    for stage in range(layout.stages):
-        groups = layout.groups_in(stage)
-        part = residual[:, :groups].flatten(0, 1)
-        some_weight = weight[:, None].expand(-1, groups, -1).flatten(0, 1)
-        zero = int(stage > 0)
-        words = cluster(
-            part,
-            some_weight,
-            codewords=CODEWORDS - zero,
-            method=method,
-            iterations=iterations,
-            seed=seed + 1000 * stage,
-        )
-        words = torch.cat((words.new_zeros(words.shape[0], zero, layout.width), words), 1).half().float()
-        code, _ = assign(part, words)
-        part = part - words.gather(1, code.unsqueeze(-1).expand_as(part))
-        residual[:, :groups] = part.unflatten(0, (heads, groups))
-        first = stage * layout.groups
-        out[:, first : first + groups] = words.unflatten(0, (heads, groups))
-    return out
-
-
 def _root(metric: Tensor) -> Tensor:
     """Symmetric square root of ``[heads, d, d]``, kept away from singular."""
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
@@ -158,33 +120,33 @@ def _normalised(weight: Tensor, power: float) -> Tensor:
     return weight.pow(power)
 
 
-def _train_gsrq(stats: Statistics, config: GSRQConfig, span: int, method: str) -> LayerCodec:
-    """The default recipe: anchored frames, attention-weighted metric and weights, means removed."""
+def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "kmeans") -> Codec:
+    """Keys, by the default recipe: anchored frames, the mean removed, errors weighed by what attention does.
+
+    Args:
+        stats: what was collected of the layer.
+        config: ``key_bits``, layout, frame, beam and seed are used.
+        span: how far apart a query and a key can be (`rope_span`).
+        method: how to cluster (`kmeans.METHODS`).
+    """
     info = stats.info
-    k, v = torch.cat(stats.keys, 1), torch.cat(stats.values, 1)
     frame = config.frame if info.inv_freq.numel() else 1
+    k, places = torch.cat(stats.keys, 1), torch.cat(stats.places)
     generator = torch.Generator().manual_seed(config.seed)
-    places = torch.cat(stats.places)
     # Windows start anywhere in a frame, so that every place is trained, however short the windows are.
     shift = torch.randint(frame, (int((places == 0).sum()),), generator=generator).to(places.device)
     places = (places + shift[(places == 0).cumsum(0) - 1]) % frame
 
     weight = _normalised(torch.cat(stats.key_weight, 1), 0.5)
     mean = (k * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
-    metric = torch.as_tensor(stats.query_metric).double()
     offsets = torch.randint(max(span, 1), (_ROTATIONS,), generator=generator).to(k.device)
-    turned = torch.zeros_like(metric)
-    for some in offsets.split(32):
-        once = rotate(metric.unsqueeze(1), some[:, None], info.inv_freq, info.interleaved)
-        once = once.expand(-1, some.numel(), -1, -1)
-        turned += rotate(once.transpose(-1, -2), some[:, None], info.inv_freq, info.interleaved).mean(1) * some.numel()
-    root = _root(turned).float()
-    centred = rotate(k - mean.unsqueeze(1), places, info.inv_freq, info.interleaved)
-    y = centred @ root.transpose(1, 2)
+    root = _root(_averaged(torch.as_tensor(stats.query_metric).double(), offsets, info)).float()
+    y = rotate(k - mean.unsqueeze(1), places, info.inv_freq, info.interleaved) @ root.transpose(1, 2)
     layout = key_layout(info.head_dim, config.key_rate, config.layout)
     deal = _deal(y, weight, layout.groups)
-    codebook = train_codebook(y @ deal.transpose(1, 2), weight, layout, method=method, seed=config.seed)
-    key = Codec.build(
+    y = y @ deal.transpose(1, 2)
+    codebook = train_codebook(y, weight, layout, method=method, seed=config.seed, shrink=_SHRINK)
+    return Codec.build(
         layout,
         mean,
         deal @ root,
@@ -195,13 +157,34 @@ def _train_gsrq(stats: Statistics, config: GSRQConfig, span: int, method: str) -
         beam=config.beam,
     )
 
+
+def _averaged(metric: Tensor, offsets: Tensor, info: LayerInfo) -> Tensor:
+    """The metric ``[heads, d, d]`` of un-rotated queries, as queries at these offsets have it on average."""
+    total = torch.zeros_like(metric)
+    for some in offsets.split(32):
+        once = rotate(metric.unsqueeze(1), some[:, None], info.inv_freq, info.interleaved)
+        once = once.expand(-1, some.numel(), -1, -1)
+        total += rotate(once.transpose(-1, -2), some[:, None], info.inv_freq, info.interleaved).sum(1)
+    return total / offsets.numel()
+
+
+def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -> Codec:
+    """Values, by the default recipe: the mean removed, weighed by squared probabilities.
+
+    Args:
+        stats: what was collected of the layer.
+        config: ``value_bits``, layout, beam and seed are used.
+        method: how to cluster (`kmeans.METHODS`).
+    """
+    v = torch.cat(stats.values, 1)
     weight = _normalised(torch.cat(stats.value_weight, 1), 0.25)
     mean = (v * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
-    centred = v - mean.unsqueeze(1)
-    layout = value_layout(info.head_dim, config.value_rate, config.layout)
-    deal = _deal(centred, weight, layout.groups)
-    codebook = train_codebook(centred @ deal.transpose(1, 2), weight, layout, method=method, seed=config.seed + 1)
-    return LayerCodec(key, Codec.build(layout, mean, deal, codebook, beam=config.beam))
+    v = v - mean.unsqueeze(1)
+    layout = value_layout(stats.info.head_dim, config.value_rate, config.layout)
+    deal = _deal(v, weight, layout.groups)
+    v = v @ deal.transpose(1, 2)
+    codebook = train_codebook(v, weight, layout, method=method, seed=config.seed + 1, shrink=_SHRINK)
+    return Codec.build(layout, mean, deal, codebook, beam=config.beam)
 
 
 def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCodec:
@@ -235,44 +218,11 @@ def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCod
     return LayerCodec(*codecs)
 
 
-def train(stats: Statistics, config: GSRQConfig, span: int, method: str | None = None) -> LayerCodec:
-    """The codecs of one layer.
-
-    Args:
-        stats: what was collected of the layer.
-        config: rates, layout, frame, recipe and seed are used.
-        span: see `rope_span`.
-        method: how to cluster (`kmeans.METHODS`), instead of the recipe's own.
-    """
+def train(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
+    """The codecs of one layer, by the config's recipe."""
     if config.recipe == "gsrq":
-        return _train_gsrq(stats, config, span, method or "kmeans")
-    return _train_paper(stats, config, method or ("gskm" if config.recipe == "gsrq-paper" else "kmeans"))
-
-
-def universal(config: GSRQConfig, num_layers: int, num_kv_heads: int, head_dim: int) -> Codebooks:
-    """Codebooks that need no model and no data: an 8-bit gain and residual stages for the sphere.
-
-    One byte of a vector's rate is its norm, in steps of 1/8 octave. A rough fallback: it knows
-    neither the mean of the keys nor what attention does with them.
-    """
-    codecs = {}
-    for bits in {config.key_rate, config.value_rate}:
-        codes = num_codes(head_dim, bits) - 1
-        if codes < 1:
-            raise ValueError(f"bits={bits} leaves no byte for the shape of a vector of head_dim={head_dim}")
-        generator = torch.Generator().manual_seed(config.seed)
-        x = torch.randn(1, 8192, head_dim, generator=generator)
-        x = x / x.norm(dim=-1, keepdim=True)
-        layout = Layout(head_dim, 1, codes)
-        codebook = train_codebook(x, torch.ones(1, 8192), layout, seed=config.seed, iterations=5)
-        gains = torch.exp2((torch.arange(CODEWORDS) - 128) / 8)
-        eye = torch.eye(head_dim).expand(num_kv_heads, -1, -1)
-        mean = torch.zeros(num_kv_heads, head_dim)
-        codebook = codebook.expand(num_kv_heads, -1, -1, -1).contiguous()
-        codecs[bits] = Codec.build(layout, mean, eye, codebook, inverse=eye, gains=gains, beam=config.beam)
-    layer = LayerCodec(codecs[config.key_rate], codecs[config.value_rate])
-    metadata = {"config": config.codec_fields(), "model": None, "source": "none", "tokens": 0}
-    return Codebooks(dict.fromkeys(range(num_layers), layer), metadata)
+        return LayerCodec(train_key(stats, config, span), train_value(stats, config))
+    return _train_paper(stats, config, "gskm" if config.recipe == "gsrq-paper" else "kmeans")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +308,7 @@ def calibrate(
     data: Iterable[Any] | None = None,
     *,
     tokenizer: Any = None,
-    tokens: int = TOKENS,
+    tokens: int | None = None,
     max_memory: int = 2 << 30,
     progress: bool = True,
 ) -> Codebooks:
@@ -370,7 +320,7 @@ def calibrate(
         data: text of the kind that the model will read: strings, token tensors, or batches. Without it
             the model writes its own, which costs a third of the quality.
         tokenizer: for strings; the one of ``model.name_or_path`` by default.
-        tokens: how much of the data to use.
+        tokens: how much of the data to use, 16384 by default.
         max_memory: bytes of vectors held at a time; more layers than fit are calibrated in several passes.
         progress: show bars.
 
@@ -381,6 +331,7 @@ def calibrate(
         TypeError, ValueError: the model, the rate for its head_dim, or the data do not fit; says why.
     """
     config = config or GSRQConfig()
+    tokens = TOKENS if tokens is None else tokens
     model = models.check_supported(model)
     training = model.training
     model.eval()
@@ -394,7 +345,7 @@ def calibrate(
         facts = {"config": config.codec_fields(), "model": models.fingerprint(model)}
         if config.recipe == "universal":
             info = next(iter(layers.values()))
-            books = universal(config, 1, info.kv_heads, info.head_dim)
+            books = Codebooks.universal(config, 1, info.kv_heads, info.head_dim)
             return Codebooks(dict.fromkeys(layers, books[0]), {**books.metadata, **facts}).to(model.device)
         window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", WINDOW))
         if data is None:

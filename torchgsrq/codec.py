@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchgsrq.layout import CODEWORDS, Layout
+from torchgsrq.config import GSRQConfig
+from torchgsrq.kmeans import train_codebook
+from torchgsrq.layout import CODEWORDS, Layout, num_codes
 from torchgsrq.rope import rotate
 
 FORMAT = "torchgsrq.codebooks"
@@ -141,7 +143,8 @@ class Codec:
 
     def to(self, device: torch.device | str) -> Codec:
         """The same codec on a device."""
-        if self.frame_mean.device == torch.device(device):
+        here, there = self.frame_mean.device, torch.device(device)
+        if here.type == there.type and there.index in (None, here.index):
             return self
         return Codec.from_flat([t.to(device) for t in self.tensors], self.integers)
 
@@ -193,6 +196,34 @@ class Codebooks:
     def __repr__(self) -> str:
         rate = next((f"{8 * c.key.num_codes / c.key.head_dim:g}" for c in self.layers.values()), "no")
         return f"Codebooks({len(self)} layers, {rate} bits, source={self.metadata.get('source')!r})"
+
+    @classmethod
+    def universal(cls, config: GSRQConfig, num_layers: int, num_kv_heads: int, head_dim: int) -> Codebooks:
+        """Codebooks that need no model and no data: an 8-bit gain and residual stages for the sphere.
+
+        One byte of a vector's rate is its norm, in steps of 1/8 octave. A rough fallback: it knows
+        neither the mean of the keys nor what attention does with them.
+
+        Raises:
+            ValueError: the rate is no whole number of bytes, or leaves none for the shape.
+        """
+        codecs = {}
+        for bits in {config.key_rate, config.value_rate}:
+            codes = num_codes(head_dim, bits) - 1
+            if codes < 1:
+                raise ValueError(f"bits={bits} leaves no byte for the shape of a vector of head_dim={head_dim}")
+            x = torch.randn(1, 8192, head_dim, generator=torch.Generator().manual_seed(config.seed))
+            x = x / x.norm(dim=-1, keepdim=True)
+            layout = Layout(head_dim, 1, codes)
+            codebook = train_codebook(x, torch.ones(1, 8192), layout, seed=config.seed, iterations=5)
+            gains = torch.exp2((torch.arange(CODEWORDS) - 128) / 8)
+            eye = torch.eye(head_dim).repeat(num_kv_heads, 1, 1)
+            mean = torch.zeros(num_kv_heads, head_dim)
+            codebook = codebook.repeat(num_kv_heads, 1, 1, 1)
+            codecs[bits] = Codec.build(layout, mean, eye, codebook, inverse=eye, gains=gains, beam=config.beam)
+        layer = LayerCodec(codecs[config.key_rate], codecs[config.value_rate])
+        metadata = {"config": config.codec_fields(), "model": None, "source": "none", "tokens": 0}
+        return cls(dict.fromkeys(range(num_layers), layer), metadata)
 
     def at(self, bits: float, value_bits: float | None = None) -> Codebooks:
         """The same codebooks at a lower rate; residual stages are nested (see `Codec.at`)."""

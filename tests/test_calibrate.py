@@ -1,0 +1,208 @@
+"""Calibration: what is collected, what is trained, where the text comes from, the disk cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import SMALL, tiny_books, tiny_llama
+from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, quantize_kv_
+from torchgsrq.codec import Codec
+from torchgsrq.config import RECIPES
+from torchgsrq.kmeans import train_codebook
+from torchgsrq.layout import Layout
+from torchgsrq.models import inspect_layers
+from torchgsrq.reference import decode, encode
+from torchgsrq.rope import rotate
+
+module = sys.modules["torchgsrq.calibrate"]
+TOKENS = torch.randint(3, 100, (512,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture(scope="module")
+def stats(model):
+    return module.collect_statistics(model, inspect_layers(model), TOKENS.view(4, 128), progress=False)
+
+
+def test_statistics_are_the_formulas(model, stats):
+    """Against a plain loop over far query-key pairs of one head of one window."""
+    seen = {}
+
+    def observer(layer, q, k, v, scaling, **_):
+        seen[layer.layer_idx] = (q, k, v, scaling)
+
+    from torchgsrq.models import observed
+
+    with torch.no_grad(), observed(model, observer):
+        model.base_model(TOKENS[None, 128:256], use_cache=False)
+    q, k, v, scaling = seen[1]
+    got = stats[1]
+    info = got.info
+    k_weight, v_weight = torch.zeros(128), torch.zeros(128)
+    for head in (2, 3):  # the query heads of KV head 1
+        for t in range(3, 128, 4):
+            p = (q[0, head, t] @ k[0, 1, : t + 1].T * scaling).softmax(-1)
+            o = p @ v[0, 1, : t + 1]
+            for s in range(1, t - 31):
+                k_weight[s] += p[s] ** 2 * (v[0, 1, s] - o).square().sum()
+                v_weight[s] += p[s] ** 2
+    torch.testing.assert_close(got.key_weight[1][1], k_weight, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(got.value_weight[1][1], v_weight, rtol=1e-3, atol=1e-7)
+    raw = rotate(k[0], -torch.arange(128), info.inv_freq)
+    torch.testing.assert_close(got.keys[1], raw)
+    assert len(got.keys) == 4 and torch.equal(got.places[1], torch.arange(128))
+
+
+def test_the_codec_codes_what_it_was_trained_on(model, stats):
+    """In sample, more codes mean less weighted error, and far less than the mean alone."""
+    config = dataclasses.replace(SMALL, bits=2)
+    layer = module.train(stats[0], config, 512)
+    k = torch.stack([rotate(x, torch.arange(128), stats[0].info.inv_freq) for x in stats[0].keys])
+    at = torch.arange(128).expand(4, -1)
+    errors = []
+    for bits in (0.5, 1, 2):
+        codec = layer.key.at(bits)
+        back = decode(encode(k, at, codec), at, codec)
+        error = (back - k) @ codec.transform.transpose(1, 2)
+        errors.append(float(error.square().sum()))
+    assert errors[0] > errors[1] > errors[2]
+    centred = rotate(torch.stack(stats[0].keys) - layer.key.frame_mean[:, 0, None], at[:, None], stats[0].info.inv_freq)
+    assert errors[2] < 0.5 * float((centred @ layer.key.transform.transpose(1, 2)).square().sum())
+
+
+@pytest.mark.parametrize("layout", ["quality", "fast"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_quantizes(model, recipe, layout):
+    config = dataclasses.replace(SMALL, recipe=recipe, layout=layout, prefill="quantized")
+    books = tiny_books(model, config)
+    assert len(books) == 2 and books.metadata["config"]["recipe"] == recipe
+    assert {books[i].key.num_codes for i in books} == {4}
+    quantize_kv_(model, config, codebooks=books)
+    try:
+        with torch.no_grad():
+            assert model(TOKENS[None, :64], use_cache=True).logits.isfinite().all()
+    finally:
+        dequantize_kv_(model)
+
+
+def test_recipes_are_what_they_say(model):
+    default = tiny_books(model)[0].key
+    assert default.frame == 32 and default.beam == 4 and default.frame_mean.abs().max() > 0
+    paper = tiny_books(model, dataclasses.replace(SMALL, recipe="gsrq-paper"))[0].key
+    assert paper.frame == 1 and paper.beam == 1 and not paper.frame_mean.any()
+    assert torch.equal(paper.transform, torch.eye(32).expand(2, -1, -1))
+
+
+def test_stages_are_nested_and_keep_a_zero():
+    y = torch.randn(2, 400, 8, generator=torch.Generator().manual_seed(0))
+    w = torch.ones(2, 400)
+    many, few = (train_codebook(y, w, Layout(8, 2, n), iterations=2) for n in (5, 3))
+    assert torch.equal(many[:, :2], few[:, :2])
+    assert not many[:, 2:, 0].any() and many[:, :2, 0].abs().sum() > 0
+    assert torch.equal(many, many.half().float())
+
+
+def test_same_seed_same_codebooks(model):
+    a, b, c = (tiny_books(model, dataclasses.replace(SMALL, seed=s)) for s in (0, 0, 1))
+    assert torch.equal(a[0].key.codebook, b[0].key.codebook)
+    assert not torch.equal(a[0].key.codebook, c[0].key.codebook)
+
+
+def test_passes_over_the_data_change_nothing(model):
+    """Little memory means several passes, one layer at a time, and the same codebooks."""
+    one = tiny_books(model)
+    two = calibrate(model, SMALL, TOKENS, tokens=512, progress=False, max_memory=1)
+    assert all(torch.equal(one[i].key.codebook, two[i].key.codebook) for i in one)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [TOKENS, TOKENS.view(4, 128), list(TOKENS.split(100)), [{"input_ids": TOKENS[None]}], [TOKENS.tolist()]],
+    ids=["tensor", "rows", "list of tensors", "batch", "lists of ids"],
+)
+def test_kinds_of_data(model, data):
+    assert torch.equal(module.token_windows(model, data, 512, 128), TOKENS.view(4, 128))
+
+
+def test_padding_is_no_data(model):
+    mask = torch.ones(4, 128, dtype=torch.long)
+    mask[:, :28] = 0
+    got = module.token_windows(model, [{"input_ids": TOKENS.view(4, 128), "attention_mask": mask}], 512, 100)
+    assert torch.equal(got, TOKENS.view(4, 128)[:, 28:])
+
+
+def test_strings_need_a_tokenizer(model):
+    def tokenizer(text, **_):
+        return type("Out", (), {"input_ids": torch.tensor([[ord(c) % 100 for c in text]])})
+
+    got = module.token_windows(model, ["abc" * 100], 512, 128, tokenizer)
+    assert got.shape == (2, 128) and got[0, :3].tolist() == [97, 98, 99]
+    with pytest.raises(ValueError, match="data holds 3 tokens; calibration needs at least 128"):
+        module.token_windows(model, ["abc"], 512, 128, tokenizer)
+
+
+def test_the_model_writes_its_own_text(model, caplog):
+    with caplog.at_level(logging.INFO, "torchgsrq"):
+        a = module.own_text(model, 256, 64, seed=0, progress=False)
+    b = module.own_text(model, 256, 64, seed=0, progress=False)
+    assert a.shape == (4, 64) and torch.equal(a, b) and a.unique().numel() > 20
+    assert not torch.equal(a, module.own_text(model, 256, 64, seed=1, progress=False))
+
+
+def test_disk_cache(model, tmp_path, monkeypatch, caplog):
+    """The first use calibrates, on text of its own, and says so; the second reads the file."""
+    monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "TOKENS", 512)
+    with caplog.at_level(logging.INFO, "torchgsrq"):
+        quantize_kv_(model, SMALL, progress=False)
+        dequantize_kv_(model)
+        files = list(tmp_path.glob("*.safetensors"))
+        assert len(files) == 1
+        assert "512 tokens that the model wrote itself; real text" in caplog.text
+        caplog.clear()
+        quantize_kv_(model, dataclasses.replace(SMALL, recent_tokens=16), progress=False)
+        assert "codebooks cached at" in caplog.text and "wrote itself" not in caplog.text
+        assert "layers 0-1: quantized: keys 1 bits, values 1 bits, 2 heads of 32, RoPE half-split" in caplog.text
+        dequantize_kv_(model)
+    path = str(files[0])
+    quantize_kv_(model, dataclasses.replace(SMALL, codebooks=path))
+    assert model._gsrq.codebooks.metadata == Codebooks.load(path).metadata
+    dequantize_kv_(model)
+
+
+def test_a_higher_rate_serves_a_lower(model):
+    books = tiny_books(model, dataclasses.replace(SMALL, bits=2))
+    quantize_kv_(model, dataclasses.replace(SMALL, bits=1, value_bits=0.5), codebooks=books)
+    key, value = model._gsrq.codebooks[0]
+    dequantize_kv_(model)
+    assert (key.num_codes, value.num_codes) == (4, 2)
+    with pytest.raises(ValueError, match=r"bits=2\b.*between .* and 1"):
+        quantize_kv_(model, dataclasses.replace(SMALL, bits=2), codebooks=tiny_books(model))
+
+
+def test_deal_spreads_variance():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(1, 2000, 8, generator=g) * torch.tensor([8.0, 6, 4, 3, 2, 1, 0.5, 0.1])
+    deal = module._deal(y, torch.ones(1, 2000), 2)
+    torch.testing.assert_close(deal[0] @ deal[0].T, torch.eye(8), atol=1e-5, rtol=0)
+    variance = (y @ deal.transpose(1, 2))[0].var(0)
+    assert variance[:4].prod() / variance[4:].prod() < 4
+
+
+def test_codec_build_inverts_its_transform():
+    a = torch.randn(2, 8, 8) + 3 * torch.eye(8)
+    codec = Codec.build(Layout(8, 1, 1), torch.zeros(2, 8), a, torch.zeros(2, 1, 256, 8))
+    torch.testing.assert_close(codec.inverse @ a, torch.eye(8).expand(2, -1, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_config_only_what_calibration_needs_decides_the_file():
+    assert GSRQConfig(recent_tokens=1).codec_key() == GSRQConfig().codec_key()

@@ -1,0 +1,109 @@
+"""The embedded real model, through the command line: what the README promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from torchgsrq import Codebooks, GSRQConfig, calibrate, new_cache
+from torchgsrq.cli import app
+from torchgsrq.embedded import document, load_model
+from torchgsrq.evaluate import key_error, passkey_prompt, quality, quantized
+
+pytestmark = pytest.mark.slow
+FIELDS = {
+    "model", "bits", "effective_bits", "context", "kv_bytes_full", "kv_bytes", "ppl_full", "ppl", "kl", "agreement",
+    "tokens_per_second_full", "tokens_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory):
+    """The model, its tokenizer, codebooks from 4k tokens of the language reference, and their file."""
+    torch.set_num_threads(2)
+    model, tokenizer = load_model()
+    text = document()
+    books = calibrate(model, GSRQConfig(bits=1), [text[60000:]], tokenizer=tokenizer, tokens=4096)
+    path = tmp_path_factory.mktemp("books") / "books.safetensors"
+    books.save(path)
+    yield model, tokenizer, books, path
+    torch.set_num_threads(1)
+
+
+def ids_of(tokenizer, text: str) -> torch.Tensor:
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+
+
+def test_quality_on_real_text(smol):
+    """On text of the calibrated kind: near full precision at 1 bit, worse at half a bit, at any position."""
+    model, tokenizer, books, _ = smol
+    window = ids_of(tokenizer, document()[:8000])[:512]
+    config = GSRQConfig(bits=1, sink_tokens=1, recent_tokens=32, block_tokens=1)
+    half = GSRQConfig(bits=0.5, sink_tokens=1, recent_tokens=32, block_tokens=1)
+    found = quality(model, [window], {"1": (config, books), "0.5": (half, books.at(0.5))})
+    assert found["1"].kl < 0.35 and found["1"].agreement > 0.75
+    assert found["1"].kl < found["0.5"].kl < 1.0
+    moved = quality(model, [window], {"1": (config, books)}, shift=30000)["1"]
+    assert moved.kl < 1.35 * found["1"].kl
+    near, far = (key_error(model, window, books, shift) for shift in (0, 4000))
+    assert abs(far / near - 1) < 0.1
+
+
+def test_generation_continues_real_text(smol):
+    model, tokenizer, books, _ = smol
+    ids = ids_of(tokenizer, document()[:20000])[None, :1000]
+    with quantized(model, GSRQConfig(bits=1), books):
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        cache = new_cache(model)
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    words = tokenizer.decode(out[0, 1000:])
+    assert len(set(words.split())) > 5, f"no language: {words!r}"
+    report = cache.memory()
+    assert report.codes - report.unused == 2 * 30 * 3 * 8 * 864  # K and V, layers, heads, bytes, tokens that left
+    assert report.total < report.full_precision_bytes / 4
+
+
+def test_passkey_prompt_hides_the_key(smol):
+    _, tokenizer, _, _ = smol
+    text_ids = ids_of(tokenizer, document()[:50000])
+    prompt, key = passkey_prompt(text_ids, tokenizer, 500, seed=3)
+    said = tokenizer.decode(prompt[0])
+    assert prompt.shape == (1, 500) and said.count(key) == 2 and said.endswith("The pass key is")
+
+
+def test_demo_and_evaluate_commands(smol):
+    _, _, _, path = smol
+    runner = CliRunner()
+    result = runner.invoke(app, ["demo", "--codebooks", str(path), "--context", "400", "--new-tokens", "4", "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert set(facts) == FIELDS
+    assert facts["context"] == 400 and facts["kv_bytes"] < facts["kv_bytes_full"] and facts["kl"] < 1
+    table = runner.invoke(
+        app, ["demo", "--codebooks", str(path), "--context", "400", "--new-tokens", "4", "--bits", "1", "--bits", "0.5"]
+    )
+    assert table.exit_code == 0 and "GSRQ 0.5 bit" in table.stdout and "goes on" in table.stdout
+    result = runner.invoke(
+        app, ["evaluate", "--codebooks", str(path), "--context", "256", "--windows", "1", "--json", "--bits", "0.5"]
+    )
+    assert result.exit_code == 0, result.output
+    row = json.loads(result.stdout)["results"][0]
+    assert row["bits"] == 0.5 and row["ppl"] > row["ppl_full"] > 1
+
+
+def test_bad_command_lines_say_what_is_wrong():
+    runner = CliRunner()
+    for arguments, says in (
+        (["demo", "--bits", "3"], "not offered"),
+        (["demo", "--text", "/no/such/file"], "no file"),
+        (["evaluate", "--recipe", "pq"], "gsrq-paper"),
+    ):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 2 and says in result.output.replace("\n", " "), result.output
+
+
+def test_codebook_file_of_the_fixture(smol):
+    assert len(Codebooks.load(smol[3])) == 30
