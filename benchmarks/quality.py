@@ -25,7 +25,7 @@ from torchgsrq.kmeans import METHODS
 from torchgsrq.models import inspect_layers
 
 calibration = sys.modules[calibrate.__module__]
-RATES = (2, 1, 0.5, 0.25)
+RATES = [2.0, 1.0, 0.5, 0.25]
 TOKENS = 16384
 PROTOCOL = {"sink_tokens": 1, "recent_tokens": 32, "block_tokens": 1}
 SECTIONS = ("frame512", "frame256", "fast", "kmeans", "universal", "own", "clustering", "passkey", "gsrq-paper")
@@ -41,6 +41,7 @@ class Bench:
         text = args.text.read_text()
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
         self.windows = [ids[s : s + 1024] for s in (0, 4096, 8192)]
+        self.bits = sorted(args.bits or RATES, reverse=True)
         self.stats: dict[tuple[str, int], Any] = {}
         self.values: dict[Any, Any] = {}
 
@@ -92,13 +93,16 @@ class Bench:
 
     def rates(self, section: str, config: GSRQConfig, books: Codebooks) -> None:
         """A row for every rate, from one nested set of codebooks."""
-        for bits in RATES:
+        for bits in self.bits:
             self.score(section, f"{bits:g}", dataclasses.replace(config, bits=bits), books.at(bits))
 
     def passkey(self) -> None:
         """Retrieval of a 5-digit key from real text, 20 trials each."""
-        books = Codebooks.load(self.args.codebooks)
-        for tokens in (1024, 2048):
+        path = self.args.codebooks
+        books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=1))
+        if path and not path.exists():
+            books.save(path)
+        for tokens in self.args.passkey_tokens or (1024, 2048):
             for name, bits in (("full precision", None), ("1", 1.0), ("0.5", 0.5)):
                 candidate = None if bits is None else (GSRQConfig(bits=bits), books.at(bits))
                 rate = evaluate.passkey(self.model, self.tokenizer, document(), tokens, 20, candidate)
@@ -116,7 +120,7 @@ class Bench:
     def run(self, section: str) -> None:
         """Measure one section."""
         if section in ("frame512", "frame256"):
-            config = GSRQConfig(bits=2, frame=int(section[5:]))
+            config = GSRQConfig(bits=self.bits[0], frame=int(section[5:]))
             books = self.train(config)
             if section == "frame512" and self.args.codebooks:
                 books.save(self.args.codebooks)
@@ -126,23 +130,23 @@ class Bench:
                     one = dataclasses.replace(config, bits=1)
                     self.score(section, f"1, positions + {shift}", one, books.at(1), shift)
         elif section == "own":
-            config = GSRQConfig(bits=2)
+            config = GSRQConfig(bits=self.bits[0])
             self.rates(section, config, self.train(config, "own"))
         elif section == "fast":  # the groups of values follow the rate, so each rate has its own
-            keys = self.train(GSRQConfig(bits=2, layout="fast"))
-            for bits in RATES:
+            keys = self.train(GSRQConfig(bits=self.bits[0], layout="fast"))
+            for bits in self.bits:
                 config = GSRQConfig(bits=bits, layout="fast")
                 stats = self.statistics("text", TOKENS)
                 layers = {i: LayerCodec(keys[i].key.at(bits), self.value(i, s, config)) for i, s in stats.items()}
                 self.score(section, f"{bits:g}", config, Codebooks(layers, keys.metadata))
         elif section == "clustering":
             for method in METHODS:
-                config = GSRQConfig(bits=1)
+                config = GSRQConfig(bits=0.5)
                 self.score(section, method, config, self.train(config, tokens=4096, method=method))
         elif section == "passkey":
             self.passkey()
         else:
-            config = GSRQConfig(bits=2, recipe=section)
+            config = GSRQConfig(bits=self.bits[0], recipe=section)
             self.rates(section, config, self.train(config))
 
 
@@ -153,15 +157,16 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--section", action="append", choices=SECTIONS, help="may be repeated; all by default")
+    parser.add_argument(
+        "--bits", action="append", type=float, help="rates; may be repeated; 2, 1, 0.5, 0.25 by default"
+    )
+    parser.add_argument("--passkey-tokens", action="append", type=int, help="prompt lengths; 1024 and 2048 by default")
     parser.add_argument("--json", type=Path, help="add the results to this file")
-    parser.add_argument("--codebooks", type=Path, help="written by frame512, read by passkey")
+    parser.add_argument("--codebooks", type=Path, help="written by frame512, and read by passkey if it exists")
     args = parser.parse_args()
-    sections = args.section or SECTIONS
-    if "passkey" in sections and args.codebooks is None:
-        parser.error("--section passkey needs --codebooks")
     print(f"$ {shlex.join(['python', *sys.argv])}\n{evaluate.environment()}", flush=True)
     bench = Bench(args)
-    for section in sections:
+    for section in args.section or SECTIONS:
         bench.run(section)
 
 

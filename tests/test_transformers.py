@@ -381,8 +381,19 @@ def test_a_prompt_cache_survives_a_file(llama, tmp_path, fixed):
         again.load(tmp_path / "prompt.safetensors")
         one, two = (model(PROMPT[:, :1], past_key_values=c, use_cache=True).logits for c in (cache, again))
     assert torch.equal(one, two)
-    with pytest.raises(ValueError, match="other codebooks"):
-        GSRQCache(Codebooks(books.layers, {}), SMALL, model.config).load(tmp_path / "prompt.safetensors")
+    others = tiny_books(model, dataclasses.replace(SMALL, seed=1))
+    path = tmp_path / "prompt.safetensors"
+    for changed, says in (
+        (GSRQCache(others, SMALL, model.config), "other codebooks"),
+        (GSRQCache(books, dataclasses.replace(SMALL, recent_tokens=9), model.config), "recent_tokens=8"),
+        (GSRQCache(books, SMALL, model.config, 39), "holds 40 tokens; this cache holds 39"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            changed.load(path)
+        assert changed.is_empty
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole cache file"):
+        again.load(path)
 
 
 @torch.no_grad()

@@ -5,10 +5,11 @@ attention. Start with `quantize_kv_`.
 """
 
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
-from torchgsrq.cache import GSRQCache, MemoryReport
+from torchgsrq.cache import GSRQCache
 from torchgsrq.calibrate import calibrate
 from torchgsrq.codec import Codebooks, Codec
 from torchgsrq.config import GSRQConfig
+from torchgsrq.memory import MemoryReport
 from torchgsrq.tensor import GSRQTensor
 
 __version__ = "0.1.0"

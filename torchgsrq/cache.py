@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -18,9 +17,10 @@ from torchgsrq import reference
 from torchgsrq.attention import Incoming
 from torchgsrq.codec import Codebooks, LayerCodec
 from torchgsrq.config import GSRQConfig
-from torchgsrq.tensor import GSRQTensor
+from torchgsrq.memory import MemoryReport
+from torchgsrq.tensor import PARTS, GSRQTensor
 
-_FORMAT = "torchgsrq.cache"
+_FORMAT, _VERSION = "torchgsrq.cache", "1"
 _GROWTH = 256  # a growing buffer is a multiple of this many tokens, and grows by at least an eighth
 
 
@@ -184,54 +184,27 @@ class GSRQLayer(CacheLayerMixin):
         if self.is_initialized:
             self.keys, self.values = self.keys.select_rows(indices), self.values.select_rows(indices)
 
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that this layer owns, by name."""
+        buffers = (("keys", self.keys), ("values", self.values))
+        return {f"{name}.{part}": getattr(buffer, part) for name, buffer in buffers for part in PARTS}
+
+    def set_state(self, state: dict[str, Tensor], length: int) -> None:
+        """Take over what `state` gave, of a layer of any capacity that held ``length`` tokens."""
+        c = self.config
+        for name, codec in (("keys", self.codec.key), ("values", self.codec.value)):
+            codes, *rest = (state[f"{name}.{part}"].to(codec.frame_mean.device) for part in PARTS)
+            capacity = codes.shape[2] if self.max_cache_len is None else self.max_cache_len
+            layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
+            buffer = GSRQTensor([codes[:, :, :capacity].contiguous(), *rest, *codec.tensors], layout)
+            setattr(self, name, buffer.grown(capacity))
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_initialized, self.is_empty = True, length == 0
+        self._set_length(length)
+
 
 def _round_up(tokens: int) -> int:
     return max(1, -(-tokens // _GROWTH)) * _GROWTH
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Bytes of a cache by part. ``total`` is what the cache owns; the tables are shared by all caches of a model.
-
-    Attributes:
-        codes: codes of the tokens that left the window, and of slots not used yet.
-        unused: the part of ``codes`` that no token has used so far.
-        sinks, window: full-precision tokens. counters: lengths and row offsets.
-        full_precision_layers: layers that are not quantized.
-        codebooks: shared tables.
-        elements: key and value elements held by quantized layers.
-        full_precision_bytes: what the same tokens take in the model's dtype.
-    """
-
-    codes: int
-    unused: int
-    sinks: int
-    window: int
-    counters: int
-    full_precision_layers: int
-    codebooks: int
-    elements: int
-    full_precision_bytes: int
-
-    @property
-    def total(self) -> int:
-        """Bytes that the cache owns."""
-        return self.codes + self.sinks + self.window + self.counters + self.full_precision_layers
-
-    @property
-    def bits_per_element(self) -> float:
-        """Bits per element of quantized layers: codes, unused slots, sinks, window and counters."""
-        return 8 * (self.total - self.full_precision_layers) / max(self.elements, 1)
-
-    @property
-    def bits_per_element_codes(self) -> float:
-        """Bits per element of the used codes alone."""
-        return 8 * (self.codes - self.unused) / max(self.elements, 1)
-
-    @property
-    def bits_per_element_with_codebooks(self) -> float:
-        """`bits_per_element`, with the tables, as if this were the model's only cache."""
-        return 8 * (self.total - self.full_precision_layers + self.codebooks) / max(self.elements, 1)
 
 
 class GSRQCache(Cache):
@@ -328,62 +301,48 @@ class GSRQCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
-        tensors: dict[str, Tensor] = {}
-        lengths: dict[str, Any] = {}
+        tensors = {}
         for i, layer in enumerate(self.layers):
-            lengths[str(i)] = int(layer.get_seq_length())
-            if not layer.is_initialized:
-                continue
-            for name in ("keys", "values"):
-                held = getattr(layer, name)
-                if isinstance(held, GSRQTensor):
-                    for part in ("codes", "window", "start", "length", "encoded"):
-                        tensors[f"{i}.{name}.{part}"] = getattr(held, part).contiguous()
-                else:
-                    tensors[f"{i}.{name}"] = held.contiguous()
-        facts = {"config": self.config.to_dict(), "codebooks": self.codebooks.metadata, "lengths": lengths}
-        save_file(tensors, path, {"format": _FORMAT, "version": "1", "facts": json.dumps(facts)})
+            if layer.is_initialized:
+                state = layer.state() if isinstance(layer, GSRQLayer) else {"keys": layer.keys, "values": layer.values}
+                tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
+        lengths = [int(layer.get_seq_length()) for layer in self.layers]
+        facts = {"config": self.config.to_dict(), "codebooks": self.codebooks.digest, "lengths": lengths}
+        save_file(tensors, path, {"format": _FORMAT, "version": _VERSION, "facts": json.dumps(facts)})
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Fill this cache from a file that `save` wrote.
+        """Fill this cache from a file that `save` wrote; of any kind, growing or fixed.
 
         Raises:
-            ValueError: not such a file, or of other codebooks, another model, or another kind of cache.
+            ValueError: not such a file, written with other codebooks or windows, or too long for this cache, which
+                is left as it was.
         """
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            if meta.get("format") != _FORMAT or meta.get("version") != "1":
-                raise ValueError(f"{os.fspath(path)} is not a torchgsrq cache file that this version reads")
-            facts = json.loads(meta["facts"])
-            if facts["codebooks"] != json.loads(json.dumps(self.codebooks.metadata)):
-                raise ValueError(f"{os.fspath(path)} was written with other codebooks than this cache's")
-            window = ("sink_tokens", "recent_tokens", "block_tokens")
-            if any(facts["config"][k] != getattr(self.config, k) for k in window) or len(facts["lengths"]) != len(self):
-                raise ValueError(f"{os.fspath(path)} holds {facts['config']}; this cache has {self.config}")
-            names = set(file.keys())
-            for i, layer in enumerate(self.layers):
-                length = facts["lengths"][str(i)]
-                if isinstance(layer, GSRQLayer):
-                    if f"{i}.keys.codes" not in names:
-                        continue
-                    for name, codec in (("keys", layer.codec.key), ("values", layer.codec.value)):
-                        parts = [
-                            file.get_tensor(f"{i}.{name}.{p}")
-                            for p in ("codes", "window", "start", "length", "encoded")
-                        ]
-                        c = self.config
-                        layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
-                        buffer = GSRQTensor([*(p.to(codec.frame_mean.device) for p in parts), *codec.tensors], layout)
-                        if layer.max_cache_len is not None:
-                            if length > layer.max_cache_len:
-                                raise ValueError(f"{length} tokens do not fit max_cache_len={layer.max_cache_len}")
-                            codes = buffer.codes[:, :, : layer.max_cache_len].contiguous()
-                            buffer = GSRQTensor([codes, *buffer.parts[1:]], layout).grown(layer.max_cache_len)
-                        setattr(layer, name, buffer)
-                    layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-                    layer.is_initialized, layer.is_empty = True, length == 0
-                    layer._set_length(length)
-                elif f"{i}.keys" in names:
-                    layer.update(file.get_tensor(f"{i}.keys"), file.get_tensor(f"{i}.values"))
-                    if isinstance(getattr(layer, "cumulative_length", None), int):
-                        layer.cumulative_length = length
+        name = os.fspath(path)
+        try:
+            with safe_open(name, framework="pt") as file:
+                meta = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        except SafetensorError as error:
+            raise ValueError(f"{name} is not a whole cache file: {error}") from error
+        if (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
+            raise ValueError(f"{name} is not a torchgsrq cache file that this version reads")
+        facts = json.loads(meta["facts"])
+        if facts["codebooks"] != self.codebooks.digest or len(facts["lengths"]) != len(self.layers):
+            raise ValueError(f"{name} was written with other codebooks than this cache's")
+        for field in ("sink_tokens", "recent_tokens", "block_tokens"):
+            if facts["config"][field] != getattr(self.config, field):
+                raise ValueError(f"{name} has {field}={facts['config'][field]}; this cache has {self.config}")
+        longest, fits = max(facts["lengths"], default=0), [x.get_max_length() for x in self.quantized_layers]
+        if any(-1 < capacity < longest for capacity in fits):
+            raise ValueError(f"{name} holds {longest} tokens; this cache holds {min(fits)}")
+        for i, (layer, length) in enumerate(zip(self.layers, facts["lengths"], strict=True)):
+            prefix = f"{i}."
+            state = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+            if not state:
+                continue
+            if isinstance(layer, GSRQLayer):
+                layer.set_state(state, length)
+            else:
+                layer.update(state["keys"], state["values"])
+                if isinstance(getattr(layer, "cumulative_length", None), int):
+                    layer.cumulative_length = length  # a sliding window saw more tokens than it holds

@@ -29,7 +29,6 @@ WINDOW = 1024  # tokens of a calibration sequence
 FAR = 32  # a query's nearer neighbours are in the recent window and do not count
 _QUERY_STRIDE = 4  # every 4th query is enough
 _ROTATIONS = 256  # relative offsets that the query metric is averaged over
-_SHRINK = 0.5  # see `_shrunk`
 
 
 @dataclass
@@ -145,7 +144,7 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
     layout = key_layout(info.head_dim, config.key_rate, config.layout)
     deal = _deal(y, weight, layout.groups)
     y = y @ deal.transpose(1, 2)
-    codebook = train_codebook(y, weight, layout, method=method, seed=config.seed, shrink=_SHRINK)
+    codebook = train_codebook(y, weight, layout, method=method, seed=config.seed)
     return Codec.build(
         layout,
         mean,
@@ -183,7 +182,7 @@ def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -
     layout = value_layout(stats.info.head_dim, config.value_rate, config.layout)
     deal = _deal(v, weight, layout.groups)
     v = v @ deal.transpose(1, 2)
-    codebook = train_codebook(v, weight, layout, method=method, seed=config.seed + 1, shrink=_SHRINK)
+    codebook = train_codebook(v, weight, layout, method=method, seed=config.seed + 1)
     return Codec.build(layout, mean, deal, codebook, beam=config.beam)
 
 

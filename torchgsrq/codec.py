@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -224,6 +226,17 @@ class Codebooks:
         layer = LayerCodec(codecs[config.key_rate], codecs[config.value_rate])
         metadata = {"config": config.codec_fields(), "model": None, "source": "none", "tokens": 0}
         return cls(dict.fromkeys(range(num_layers), layer), metadata)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all tables: codes of a cache mean something with these codebooks alone."""
+        found = hashlib.sha256()
+        for i, layer in self.layers.items():
+            for codec in layer:
+                found.update(f"{i}{codec.integers}".encode())
+                for tensor in codec.tensors:
+                    found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def at(self, bits: float, value_bits: float | None = None) -> Codebooks:
         """The same codebooks at a lower rate; residual stages are nested (see `Codec.at`)."""

@@ -16,8 +16,8 @@ from torchgsrq.config import GSRQConfig
 aten = torch.ops.aten
 gsrq = torch.ops.torchgsrq
 
-_PARTS = ("codes", "window", "start", "length", "encoded")
-_TABLES = ("frame_mean", "transform", "inverse", "codebook", "inv_freq", "gains")
+PARTS = ("codes", "window", "start", "length", "encoded")
+TABLES = ("frame_mean", "transform", "inverse", "codebook", "inv_freq", "gains")
 
 
 class GSRQTensor(Tensor):
@@ -69,7 +69,7 @@ class GSRQTensor(Tensor):
         if not split:
             size = (batch, heads * repeat, capacity, window.shape[-1])  # type: ignore[assignment]
         self = Tensor._make_wrapper_subclass(cls, size, dtype=window.dtype, device=window.device)
-        for name, tensor in zip(_PARTS + _TABLES, tensors, strict=True):
+        for name, tensor in zip(PARTS + TABLES, tensors, strict=True):
             setattr(self, name, tensor)
         self.integers, self.head_repeat, self.read_only, self.split_heads = tuple(layout), repeat, read_only, split
         return self
@@ -127,18 +127,18 @@ class GSRQTensor(Tensor):
     # -- what torch asks of a wrapper subclass
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return [*_PARTS, *_TABLES], (self.integers, self.head_repeat, self.read_only, self.split_heads)
+        return [*PARTS, *TABLES], (self.integers, self.head_repeat, self.read_only, self.split_heads)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> GSRQTensor:
-        return cls([inner[name] for name in _PARTS + _TABLES], *meta)
+        return cls([inner[name] for name in PARTS + TABLES], *meta)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         bits = 8 * self.codes.shape[-1] / self.window.shape[-1]
         return f"GSRQTensor(shape={tuple(self.shape)}, bits={bits:g}, dtype={self.dtype}, device={self.device})"
 
     def _stable_hash_for_caching(self) -> str:
-        inner = [(name, tuple(getattr(self, name).shape), str(getattr(self, name).dtype)) for name in _PARTS + _TABLES]
+        inner = [(name, tuple(getattr(self, name).shape), str(getattr(self, name).dtype)) for name in PARTS + TABLES]
         return repr((type(self).__name__, str(self.device), inner, self.integers, self.head_repeat, self.read_only))
 
     @classmethod
@@ -172,7 +172,7 @@ class GSRQTensor(Tensor):
     @property
     def parts(self) -> list[Tensor]:
         """The tensor attributes, as ops take them."""
-        return [getattr(self, name) for name in _PARTS + _TABLES]
+        return [getattr(self, name) for name in PARTS + TABLES]
 
     @property
     def codec(self) -> Codec:
@@ -211,7 +211,7 @@ class GSRQTensor(Tensor):
 
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes of the storages that this buffer owns (not the shared tables), by part."""
-        return {name: getattr(self, name).untyped_storage().nbytes() for name in _PARTS}
+        return {name: getattr(self, name).untyped_storage().nbytes() for name in PARTS}
 
 
 def _like(x: GSRQTensor, tensors: list[Tensor], **changes: Any) -> GSRQTensor:
@@ -250,9 +250,9 @@ def _copy_(kv: GSRQTensor, source: Tensor, non_blocking: bool = False) -> GSRQTe
     if isinstance(source, GSRQTensor):
         if source.integers != kv.integers or source.codes.shape != kv.codes.shape:
             raise ValueError(f"cannot copy {source!r} into {kv!r}: their codecs or shapes differ")
-        for name in _PARTS:
+        for name in PARTS:
             getattr(kv, name).copy_(getattr(source, name), non_blocking)
-        for name in _TABLES:
+        for name in TABLES:
             setattr(kv, name, getattr(source, name))
     else:
         _append(kv, source.to(kv.dtype), torch.arange(source.shape[2], device=kv.device))
@@ -260,7 +260,7 @@ def _copy_(kv: GSRQTensor, source: Tensor, non_blocking: bool = False) -> GSRQTe
 
 
 def _zero_(kv: GSRQTensor) -> GSRQTensor:
-    for name in _PARTS:
+    for name in PARTS:
         getattr(kv, name).zero_()
     return kv
 
@@ -315,8 +315,6 @@ def _slice(kv: GSRQTensor, dim: int = 0, start: int | None = None, end: int | No
         return _like(kv, [*parts, length, encoded, *tables], read_only=True)
     if dim == kv.ndim - 2 and first == 0 and step == 1:
         parts = [codes[:, :, :last], window, begin, length.clamp(max=last), encoded.clamp(max=last)]
-        if int(kv.encoded) > last or int(kv.length) <= last:
-            return _like(kv, [*parts, *tables], read_only=True)
         return _like(kv, [*parts, *tables], read_only=True)
     raise ValueError(
         f"slice [{start}:{end}:{step}] along dim {dim}: only rows of the batch and the first tokens can be cut out; "
