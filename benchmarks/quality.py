@@ -99,9 +99,7 @@ class Bench:
     def passkey(self) -> None:
         """Retrieval of a 5-digit key from real text, 20 trials each."""
         path = self.args.codebooks
-        books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=1))
-        if path and not path.exists():
-            books.save(path)
+        books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=1), "own")
         for tokens in self.args.passkey_tokens or (1024, 2048):
             for name, bits in (("full precision", None), ("1", 1.0), ("0.5", 0.5)):
                 candidate = None if bits is None else (GSRQConfig(bits=bits), books.at(bits))
@@ -122,8 +120,6 @@ class Bench:
         if section in ("frame512", "frame256"):
             config = GSRQConfig(bits=self.bits[0], frame=int(section[5:]))
             books = self.train(config)
-            if section == "frame512" and self.args.codebooks:
-                books.save(self.args.codebooks)
             self.rates(section, config, books)
             if section == "frame512":
                 for shift in (4000, 30000):
@@ -131,7 +127,10 @@ class Bench:
                     self.score(section, f"1, positions + {shift}", one, books.at(1), shift)
         elif section == "own":
             config = GSRQConfig(bits=self.bits[0])
-            self.rates(section, config, self.train(config, "own"))
+            books = self.train(config, "own")
+            if self.args.codebooks:
+                books.save(self.args.codebooks)
+            self.rates(section, config, books)
         elif section == "fast":  # the groups of values follow the rate, so each rate has its own
             keys = self.train(GSRQConfig(bits=self.bits[0], layout="fast"))
             for bits in self.bits:
@@ -162,7 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--passkey-tokens", action="append", type=int, help="prompt lengths; 1024 and 2048 by default")
     parser.add_argument("--json", type=Path, help="add the results to this file")
-    parser.add_argument("--codebooks", type=Path, help="written by frame512, and read by passkey if it exists")
+    parser.add_argument("--codebooks", type=Path, help="written by own, and read by passkey if it exists")
     args = parser.parse_args()
     print(f"$ {shlex.join(['python', *sys.argv])}\n{evaluate.environment()}", flush=True)
     bench = Bench(args)

@@ -200,3 +200,19 @@ def test_a_plain_forward_is_one_graph(llama):
             assert cache.get_seq_length() == 21 + i
             graphs.append(counter.frame_count)
     assert graphs[-1] == graphs[2] <= 4
+
+
+@torch.no_grad()
+def test_a_static_cache_is_used_again(llama):
+    """After reset(), a compiled prefill writes where rows begin into buffers that it also mutates."""
+    dynamo.reset()
+    model, books = llama
+    prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
+    with quantized(model, SMALL, books):
+        step = torch.compile(model, fullgraph=True, backend="aot_eager")
+        cache = new_cache(model, max_cache_len=64)
+        for _ in range(2):
+            got = step(prompt, past_key_values=cache, use_cache=True).logits
+            torch.testing.assert_close(got, model(prompt).logits, rtol=1e-4, atol=1e-4)
+            assert int(cache.get_seq_length()) == 20
+            cache.reset()

@@ -108,6 +108,38 @@ def test_left_padding_changes_nothing(llama):
                 torch.testing.assert_close(a[i], b[0], rtol=1e-3, atol=1e-3)
 
 
+PADDED = torch.tensor([[1] * 40, [0] * 20 + [1] * 20])
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}, {"prefill_chunk_size": 16}], ids=str)
+@torch.no_grad()
+def test_padding_is_known_in_every_kind_of_prefill(llama, how):
+    """Row offsets come from 2-D and 4-D masks, and from later chunks where the first is all padding."""
+    model, books = llama
+    ids = PROMPT * PADDED
+    arguments = {"attention_mask": PADDED, "max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    with quantized(model, dataclasses.replace(SMALL, block_tokens=1), books):
+        out = model.generate(ids, **arguments, **how, return_dict_in_generate=True)
+        alone = model.generate(PROMPT[1:, 20:], max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    for layer in out.past_key_values.layers:
+        assert layer.keys.start.tolist() == [[0, 0], [20, 20]]
+    if "prefill_chunk_size" not in how:  # with a chunked prompt, earlier chunks are read from the cache
+        assert torch.equal(out.sequences[1, 40:], alone[0, 20:])
+
+
+@torch.no_grad()
+def test_positions_that_count_slots(llama):
+    """Without position_ids transformers rotates by slot, padding included; with moved ones, sinks still are real."""
+    model, books = llama
+    ids = PROMPT * PADDED
+    with quantized(model, SMALL, books):
+        plain = model(ids, attention_mask=PADDED, use_cache=True).past_key_values
+        moved = torch.arange(40)[None] + torch.tensor([[100], [80]])
+        shifted = model(ids, attention_mask=PADDED, position_ids=moved, use_cache=True).past_key_values
+    assert plain.layers[0].keys.start.tolist() == [[0, 0], [0, 20]]
+    assert shifted.layers[0].keys.start.tolist() == [[-100, 0], [-80, 20]]
+
+
 GENERATE = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 20},
@@ -226,6 +258,10 @@ def test_copies_of_a_model_are_quantized_and_independent(llama):
     model, books = llama
     with quantized(model, SMALL, books):
         twin = copy.deepcopy(model)
+        cache = model(PROMPT, use_cache=True).past_key_values
+        forked = copy.deepcopy(cache)
+        assert forked.layers[0].keys.codec.codebook.data_ptr() == cache.layers[0].keys.codec.codebook.data_ptr()
+        assert forked.layers[0].keys.codes.data_ptr() != cache.layers[0].keys.codes.data_ptr()
         want = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=8, do_sample=False)
     got = twin.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=8, do_sample=False)
     assert torch.equal(got, want)
@@ -362,8 +398,10 @@ def test_offloaded_layers_come_back(llama):
     model, books = llama
     layer = quantized_cache(model, books).layers[0]
     was = layer.keys.dequantize()
+    tables = layer.keys.codec.codebook.data_ptr()
     layer.offload()
     layer.prefetch()
+    assert layer.keys.codec.codebook.data_ptr() == tables
     assert torch.equal(layer.keys.dequantize(), was)
     layer.update(torch.ones(2, 2, 1, 32), torch.ones(2, 2, 1, 32))
     assert layer.get_seq_length() == 41
@@ -393,7 +431,52 @@ def test_a_prompt_cache_survives_a_file(llama, tmp_path, fixed):
         assert changed.is_empty
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole cache file"):
+        GSRQCache(books, SMALL, model.config).load(path)
+
+
+@torch.no_grad()
+def test_files_of_mixed_caches(llama, tmp_path):
+    """Unquantized layers are saved as long as they are, and nothing is poured into a cache that holds something."""
+    model, books = llama
+    path = tmp_path / "mixed.safetensors"
+    with quantized(model, dataclasses.replace(SMALL, skip_layers=(1,)), books):
+        cache = new_cache(model, max_cache_len=64)
+        model(PROMPT, past_key_values=cache, use_cache=True)
+        cache.save(path)
+        again = new_cache(model)
         again.load(path)
+        assert [int(layer.get_seq_length()) for layer in again.layers] == [40, 40]
+        one, two = (model(PROMPT[:, :1], past_key_values=c, use_cache=True).logits for c in (cache, again))
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="holds tokens already"):
+            again.load(path)
+
+
+@torch.no_grad()
+def test_an_empty_cache_takes_any_batch(llama):
+    model, books = llama
+    cache = quantized_cache(model, books)
+    cache.reset()
+    with quantized(model, SMALL, books):
+        model(PROMPT[:1], past_key_values=cache, use_cache=True)
+    assert cache.batch_size == 1 and cache.get_seq_length() == 40
+    cache.batch_select_indices(torch.tensor([True]))
+    assert cache.batch_size == 1
+
+
+@torch.no_grad()
+def test_the_beam_is_the_users(llama):
+    model, books = llama
+    for beam in (1, 3):
+        with quantized(model, dataclasses.replace(SMALL, beam=beam), books):
+            assert model(PROMPT, use_cache=True).past_key_values.layers[0].keys.codec.beam == beam
+
+
+def test_fingerprint_does_not_depend_on_the_dtype(llama):
+    from torchgsrq.models import fingerprint
+
+    model, _ = llama
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model).bfloat16())
 
 
 @torch.no_grad()
@@ -425,7 +508,7 @@ def test_moved_positions_give_the_same_codes(llama):
             for shift in (0, 32 * 100)
         ]
     a, b = (c.layers[0].keys for c in caches)
-    assert torch.equal(b.start, torch.full((2,), -3200, dtype=torch.int32))
+    assert b.start.tolist() == [[-3200, 0], [-3200, 0]]
     same = (a.codes[:, :, :32] == b.codes[:, :, :32]).float().mean()
     assert same > 0.97  # rotations by large angles round
 
@@ -505,6 +588,15 @@ def layer_kinds(model: nn.Module) -> list[str]:
     from torchgsrq.models import layer_kinds
 
     return layer_kinds(model)
+
+
+def test_static_generation_with_mixed_layers():
+    """Static caches pass decoders a dict of 4-D masks by layer type."""
+    model = architecture("Gemma3")
+    with quantized(model, SMALL, tiny_books(model)):
+        arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
+        want = model.generate(PROMPT, **arguments)
+        assert torch.equal(model.generate(PROMPT, cache_implementation="static", **arguments), want)
 
 
 @pytest.mark.parametrize(

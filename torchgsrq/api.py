@@ -157,6 +157,8 @@ def _fitting(books: Codebooks, wanted: list[LayerInfo], model: PreTrainedModel, 
         have = (8 * key.num_codes / key.head_dim, 8 * value.num_codes / value.head_dim)
         if have != (config.key_rate, config.value_rate):
             cut = cut.at(config.key_rate, config.value_rate)
+        if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
+            cut = cut.with_beam(config.beam)
     return cut
 
 
@@ -176,7 +178,7 @@ class _GiveCache:
             use_cache = getattr(module.config, "use_cache", False)
         if cache is None and use_cache and not module.training:
             cache = kwargs["past_key_values"] = GSRQCache(self.codebooks, self.config, module.config)
-        if isinstance(cache, GSRQCache) and cache.is_empty:
+        if isinstance(cache, GSRQCache) and not cache.rows_are_placed:
             tokens = kwargs.get("input_ids")
             tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
             if isinstance(tokens, Tensor):

@@ -80,7 +80,8 @@ class GSRQLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Append, and return what attention reads: the buffers, with what the new queries see exactly if they
         are several; or the incoming tensors themselves, for an exact prefill of an empty cache."""
-        if not self.is_initialized:
+        other_batch = self.is_initialized and key_states.shape[0] != self.keys.shape[0]
+        if not self.is_initialized or (other_batch and self.is_empty and self.max_cache_len is None):
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
         slots = torch.arange(tokens, device=key_states.device) + self.cumulative_length
@@ -108,11 +109,21 @@ class GSRQLayer(CacheLayerMixin):
         return out
 
     def set_row_start(self, start: Tensor) -> None:
-        """Set the slot of position 0 of each row, before the first token."""
+        """Set where each row begins, int32 ``[batch, 2]`` (`GSRQTensor.start`), before its first real token."""
         self.row_start = start
-        if self.is_initialized:
+        if self.is_initialized and start.shape == self.keys.start.shape:
             for buffer in (self.keys, self.values):
-                buffer.start.copy_(start)
+                torch.ops.torchgsrq.kv_place_(buffer, start)
+
+    def offload(self) -> None:
+        """Move what the layer owns to the CPU; the tables stay."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys.held_on("cpu"), self.values.held_on("cpu")
+
+    def prefetch(self) -> None:
+        """Bring it back."""
+        if self.is_initialized and self.keys.device != self.device:
+            self.keys, self.values = self.keys.held_on(self.device), self.values.held_on(self.device)
 
     def _reserve(self, tokens: int) -> None:
         capacity = self.keys.shape[2]
@@ -239,29 +250,57 @@ class GSRQCache(Cache):
         offload_only_non_sliding = getattr(template, "only_non_sliding", True)
         super().__init__(layers, offloading=template.offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.codebooks, self.config = codebooks, config
+        self.rows_are_placed = False
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        super().reset()
+        self.rows_are_placed = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end, see `GSRQLayer.crop`."""
+        super().crop(tokens_to_remove)
+        self.rows_are_placed = self.rows_are_placed and not self.is_empty
 
     @property
     def quantized_layers(self) -> list[GSRQLayer]:
         """The quantized layers."""
         return [layer for layer in self.layers if isinstance(layer, GSRQLayer)]
 
-    def place_rows(self, tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> None:
-        """Tell an empty cache where each row begins: its left padding, and positions that do not begin at 0.
+    def place_rows(self, tokens: Tensor, attention_mask: Any, position_ids: Tensor | None) -> None:
+        """Tell the cache where rows begin: their left padding, and positions that do not begin at 0.
+
+        Called with every input until each row had a real token (the first chunk of a prefill may be padding).
 
         Args:
-            tokens: ``[batch, n, ...]``, the first input, for its shape.
-            attention_mask: ``[batch, n]``, 1 for real tokens, or None.
-            position_ids: ``[batch or 1, n]`` or None.
+            tokens: ``[batch, n, ...]``, the input, for its shape.
+            attention_mask: ``[batch, past + n]`` with 1 for real tokens, a 4-D mask (bool or additive), a dict of
+                them by layer type, or None.
+            position_ids: ``[batch or 1, n]``, or None where transformers counts slots.
         """
-        batch = tokens.shape[0]
-        first = torch.zeros(batch, dtype=torch.long, device=tokens.device)
-        if attention_mask is not None and attention_mask.ndim == 2:
-            first = attention_mask.long().argmax(-1)
-        start = first
+        layers = self.quantized_layers
+        if not layers:
+            return
+        batch, n = tokens.shape[:2]
+        past = 0 if self.is_empty else int(layers[0].get_seq_length())
+        mask = attention_mask.get("full_attention") if isinstance(attention_mask, dict) else attention_mask
+        real = torch.ones(batch, past + n, dtype=torch.bool, device=tokens.device)
+        if isinstance(mask, Tensor) and mask.ndim == 4:  # what the newest query sees
+            seen = mask[:, 0, -1, : past + n]
+            real = (seen if seen.dtype == torch.bool else seen > -1).expand(batch, -1)
+        elif isinstance(mask, Tensor) and mask.ndim == 2:
+            real = mask[:, : past + n].bool()
+        first = torch.where(real.any(1), real.int().argmax(1), past + n)
+        origin = torch.zeros_like(first)
         if position_ids is not None and position_ids.ndim == 2:
-            start = first - position_ids.expand(batch, -1).gather(1, first[:, None])[:, 0]
-        for layer in self.quantized_layers:
-            layer.set_row_start(start.int())
+            at = (first - past).clamp(0, n - 1)[:, None]
+            origin = first - position_ids.expand(batch, -1).gather(1, at)[:, 0]
+        start = torch.stack((origin, first), 1).int()
+        if past and layers[0].row_start is not None:  # rows that began in an earlier chunk stay
+            start = torch.where(first[:, None] >= past, start, layers[0].row_start.to(start.device))
+        for layer in layers:
+            layer.set_row_start(start)
+        self.rows_are_placed = torch.compiler.is_compiling() or bool((first < past + n).all())
 
     @property
     def is_empty(self) -> bool:
@@ -303,9 +342,16 @@ class GSRQCache(Cache):
         """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
         tensors = {}
         for i, layer in enumerate(self.layers):
-            if layer.is_initialized:
-                state = layer.state() if isinstance(layer, GSRQLayer) else {"keys": layer.keys, "values": layer.values}
-                tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
+            if not layer.is_initialized:
+                continue
+            if isinstance(layer, GSRQLayer):
+                state = layer.state()
+            elif layer.is_sliding and layer.is_compileable:
+                raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be saved; use a growing cache")
+            else:  # a fixed layer is longer than what it holds
+                held = layer.keys.shape[2] if layer.is_sliding else int(layer.get_seq_length())
+                state = {"keys": layer.keys[:, :, :held], "values": layer.values[:, :, :held]}
+            tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
         lengths = [int(layer.get_seq_length()) for layer in self.layers]
         facts = {"config": self.config.to_dict(), "codebooks": self.codebooks.digest, "lengths": lengths}
         save_file(tensors, path, {"format": _FORMAT, "version": _VERSION, "facts": json.dumps(facts)})
@@ -318,6 +364,10 @@ class GSRQCache(Cache):
                 is left as it was.
         """
         name = os.fspath(path)
+        if any(int(layer.get_seq_length()) for layer in self.layers):
+            raise ValueError("this cache holds tokens already; load into a new one")
+        if any(not isinstance(layer, GSRQLayer) and layer.is_sliding and layer.is_compileable for layer in self.layers):
+            raise ValueError("fixed sliding-window layers cannot be filled from a file; use a growing cache")
         try:
             with safe_open(name, framework="pt") as file:
                 meta = file.metadata() or {}
@@ -346,3 +396,4 @@ class GSRQCache(Cache):
                 layer.update(state["keys"], state["values"])
                 if isinstance(getattr(layer, "cumulative_length", None), int):
                     layer.cumulative_length = length  # a sliding window saw more tokens than it holds
+        self.rows_are_placed = True

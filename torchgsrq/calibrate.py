@@ -238,7 +238,7 @@ def token_windows(
     """
     pieces: list[Tensor] = []
     have = 0
-    data = [data] if isinstance(data, (str, Tensor)) else data
+    data = [data] if isinstance(data, (str, Tensor)) or hasattr(data, "keys") else data
     for item in data:
         if isinstance(item, str):
             if tokenizer is None:
@@ -247,8 +247,8 @@ def token_windows(
                 tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
             item = tokenizer(item, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
         elif hasattr(item, "keys"):
-            mask = item.get("attention_mask")
-            item = item["input_ids"] if mask is None else item["input_ids"][mask.bool()]
+            mask, item = item.get("attention_mask"), torch.as_tensor(item["input_ids"])
+            item = item if mask is None else item[torch.as_tensor(mask).bool()]
         piece = torch.as_tensor(item).flatten().long()
         pieces.append(piece)
         have += piece.numel()
@@ -342,6 +342,8 @@ def calibrate(
             if info.rope == "not recognised":
                 log.warning("layer %d: no known RoPE fits its keys, so they are coded without frames", info.index)
         facts = {"config": config.codec_fields(), "model": models.fingerprint(model)}
+        if not layers:
+            return Codebooks({}, {**facts, "source": "none", "tokens": 0})
         if config.recipe == "universal":
             info = next(iter(layers.values()))
             books = Codebooks.universal(config, 1, info.kv_heads, info.head_dim)

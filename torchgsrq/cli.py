@@ -85,15 +85,23 @@ def demo(
     if context < 2 * configs[0].recent_tokens:
         raise typer.BadParameter(f"{context} tokens leave nothing to quantize", param_hint="--context")
     most = max(configs, key=lambda c: c.bits)
-    books = Codebooks.load(codebooks) if codebooks else cached_codebooks(llm, most, progress=True)
+    books = Codebooks.load(codebooks) if codebooks else cached_codebooks(llm, most)
+    nested: dict[float, Codebooks] = {}
+    for config in configs:
+        try:
+            nested[config.bits] = books.at(config.bits)
+        except ValueError as error:  # a layout whose groups follow the rate
+            if codebooks:
+                raise typer.BadParameter(str(error), param_hint="--bits") from error
+            nested[config.bits] = cached_codebooks(llm, config)
 
     console.print(f"Reading {context} tokens in full precision and with each cache ...")
-    scores = measures.quality(llm, [ids[0]], {str(c.bits): (c, books) for c in configs})
+    scores = measures.quality(llm, [ids[0]], {str(c.bits): (c, nested[c.bits]) for c in configs})
     speed_full, said_full, full_cache = measures.decode_speed(llm, ids, new_tokens)
     full_bytes = sum(t.untyped_storage().nbytes() for layer in full_cache.layers for t in (layer.keys, layer.values))
     results, said = [], []
     for config in configs:
-        with measures.quantized(llm, config, books):
+        with measures.quantized(llm, config, nested[config.bits]):
             speed, words, cache = measures.decode_speed(llm, ids, new_tokens)
         memory, score = cache.memory(), scores[str(config.bits)]
         results.append(
@@ -289,8 +297,8 @@ def memory(
             cache = new_cache(llm)
             for layer in cache.quantized_layers:
                 codec = layer.codec.key
-                for _ in range(0, context, 1024):
-                    x = torch.zeros(1, codec.heads, min(1024, context), codec.head_dim, dtype=llm.dtype)
+                for first in range(0, context, 1024):
+                    x = torch.zeros(1, codec.heads, min(1024, context - first), codec.head_dim, dtype=llm.dtype)
                     layer.update(x, x)
             report = cache.memory()
         facts = dataclasses.asdict(report)

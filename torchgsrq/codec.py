@@ -57,6 +57,7 @@ class Codec:
     gains: Tensor
     interleaved: bool = False
     beam: int = 4
+    _copies: dict[torch.device, Codec] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
     def build(
@@ -138,17 +139,21 @@ class Codec:
             least = 8 * self.layout.groups / self.head_dim
             raise ValueError(
                 f"bits={bits} is no prefix of a codec of {self.layout.bits:g} bits in {self.layout.groups} groups: it "
-                f"must lie between {least:g} and {self.layout.bits:g} and give whole bytes; calibrate at that rate"
+                f"must lie between {least:g} and {self.layout.bits:g} and give whole bytes. Calibrate at that rate; "
+                "with layout='quality', 2 bits serve every lower rate"
             )
         layout = dataclasses.replace(self.layout, codes=int(codes))
-        return dataclasses.replace(self, layout=layout, codebook=self.codebook[:, : int(codes)].contiguous())
+        codebook = self.codebook[:, : int(codes)].contiguous()
+        return dataclasses.replace(self, layout=layout, codebook=codebook, _copies={})
 
     def to(self, device: torch.device | str) -> Codec:
-        """The same codec on a device."""
+        """The same codec on a device; made once for each."""
         here, there = self.frame_mean.device, torch.device(device)
         if here.type == there.type and there.index in (None, here.index):
             return self
-        return Codec.from_flat([t.to(device) for t in self.tensors], self.integers)
+        if there not in self._copies:
+            self._copies[there] = Codec.from_flat([t.to(there) for t in self.tensors], self.integers)
+        return self._copies[there]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codec:
         return self  # read only
@@ -244,6 +249,16 @@ class Codebooks:
         layers = {i: LayerCodec(c.key.at(bits), c.value.at(value_bits)) for i, c in self.layers.items()}
         config = {**self.metadata.get("config", {}), "key_bits": float(bits), "value_bits": float(value_bits)}
         return Codebooks(layers, {**self.metadata, "config": config})
+
+    def with_beam(self, beam: int) -> Codebooks:
+        """The same codebooks, encoding with another width of the beam search."""
+        if all(codec.beam == beam for layer in self.layers.values() for codec in layer):
+            return self
+        layers = {
+            i: LayerCodec(*(dataclasses.replace(c, beam=beam, _copies={}) for c in layer))
+            for i, layer in self.layers.items()
+        }
+        return Codebooks(layers, self.metadata)
 
     def to(self, device: torch.device | str) -> Codebooks:
         """The same codebooks on a device."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from torchgsrq.rope import rotate
 
@@ -42,8 +41,15 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
-    """Kind of every layer that has a cache, as transformers names them."""
-    return list(get_layer_types_and_kwargs(text_config(model))[0])
+    """Kind of every layer, as transformers names and infers them."""
+    config = text_config(model)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windowed = getattr(config, "sliding_window", None) is not None
+        chunked = getattr(config, "attention_chunk_size", None) is not None
+        kind = "sliding_attention" if windowed else "chunked_attention" if chunked else "full_attention"
+        kinds = [kind] * config.num_hidden_layers
+    return list(kinds)
 
 
 def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
@@ -122,8 +128,8 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
     """Probe every attention layer with one token at two positions.
 
     A lone token attends to itself alone, so in a model whose only use of positions is RoPE its
-    un-rotated key is the same at both. The first of the model's rotary frequencies, in either
-    pairing, that makes it so in a layer is that layer's RoPE.
+    un-rotated key is the same at both. Which of the model's rotary frequencies, in either pairing,
+    comes nearest to that in a layer is that layer's RoPE.
 
     Raises:
         ValueError: a layer's keys and values differ in width (MLA) or do not divide the query heads.
@@ -131,7 +137,8 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
     kinds = layer_kinds(model)
     device = model.get_input_embeddings().weight.device
     seen: dict[int, dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
-    for position in (1, 6):
+    far = min(1025, getattr(text_config(model), "max_position_embeddings", 1026) - 1)
+    for position in (1, far):
 
         def observer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, at: int = position, **_: Any) -> None:
             index = getattr(module, "layer_idx", None)
@@ -159,7 +166,7 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
                 f"{type(model).__name__} layer {index}: keys are {k.shape[-1]} wide and values {v.shape[-1]} "
                 f"({k.shape[1]} and {v.shape[1]} heads); MLA and other unequal caches are not supported"
             )
-        inv_freq, interleaved, rope = _find_rope(k, seen[index][6][1], frequencies)
+        inv_freq, interleaved, rope = _find_rope({at: x[1] for at, x in seen[index].items()}, frequencies)
         kind = kinds[index] if index < len(kinds) else "full_attention"
         layers.append(LayerInfo(index, kind, q.shape[1], k.shape[1], k.shape[-1], inv_freq, interleaved, rope))
     return layers
@@ -170,21 +177,23 @@ def _any_token(model: PreTrainedModel) -> int:
     return min(3, text_config(model).vocab_size - 1)
 
 
-def _find_rope(at_1: Tensor, at_6: Tensor, frequencies: list[Tensor]) -> tuple[Tensor, bool, str]:
-    none = at_1.new_zeros(0, dtype=torch.float32)
-    a, b = at_1.float(), at_6.float()
-    tolerance = (2e-2 if at_1.dtype in (torch.float16, torch.bfloat16) else 1e-3) * float(a.norm())
-    if float((a - b).norm()) <= tolerance:
-        return none, False, "none"
+def _find_rope(keys: dict[int, Tensor], frequencies: list[Tensor]) -> tuple[Tensor, bool, str]:
+    """The rotation that makes a token's keys at several positions most alike: frequencies, pairing, name."""
+    (_, one), *_ = keys.items()
+    none = one.new_zeros(0, dtype=torch.float32)
+    candidates = [(none, False, "none")]
     for inv_freq in frequencies:
-        inv_freq = inv_freq.to(a.device)
-        if 2 * inv_freq.numel() > a.shape[-1]:
-            continue
-        for interleaved in (False, True):
-            undone = [rotate(x, torch.tensor(-p, device=x.device), inv_freq, interleaved) for x, p in ((a, 1), (b, 6))]
-            if float((undone[0] - undone[1]).norm()) <= tolerance:
-                return inv_freq, interleaved, "interleaved" if interleaved else "half-split"
-    return none, False, "not recognised"
+        if 2 * inv_freq.numel() <= one.shape[-1]:
+            candidates.append((inv_freq.to(one.device), False, "half-split"))
+            candidates.append((inv_freq.to(one.device), True, "interleaved"))
+
+    def difference(candidate: tuple[Tensor, bool, str]) -> float:
+        near, far = (rotate(x, torch.tensor(-at, device=x.device), *candidate[:2]) for at, x in keys.items())
+        return float((near - far).norm() / near.norm().clamp_min(1e-30))
+
+    best = min(candidates, key=difference)
+    tolerance = 2e-2 if one.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    return best if difference(best) <= tolerance else (none, False, "not recognised")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -194,5 +203,5 @@ def fingerprint(model: PreTrainedModel) -> str:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.half().numpy().tobytes())
+        digest.update(sample.bfloat16().view(torch.int16).numpy().tobytes())  # the same for any dtype of a model
     return digest.hexdigest()[:16]

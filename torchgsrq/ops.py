@@ -27,12 +27,15 @@ _SCHEMAS = {
     "float scale, int causal, float softcap, Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, "
     "Tensor? tail_start, int view) -> Tensor",
     "kv_append_": "(Tensor(a!) kv, Tensor x, Tensor slots) -> ()",
+    "kv_place_": "(Tensor(a!) kv, Tensor start) -> ()",
     "kv_tail": "(Tensor kv, Tensor x, Tensor slots) -> (Tensor, Tensor)",
     "kv_attention": "(Tensor q, Tensor key, Tensor value, Tensor? mask, float scale, int causal, float softcap, "
     "Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, Tensor? tail_start, int view) -> Tensor",
 }
+# The reference reads lengths on the host, so its ops must stay outside captured CUDA graphs.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema)
+    _library.define(_name + _schema, tags=_TAGS)
 
 
 def pack(kv: list[Tensor], layout: list[int]) -> Packed:
@@ -153,7 +156,7 @@ def _subclass_only(*_: object) -> None:
 for _key in ("CPU", "CUDA"):
     for _function in (encode, decode, append_, tail, dequantize, attention):
         _library.impl(_function.__name__, _function, _key)
-    for _name in ("kv_append_", "kv_tail", "kv_attention"):
+    for _name in ("kv_append_", "kv_place_", "kv_tail", "kv_attention"):
         _library.impl(_name, _subclass_only, _key)
 
 

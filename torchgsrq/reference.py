@@ -169,7 +169,7 @@ class Packed:
     @property
     def sink_start(self) -> Tensor:
         """First slot that each row's sinks come from, ``[batch]``."""
-        return self.start.clamp_min(0)
+        return self.start[:, 1]
 
     def sink_slots(self) -> Tensor:
         """Slots of the sinks, ``[batch, sink_tokens]``."""
@@ -182,7 +182,7 @@ class Packed:
 
     def position(self, first: int, last: int) -> Tensor:
         """Positions of slots ``[first, last)`` in each row, ``[batch, last - first]``."""
-        return torch.arange(first, last, device=self.start.device) - self.start[:, None]
+        return torch.arange(first, last, device=self.start.device) - self.start[:, :1]
 
 
 def check_append(kv: Packed, x: Tensor, slots: Tensor) -> None:
@@ -445,7 +445,8 @@ def table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> T
     batch, heads, rows, _ = qf.shape
     layout, n = codec.layout, codes.shape[2]
     place = position.remainder(codec.frame)
-    frame = (position - place) // codec.frame
+    framed = codec.inv_freq.numel() > 0
+    frame = (position - place) // codec.frame if framed else torch.zeros_like(position)
     lowest = int(frame.min())
     starts = torch.arange(lowest, int(frame.max()) + 1, device=qf.device)
     turned = rotate(

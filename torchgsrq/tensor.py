@@ -31,8 +31,8 @@ class GSRQTensor(Tensor):
         codes: uint8 ``[batch, heads, capacity, codes]``, the encoded tokens.
         window: ``[batch, heads, sink_tokens + ring, head_dim]``: the first real tokens of each row, and a ring
             of the newest, in full precision.
-        start: int32 ``[batch]``, the slot of each row's position 0: its left padding, or minus the position
-            of slot 0 where positions do not begin at 0.
+        start: int32 ``[batch, 2]``: the slot of each row's position 0 (negative where positions begin above 0),
+            and the slot of its first real token (its left padding).
         length, encoded: int32 ``[]``, tokens held, and tokens already turned into codes.
         frame_mean, transform, inverse, codebook, inv_freq, gains: the codec's tables (codec.py), shared.
 
@@ -93,7 +93,8 @@ class GSRQTensor(Tensor):
         Args:
             codec: ``codebooks[layer].key`` or ``.value``.
             config: sink, recent and block tokens; the defaults of `GSRQConfig` without it.
-            start: int ``[batch]``, slot of each row's position 0 (its left padding); zeros by default.
+            start: int ``[batch]``, left padding of each row, or ``[batch, 2]``, see the tensor attribute; zeros by
+                default.
 
         Raises:
             ValueError: the codec is for another head_dim or number of heads, or a size is negative.
@@ -112,14 +113,15 @@ class GSRQTensor(Tensor):
         tensors = [
             torch.zeros(batch, kv_heads, capacity, codec.num_codes, dtype=torch.uint8, device=device),
             torch.zeros(batch, kv_heads, config.sink_tokens + ring, head_dim, dtype=dtype, device=device),
-            torch.zeros(batch, dtype=torch.int32, device=device),
+            torch.zeros(batch, 2, dtype=torch.int32, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
             *codec.tensors,
         ]
         if start is not None:
-            if start.shape != (batch,):
-                raise ValueError(f"start has shape {tuple(start.shape)}; expected [{batch}]")
+            if start.shape not in ((batch,), (batch, 2)):
+                raise ValueError(f"start has shape {tuple(start.shape)}; expected [{batch}] or [{batch}, 2]")
+            start = start if start.ndim == 2 else start[:, None].expand(-1, 2)
             tensors[2] = start.to(device=device, dtype=torch.int32).clone()
         layout = (config.sink_tokens, config.recent_tokens, config.block_tokens, *codec.integers)
         return cls(tensors, layout)
@@ -203,8 +205,16 @@ class GSRQTensor(Tensor):
             return self
         return _like(self, [F.pad(self.codes, (0, 0, 0, more)), *self.parts[1:]])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> GSRQTensor:
+        return _clone(self)  # the tables are shared
+
+    def held_on(self, device: torch.device | str) -> GSRQTensor:
+        """The same buffer with what it owns on a device; the tables stay where they are, for offloading."""
+        return _like(self, [*(t.to(device) for t in self.parts[: len(PARTS)]), *self.parts[len(PARTS) :]])
+
     def select_rows(self, rows: Tensor) -> GSRQTensor:
-        """The rows of the batch at ``rows``, any of them, in any order; a copy."""
+        """The rows of the batch at ``rows`` (indices, or a bool mask), any of them, in any order; a copy."""
+        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         codes, window, start, length, encoded, *tables = self.parts
         picked = [t.index_select(0, rows.to(t.device)) for t in (codes, window, start)]
         return _like(self, [*picked, length.clone(), encoded.clone(), *tables])
@@ -250,13 +260,17 @@ def _copy_(kv: GSRQTensor, source: Tensor, non_blocking: bool = False) -> GSRQTe
     if isinstance(source, GSRQTensor):
         if source.integers != kv.integers or source.codes.shape != kv.codes.shape:
             raise ValueError(f"cannot copy {source!r} into {kv!r}: their codecs or shapes differ")
+        if not torch.compiler.is_compiling() and not torch.equal(source.codec.codebook, kv.codec.codebook):
+            raise ValueError(f"cannot copy {source!r} into {kv!r}: their codebooks differ")
         for name in PARTS:
             getattr(kv, name).copy_(getattr(source, name), non_blocking)
-        for name in TABLES:
-            setattr(kv, name, getattr(source, name))
     else:
         _append(kv, source.to(kv.dtype), torch.arange(source.shape[2], device=kv.device))
     return kv
+
+
+def _place(kv: GSRQTensor, start: Tensor) -> None:
+    kv.start.copy_(start)
 
 
 def _zero_(kv: GSRQTensor) -> GSRQTensor:
@@ -298,8 +312,7 @@ def _index_select(kv: GSRQTensor, dim: int, index: Tensor) -> GSRQTensor:
 def _index(kv: GSRQTensor, indices: list[Tensor | None]) -> GSRQTensor:
     if len(indices) == 0 or indices[0] is None or any(i is not None for i in indices[1:]) or indices[0].ndim != 1:
         raise ValueError("only rows of the batch can be indexed; call .dequantize() for anything else")
-    rows = indices[0].nonzero().flatten() if indices[0].dtype == torch.bool else indices[0]
-    return kv.select_rows(rows)
+    return kv.select_rows(indices[0])
 
 
 def _slice(kv: GSRQTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> GSRQTensor:
@@ -421,6 +434,7 @@ def _sdpa(
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     gsrq.kv_append_.default: _append,
+    gsrq.kv_place_.default: _place,
     gsrq.kv_tail.default: _tail,
     gsrq.kv_attention.default: _attention,
     aten.index_copy_.default: _index_copy_,
