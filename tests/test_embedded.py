@@ -91,7 +91,7 @@ def test_demo_and_evaluate_commands(smol):
     )
     assert result.exit_code == 0, result.output
     row = json.loads(result.stdout)["results"][0]
-    assert row["bits"] == 0.5 and row["ppl"] > row["ppl_full"] > 1
+    assert row["bits"] == 0.5 and row["kl"] > 0 and row["ppl"] > 1 and row["ppl_full"] > 1
 
 
 def test_bad_command_lines_say_what_is_wrong():
