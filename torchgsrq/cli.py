@@ -12,6 +12,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from torchgsrq import evaluate as measures
@@ -149,10 +150,10 @@ def demo(
         "[dim]Quality is measured with every token outside the recent window quantized, as a long generation would "
         "see it. The full-precision window and sinks weigh less the longer the context.[/dim]"
     )
-    out.print("\n[bold]The document ends:[/bold] ..." + tokenizer.decode(ids[0, -40:]).replace("\n", " "))
-    out.print("[bold]Full precision goes on:[/bold] " + tokenizer.decode(said_full))
+    out.print("\n[bold]The document ends:[/bold] ..." + escape(tokenizer.decode(ids[0, -40:]).replace("\n", " ")))
+    out.print("[bold]Full precision goes on:[/bold] " + escape(tokenizer.decode(said_full)))
     for config, words in zip(configs, said, strict=True):
-        out.print(f"[bold]GSRQ at {config.bits:g} bit goes on:[/bold] " + tokenizer.decode(words))
+        out.print(f"[bold]GSRQ at {config.bits:g} bit goes on:[/bold] " + escape(tokenizer.decode(words)))
 
 
 @app.command("calibrate")
