@@ -69,7 +69,7 @@ def cluster(
     norms = x.norm(dim=-1, keepdim=True)
     unit = x / norms.clamp_min(1e-12)
     if method != "kmeans":
-        centers = _spherical(x, unit, norms, weight, centers, generator)
+        centers = _spherical(unit, norms, weight, centers, generator)
     weights = weight.unsqueeze(-1)
     weighted, weighted_unit = x * weights, unit * weights if method == "gskm" else None
     shape = torch.nn.functional.normalize(centers, dim=-1)
@@ -138,9 +138,7 @@ def _samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) 
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def _spherical(
-    x: Tensor, unit: Tensor, norms: Tensor, weight: Tensor, centers: Tensor, generator: torch.Generator
-) -> Tensor:
+def _spherical(unit: Tensor, norms: Tensor, weight: Tensor, centers: Tensor, generator: torch.Generator) -> Tensor:
     """Spherical k-means on the unit vectors, 20 rounds; each codeword gets its mean norm as gain."""
     count = centers.shape[1]
     shape = torch.nn.functional.normalize(centers, dim=-1)
