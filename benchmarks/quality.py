@@ -28,7 +28,19 @@ calibration = sys.modules[calibrate.__module__]
 RATES = [2.0, 1.0, 0.5, 0.25]
 TOKENS = 16384
 PROTOCOL = {"sink_tokens": 1, "recent_tokens": 32, "block_tokens": 1}
-SECTIONS = ("frame512", "frame256", "fast", "kmeans", "universal", "own", "clustering", "passkey", "gsrq-paper")
+SECTIONS = (
+    "frame512",
+    "frame256",
+    "frame1024",
+    "nested",
+    "fast",
+    "kmeans",
+    "universal",
+    "own",
+    "clustering",
+    "passkey",
+    "gsrq-paper",
+)
 
 
 class Bench:
@@ -99,7 +111,7 @@ class Bench:
     def passkey(self) -> None:
         """Retrieval of a 5-digit key from real text, 20 trials each."""
         path = self.args.codebooks
-        books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=1), "own")
+        books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=2), "own")
         for tokens in self.args.passkey_tokens or (1024, 2048):
             for name, bits in (("full precision", None), ("1", 1.0), ("0.5", 0.5)):
                 candidate = None if bits is None else (GSRQConfig(bits=bits), books.at(bits))
@@ -117,27 +129,28 @@ class Bench:
 
     def run(self, section: str) -> None:
         """Measure one section."""
-        if section in ("frame512", "frame256"):
-            config = GSRQConfig(bits=self.bits[0], frame=int(section[5:]))
-            books = self.train(config)
-            self.rates(section, config, books)
-            if section == "frame512":
-                for shift in (4000, 30000):
-                    one = dataclasses.replace(config, bits=1)
-                    self.score(section, f"1, positions + {shift}", one, books.at(1), shift)
+        if section.startswith("frame"):
+            for bits in self.bits:
+                config = GSRQConfig(bits=bits, frame=int(section[5:]))
+                books = self.train(config)
+                self.score(section, f"{bits:g}", config, books)
+                if section == "frame512" and bits == 1:
+                    for shift in (4000, 30000):
+                        self.score(section, f"1, positions + {shift}", config, books, shift)
         elif section == "own":
-            config = GSRQConfig(bits=self.bits[0])
-            books = self.train(config, "own")
-            if self.args.codebooks:
-                books.save(self.args.codebooks)
-            self.rates(section, config, books)
-        elif section == "fast":  # the groups of values follow the rate, so each rate has its own
-            keys = self.train(GSRQConfig(bits=self.bits[0], layout="fast"))
+            for bits in self.bits:
+                config = GSRQConfig(bits=bits)
+                books = self.train(config, "own")
+                if self.args.codebooks and bits == self.bits[0]:
+                    books.save(self.args.codebooks)
+                self.score(section, f"{bits:g}", config, books)
+        elif section == "nested":
+            config = GSRQConfig(bits=2)
+            self.rates(section, config, self.train(config))
+        elif section == "fast":
             for bits in self.bits:
                 config = GSRQConfig(bits=bits, layout="fast")
-                stats = self.statistics("text", TOKENS)
-                layers = {i: LayerCodec(keys[i].key.at(bits), self.value(i, s, config)) for i, s in stats.items()}
-                self.score(section, f"{bits:g}", config, Codebooks(layers, keys.metadata))
+                self.score(section, f"{bits:g}", config, self.train(config))
         elif section == "clustering":
             for method in METHODS:
                 config = GSRQConfig(bits=0.5)

@@ -1,1 +1,86 @@
-"""Compiled kernels (``torchgsrq.kernels``). None yet: the pure-PyTorch reference runs everywhere."""
+"""Compiled kernels: C++ for the CPU, built when they are first needed and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from torchgsrq.config import cache_folder
+
+log = logging.getLogger("torchgsrq")
+_FOLDER = Path(__file__).parent
+SOURCES = ("attention.cpp", "encode.cpp")
+HEADERS = ("vector.h", "tables.h")
+
+
+def flags(scalar: bool = False) -> list[str]:
+    """Compiler flags: torch's own vector types for this CPU, or their scalar twin."""
+    from torch._inductor import cpu_vec_isa
+    from torch.utils.cpp_extension import include_paths
+
+    isa = None if scalar else cpu_vec_isa.pick_vec_isa()
+    machine = isa.build_arch_flags().split() if isa else []
+    macros = [f"-D{m}" for m in isa.build_macro()] if isa else []
+    name = next((m.removeprefix("-DCPU_CAPABILITY_") for m in macros if "CPU_CAPABILITY_" in m), "DEFAULT")
+    return [
+        "-O3",
+        "-std=c++20",
+        "-fPIC",
+        "-shared",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wno-psabi",
+        *([] if sys.platform == "darwin" else ["-fopenmp"]),
+        f"-DCPU_CAPABILITY={name}",
+        *macros,
+        *machine,
+        *(f"-isystem{path}" for path in include_paths()),
+        f"-I{sysconfig.get_path('include')}",
+    ]
+
+
+def build(output: Path, scalar: bool = False, extra: tuple[str, ...] = ()) -> None:
+    """Compile the kernels to a shared library.
+
+    Raises:
+        RuntimeError: there is no compiler, or it failed; says what it printed.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("there is no C++ compiler (set CXX, or install g++ or clang++)")
+    libraries = Path(torch.__file__).parent / "lib"
+    partial = output.with_suffix(f".{os.getpid()}.partial")
+    command = [compiler, *flags(scalar), *extra, *(str(_FOLDER / name) for name in SOURCES), "-o", str(partial)]
+    command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{compiler} failed:\n{done.stderr[-4000:]}")
+    os.replace(partial, output)  # other processes may be building it too
+
+
+def cpu_library() -> Path | None:
+    """The shared library of the CPU kernels, built now if it is not on disk yet.
+
+    Returns:
+        Its path, or None where it cannot be built or ``TORCHGSRQ_KERNELS=0`` asks for the reference.
+    """
+    if os.environ.get("TORCHGSRQ_KERNELS", "1") == "0":
+        return None
+    facts = [torch.__version__, *flags(), *((_FOLDER / name).read_text() for name in SOURCES + HEADERS)]
+    path = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+    try:
+        if not path.exists():
+            log.warning("torchgsrq: building the CPU kernels, once; this takes about a minute ...")
+            build(path)
+    except (RuntimeError, OSError) as error:
+        log.warning("torchgsrq: the CPU kernels cannot be built, so the slower reference runs: %s", error)
+        return None
+    return path

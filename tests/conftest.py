@@ -38,14 +38,15 @@ def make_codec(
     g = torch.Generator().manual_seed(seed)
     layout = layout or Layout(head_dim, 2, 4)
     pairs = layout.head_dim // 2 if pairs is None else pairs
-    x = torch.randn(heads, 512, layout.head_dim, generator=g)
+    x = torch.randn(heads, 512, layout.dims, generator=g)
     codebook = train_codebook(x, torch.ones(heads, 512), layout, iterations=2, seed=seed)
     transform = torch.eye(layout.head_dim) + 0.1 * torch.randn(heads, layout.head_dim, layout.head_dim, generator=g)
     return Codec.build(
         layout,
         torch.randn(heads, layout.head_dim, generator=g),
-        transform,
+        transform[:, : layout.dims],
         codebook,
+        inverse=torch.linalg.pinv(transform[:, : layout.dims].double()),
         inv_freq=1.0 / 1000 ** (torch.arange(pairs) / max(pairs, 1)),
         frame=frame,
         interleaved=interleaved,

@@ -46,6 +46,9 @@ PAIRS = {
     "whole, ragged": dict(
         key=make_codec(2, layout=Layout(16, 1, 3)), value=make_codec(2, pairs=0, layout=Layout(16, 4, 6), seed=1)
     ),
+    "fewer dimensions": dict(
+        key=make_codec(2, layout=Layout(16, 1, 4, 8)), value=make_codec(2, pairs=0, layout=Layout(16, 2, 4, 8), seed=1)
+    ),
     "no frames": dict(key=make_codec(2, pairs=0), value=make_codec(2, pairs=0, seed=1)),
     "partial, interleaved": dict(key=make_codec(2, pairs=3, interleaved=True), value=make_codec(2, pairs=0, seed=1)),
     "gains": dict(

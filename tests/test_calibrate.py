@@ -75,7 +75,7 @@ def test_the_codec_codes_what_it_was_trained_on(model, stats):
         error = (back - k) @ codec.transform.transpose(1, 2)
         errors.append(float(error.square().sum()))
     assert errors[0] > errors[1] > errors[2]
-    centred = rotate(torch.stack(stats[0].keys) - layer.key.frame_mean[:, 0, None], at[:, None], stats[0].info.inv_freq)
+    centred = rotate(torch.stack(stats[0].keys) - layer.key.mean[:, None], at[:, None], stats[0].info.inv_freq)
     assert errors[2] < 0.5 * float((centred @ layer.key.transform.transpose(1, 2)).square().sum())
 
 
@@ -96,9 +96,9 @@ def test_every_recipe_quantizes(model, recipe, layout):
 
 def test_recipes_are_what_they_say(model):
     default = tiny_books(model)[0].key
-    assert default.frame == 32 and default.beam == 4 and default.frame_mean.abs().max() > 0
+    assert default.frame == 32 and default.beam == 4 and default.mean.abs().max() > 0
     paper = tiny_books(model, dataclasses.replace(SMALL, recipe="gsrq-paper"))[0].key
-    assert paper.frame == 1 and paper.beam == 1 and not paper.frame_mean.any()
+    assert paper.frame == 1 and paper.beam == 1 and not paper.mean.any()
     assert torch.equal(paper.transform, torch.eye(32).expand(2, -1, -1))
 
 
@@ -192,7 +192,7 @@ def test_a_higher_rate_serves_a_lower(model):
 def test_deal_spreads_variance():
     g = torch.Generator().manual_seed(0)
     y = torch.randn(1, 2000, 8, generator=g) * torch.tensor([8.0, 6, 4, 3, 2, 1, 0.5, 0.1])
-    deal = module._deal(y, torch.ones(1, 2000), 2)
+    deal = module._deal(y, torch.ones(1, 2000), Layout(8, 2, 2))
     torch.testing.assert_close(deal[0] @ deal[0].T, torch.eye(8), atol=1e-5, rtol=0)
     variance = (y @ deal.transpose(1, 2))[0].var(0)
     assert variance[:4].prod() / variance[4:].prod() < 4

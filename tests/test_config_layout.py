@@ -59,20 +59,22 @@ def test_layouts_cover_the_head_at_the_rate(head_dim, bits, preset):
         with pytest.raises(ValueError, match=rf"bits={bits} is not offered for head_dim={head_dim}; choose one of 2"):
             key_layout(head_dim, bits, preset)
         return
-    for layout in (key_layout(head_dim, bits, preset), value_layout(head_dim, bits, preset)):
+    part = 1 if bits >= 1.5 else 0.75 if bits >= 0.75 else 0.5
+    for layout, coded in ((key_layout(head_dim, bits, preset), part), (value_layout(head_dim, bits, preset), 1)):
         assert layout.bits == bits
-        assert layout.groups * layout.width == head_dim
+        assert layout.groups * layout.width == layout.dims
+        assert coded * head_dim <= layout.dims <= min(head_dim, coded * head_dim + 8 * layout.groups)
         assert sum(layout.groups_in(s) for s in range(layout.stages)) == layout.codes
         written = {layout.start(m) + i for m in range(layout.codes) for i in range(layout.width)}
-        assert written == set(range(head_dim))
+        assert written == set(range(layout.dims))
 
 
 def test_presets():
-    assert key_layout(64, 1) == Layout(64, 1, 8)
-    assert key_layout(128, 1) == Layout(128, 2, 16)
+    assert key_layout(64, 1) == Layout(64, 1, 8, 48)
+    assert key_layout(128, 1) == Layout(128, 2, 16, 96)
     assert value_layout(64, 1) == Layout(64, 1, 8)
     assert value_layout(128, 0.25) == Layout(128, 2, 4)
-    assert key_layout(64, 1, "fast") == Layout(64, 2, 8)
+    assert key_layout(64, 1, "fast") == Layout(64, 2, 8, 48)
     assert value_layout(64, 1, "fast") == Layout(64, 8, 8)
     assert num_codes(96, 0.75) == 9
 

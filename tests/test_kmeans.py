@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchgsrq.kmeans import METHODS, assign, cluster
+from torchgsrq.kmeans import METHODS, cluster, nearest
 
 
 def points(n: int = 400, width: int = 3, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_one_round_is_the_papers(method, monkeypatch):
 
 def test_assignment_is_the_nearest_codeword():
     x, centers = points(300, 5), points(20, 5, seed=3)
-    code, error = assign(x, centers)
+    code, error = nearest(x, centers)
     distance = torch.cdist(x, centers).square()
     assert torch.equal(code, distance.argmin(-1))
     torch.testing.assert_close(error, distance.amin(-1), rtol=1e-4, atol=1e-5)
@@ -72,7 +72,9 @@ def test_distortion_is_that_of_scipy(method):
     g = torch.Generator().manual_seed(5)
     x = torch.randn(1, 3000, 4, generator=g) + 1.5 * torch.randn(16, 4, generator=g)[torch.arange(3000) % 16]
     ours = float(
-        np.mean([assign(x, cluster(x, codewords=32, method=method, iterations=30, seed=s))[1].mean() for s in range(3)])
+        np.mean(
+            [nearest(x, cluster(x, codewords=32, method=method, iterations=30, seed=s))[1].mean() for s in range(3)]
+        )
     )
     theirs = []
     for seed in range(3):
@@ -84,7 +86,7 @@ def test_distortion_is_that_of_scipy(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_more_rounds_do_not_hurt_and_seeds_repeat(method):
     x = points(600, 6)
-    few, many = (assign(x, cluster(x, codewords=16, method=method, iterations=i))[1].mean() for i in (1, 20))
+    few, many = (nearest(x, cluster(x, codewords=16, method=method, iterations=i))[1].mean() for i in (1, 20))
     assert many <= few * 1.01
     assert torch.equal(cluster(x, codewords=16, method=method, seed=4), cluster(x, codewords=16, method=method, seed=4))
     assert not torch.equal(
@@ -113,10 +115,10 @@ def test_awkward_data(method):
     few = points(5, 3, 1)
     out = cluster(few, codewords=8, method=method)
     assert out.shape == (1, 8, 3)
-    assert assign(few, out)[1].max() < 1e-6
+    assert nearest(few, out)[1].max() < 1e-6
     same = torch.ones(2, 100, 3)
     out = cluster(same, codewords=4, method=method, iterations=3)
-    assert out.isfinite().all() and assign(same, out)[1].max() < 2e-3
+    assert out.isfinite().all() and nearest(same, out)[1].max() < 2e-3
     zeros = torch.zeros(1, 50, 3)
     assert cluster(zeros, codewords=4, method=method, iterations=2).abs().max() <= 1e-4
     unweighted = cluster(points(50), torch.zeros(2, 50), codewords=4, method=method, iterations=2)
@@ -128,7 +130,7 @@ def test_empty_clusters_are_seeded_again():
     x = torch.zeros(1, 1000, 2)
     x[0, :3] = torch.tensor([[50.0, 0], [0, 50.0], [-50.0, 0]])
     out = cluster(x, codewords=4, iterations=10)
-    assert assign(x, out)[1].max() < 1e-6
+    assert nearest(x, out)[1].max() < 1e-6
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 3), st.sampled_from(METHODS))
@@ -137,9 +139,9 @@ def test_never_worse_than_one_codeword(n, width, seed, method):
     one = (x - x.mean(1, keepdim=True)).square().sum()
     out = cluster(x, codewords=4, method=method, iterations=5, seed=seed)
     assert out.isfinite().all()
-    assert float(assign(x, out)[1].sum()) <= float(x.square().sum()) * 1.01 + 1e-4
+    assert float(nearest(x, out)[1].sum()) <= float(x.square().sum()) * 1.01 + 1e-4
     if method == "kmeans":
-        assert float(assign(x, out)[1].sum()) <= float(one) * 1.5 + 1e-4
+        assert float(nearest(x, out)[1].sum()) <= float(one) * 1.5 + 1e-4
 
 
 def test_bad_input_is_named():

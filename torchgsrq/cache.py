@@ -88,8 +88,8 @@ class GSRQLayer(CacheLayerMixin):
         if self.max_cache_len is None:
             self._reserve(self.cumulative_length + tokens)
         if not torch.compiler.is_compiling():  # both, before either is written
-            reference.check_append(self.keys.packed, key_states, slots)
-            reference.check_append(self.values.packed, value_states, slots)
+            for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+                torch.ops.torchgsrq.check_append(buffer.parts, list(buffer.integers), states, slots)
         exact = self.config.prefill == "exact"
         out: tuple[Any, Any] = (self.keys, self.values)
         if tokens > 1 and exact and self.is_empty:
@@ -204,7 +204,7 @@ class GSRQLayer(CacheLayerMixin):
         """Take over what `state` gave, of a layer of any capacity that held ``length`` tokens."""
         c = self.config
         for name, codec in (("keys", self.codec.key), ("values", self.codec.value)):
-            codes, *rest = (state[f"{name}.{part}"].to(codec.frame_mean.device) for part in PARTS)
+            codes, *rest = (state[f"{name}.{part}"].to(codec.mean.device) for part in PARTS)
             capacity = codes.shape[2] if self.max_cache_len is None else self.max_cache_len
             layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
             buffer = GSRQTensor([codes[:, :, :capacity].contiguous(), *rest, *codec.tensors], layout)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from torchgsrq import models
-from torchgsrq.codec import Codebooks, Codec, LayerCodec
-from torchgsrq.config import GSRQConfig
+from torchgsrq.codec import VERSION, Codebooks, Codec, LayerCodec
+from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.kmeans import train_codebook
-from torchgsrq.layout import key_layout, value_layout
+from torchgsrq.layout import Layout, key_layout, value_layout
 from torchgsrq.models import LayerInfo
 from torchgsrq.rope import rotate
 
@@ -96,20 +95,18 @@ def _root(metric: Tensor) -> Tensor:
     return vectors * values.clamp_min(1e-6).sqrt().unsqueeze(-2) @ vectors.transpose(-1, -2)
 
 
-def _deal(y: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """An orthogonal transform that spreads the variance of ``y [h, n, d]`` evenly over groups.
-
-    Principal directions, dealt to the groups in snake order.
-    """
+def _deal(y: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+    """Orthonormal rows ``[heads, layout.dims, d]``: the principal directions of ``y [heads, n, d]``, the strongest
+    first, dealt to the groups in snake order, so that the variance is spread evenly."""
     heads, _, dim = y.shape
-    if groups == 1:
-        return torch.eye(dim, device=y.device).expand(heads, -1, -1)
+    if layout.groups == 1 and layout.dims == dim:
+        return torch.eye(dim, device=y.device).repeat(heads, 1, 1)
     covariance = (y * weight.unsqueeze(-1)).transpose(1, 2).double() @ y.double()
     vectors = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
-    hands: list[list[int]] = [[] for _ in range(groups)]
-    for i in range(dim):
-        lap, seat = divmod(i, groups)
-        hands[seat if lap % 2 == 0 else groups - 1 - seat].append(i)
+    hands: list[list[int]] = [[] for _ in range(layout.groups)]
+    for i in range(layout.dims):
+        lap, seat = divmod(i, layout.groups)
+        hands[seat if lap % 2 == 0 else layout.groups - 1 - seat].append(i)
     order = torch.tensor([i for hand in hands for i in hand], device=y.device)
     return vectors[..., order].transpose(1, 2).float()
 
@@ -142,7 +139,7 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
     root = _root(_averaged(torch.as_tensor(stats.query_metric).double(), offsets, info)).float()
     y = rotate(k - mean.unsqueeze(1), places, info.inv_freq, info.interleaved) @ root.transpose(1, 2)
     layout = key_layout(info.head_dim, config.key_rate, config.layout)
-    deal = _deal(y, weight, layout.groups)
+    deal = _deal(y, weight, layout)
     y = y @ deal.transpose(1, 2)
     codebook = train_codebook(y, weight, layout, method=method, seed=config.seed)
     return Codec.build(
@@ -150,6 +147,7 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
         mean,
         deal @ root,
         codebook,
+        inverse=torch.linalg.inv(root.double()) @ deal.transpose(1, 2).double(),
         inv_freq=info.inv_freq,
         frame=frame,
         interleaved=info.interleaved,
@@ -180,10 +178,10 @@ def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -
     mean = (v * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
     v = v - mean.unsqueeze(1)
     layout = value_layout(stats.info.head_dim, config.value_rate, config.layout)
-    deal = _deal(v, weight, layout.groups)
+    deal = _deal(v, weight, layout)
     v = v @ deal.transpose(1, 2)
     codebook = train_codebook(v, weight, layout, method=method, seed=config.seed + 1)
-    return Codec.build(layout, mean, deal, codebook, beam=config.beam)
+    return Codec.build(layout, mean, deal, codebook, inverse=deal.transpose(1, 2), beam=config.beam)
 
 
 def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCodec:
@@ -199,7 +197,7 @@ def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCod
         (stats.values, stats.value_weight, config.value_rate),
     ):
         x, weight = torch.cat(vectors, 1), _normalised(torch.cat(weights, 1), 1).log1p()
-        layout = key_layout(info.head_dim, bits, "fast")
+        layout = dataclasses.replace(key_layout(info.head_dim, bits, "fast"), dims=info.head_dim)
         codebook = train_codebook(x, weight, layout, method=method, seed=config.seed)
         eye = torch.eye(info.head_dim, device=x.device).expand(info.kv_heads, -1, -1)
         is_key = vectors is stats.keys
@@ -431,18 +429,11 @@ def _chunks(layers: list[LayerInfo], tokens: int, max_memory: int) -> Iterable[l
         yield chunk
 
 
-def cache_folder() -> Path:
-    """Where codebooks and the embedded model are kept: ``$TORCHGSRQ_CACHE``, or the user's cache folder."""
-    root = os.environ.get("TORCHGSRQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torchgsrq"
-    folder = Path(root).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def cached_codebooks(model: PreTrainedModel, config: GSRQConfig, progress: bool = True) -> Codebooks:
     """The codebooks of the disk cache for this model and config, calibrated first if there are none."""
     skipped = "-skip" + "_".join(map(str, config.skip_layers)) if config.skip_layers else ""
-    path = cache_folder() / f"{models.fingerprint(model)}-{config.codec_key()}{skipped}.safetensors"
+    name = f"{models.fingerprint(model)}-{config.codec_key()}{skipped}-v{VERSION}.safetensors"
+    path = cache_folder() / name
     if path.exists():
         log.info("using the codebooks cached at %s", path)
         return Codebooks.load(path).to(model.device)

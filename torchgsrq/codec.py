@@ -19,10 +19,9 @@ from torch import Tensor
 from torchgsrq.config import GSRQConfig
 from torchgsrq.kmeans import train_codebook
 from torchgsrq.layout import CODEWORDS, Layout, num_codes
-from torchgsrq.rope import rotate
 
 FORMAT = "torchgsrq.codebooks"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +29,14 @@ class Codec:
     """How the vectors of one layer's keys (or values) are coded, per KV head.
 
     A vector at position p, frame start s = p - p % frame, means
-    ``R(s) (frame_mean[p % frame] + inverse @ sum_m codeword_m)``. Values and models without RoPE are
-    the case of an empty ``inv_freq`` and one row of ``frame_mean``.
+    ``R(s) (R(p - s) mean + inverse @ sum_m codeword_m)``. Values and models without RoPE are the case of an empty
+    ``inv_freq``.
 
-    Tensor attributes (all float32, read only, shared by every cache):
-        frame_mean: ``[heads, frame, head_dim]``, the mean vector, rotated to each place in a frame.
-        transform: ``[heads, head_dim, head_dim]``, into the metric the codewords were learned in.
-        inverse: ``[heads, head_dim, head_dim]``, its inverse.
-        codebook: ``[heads, layout.codes, 256, layout.width]``, gains multiplied in.
+    Tensor attributes (float32 but for ``codebook``, read only, shared by every cache):
+        mean: ``[heads, head_dim]``, un-rotated.
+        transform: ``[heads, layout.dims, head_dim]``, into the metric that the codewords were learned in.
+        inverse: ``[heads, head_dim, layout.dims]``, and back; its inverse, or pseudo-inverse.
+        codebook: float16 ``[heads, layout.codes, 256, layout.width]``, gains multiplied in.
         inv_freq: ``[pairs]``, RoPE frequencies of the frame rotation; empty for none.
         gains: ``[256]``, or empty. Where present, the first byte of a vector is the index of a gain
             that multiplies the sum of its codewords (the data-free ``universal`` recipe only).
@@ -46,10 +45,11 @@ class Codec:
         layout: which code writes which slice.
         interleaved: RoPE pairs are ``(2i, 2i + 1)``.
         beam: width of the encoder's beam search.
+        frame: tokens per anchored frame; 1 without RoPE.
     """
 
     layout: Layout
-    frame_mean: Tensor
+    mean: Tensor
     transform: Tensor
     inverse: Tensor
     codebook: Tensor
@@ -57,6 +57,7 @@ class Codec:
     gains: Tensor
     interleaved: bool = False
     beam: int = 4
+    frame: int = 1
     _copies: dict[torch.device, Codec] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -74,31 +75,26 @@ class Codec:
         gains: Tensor | None = None,
         beam: int = 4,
     ) -> Codec:
-        """A codec from its mean ``[heads, head_dim]`` at the start of a frame and its tables."""
+        """A codec from its mean ``[heads, head_dim]`` and its tables; ``inverse`` may be left out if it exists."""
         inv_freq = mean.new_zeros(0) if inv_freq is None else inv_freq.float().to(mean.device)
-        frame = frame if inv_freq.numel() else 1
-        frame_mean = rotate(mean.float().unsqueeze(1), torch.arange(frame, device=mean.device), inv_freq, interleaved)
+        inverse = torch.linalg.inv(transform.double()) if inverse is None else inverse
         return cls(
             layout,
-            frame_mean.contiguous(),
-            transform.float(),
-            torch.linalg.inv(transform.double()).float() if inverse is None else inverse.float(),
-            codebook.float(),
-            inv_freq,
+            mean.float().contiguous(),
+            transform.float().contiguous(),
+            inverse.float().contiguous(),
+            codebook.half().contiguous(),
+            inv_freq.contiguous(),
             mean.new_zeros(0) if gains is None else gains.float(),
             interleaved,
             beam,
+            frame if inv_freq.numel() else 1,
         )
-
-    @property
-    def frame(self) -> int:
-        """Tokens per anchored frame."""
-        return self.frame_mean.shape[1]
 
     @property
     def heads(self) -> int:
         """KV heads."""
-        return self.frame_mean.shape[0]
+        return self.mean.shape[0]
 
     @property
     def head_dim(self) -> int:
@@ -113,20 +109,20 @@ class Codec:
     @property
     def tensors(self) -> list[Tensor]:
         """The tensor attributes, in the order of `from_flat`."""
-        return [self.frame_mean, self.transform, self.inverse, self.codebook, self.inv_freq, self.gains]
+        return [self.mean, self.transform, self.inverse, self.codebook, self.inv_freq, self.gains]
 
     @property
     def integers(self) -> list[int]:
         """The non-tensor attributes as integers, in the order of `from_flat`."""
-        return [self.layout.head_dim, self.layout.groups, self.layout.codes, int(self.interleaved), self.beam]
+        x = self.layout
+        return [x.head_dim, x.groups, x.codes, x.dims, int(self.interleaved), self.beam, self.frame]
 
     @classmethod
     def from_flat(cls, tensors: list[Tensor], integers: list[int]) -> Codec:
         """A codec from what ops and tensor subclasses carry: `tensors` and `integers`."""
-        head_dim, groups, codes, interleaved, beam = integers
-        frame_mean, transform, inverse, codebook, inv_freq, gains = tensors
-        layout = Layout(head_dim, groups, codes)
-        return cls(layout, frame_mean, transform, inverse, codebook, inv_freq, gains, bool(interleaved), beam)
+        *layout, interleaved, beam, frame = integers
+        mean, transform, inverse, codebook, inv_freq, gains = tensors
+        return cls(Layout(*layout), mean, transform, inverse, codebook, inv_freq, gains, bool(interleaved), beam, frame)
 
     def at(self, bits: float) -> Codec:
         """The same codec at a lower rate: a prefix of its residual stages.
@@ -148,7 +144,7 @@ class Codec:
 
     def to(self, device: torch.device | str) -> Codec:
         """The same codec on a device; made once for each."""
-        here, there = self.frame_mean.device, torch.device(device)
+        here, there = self.mean.device, torch.device(device)
         if here.type == there.type and there.index in (None, here.index):
             return self
         if there not in self._copies:
@@ -271,9 +267,8 @@ class Codebooks:
         codecs: dict[str, dict[str, Any]] = {}
         for i, layer in self.layers.items():
             for name, codec in layer._asdict().items():
-                tensors[f"{i}.{name}.mean"] = codec.frame_mean[:, 0].clone()
-                tensors[f"{i}.{name}.codebook"] = codec.codebook.half().contiguous()
-                for part in ("transform", "inverse", "inv_freq", "gains"):
+                tensors[f"{i}.{name}.codebook"] = codec.codebook
+                for part in ("mean", "transform", "inverse", "inv_freq", "gains"):
                     tensors[f"{i}.{name}.{part}"] = getattr(codec, part).clone().contiguous()
                 codecs[f"{i}.{name}"] = {
                     "groups": codec.layout.groups,
@@ -312,9 +307,10 @@ class Codebooks:
                     parts = ("mean", "transform", "inverse", "codebook", "inv_freq", "gains")
                     t = {part: file.get_tensor(f"{name}.{part}") for part in parts}
                     _, codes, words, width = t["codebook"].shape
-                    if words != CODEWORDS or width * facts["groups"] != t["mean"].shape[-1]:
+                    dims = width * facts["groups"]
+                    if words != CODEWORDS or dims != t["transform"].shape[-2]:
                         raise ValueError(f"{os.fspath(path)}: the tables of {name} do not fit together")
-                    layout = Layout(t["mean"].shape[-1], facts["groups"], codes)
+                    layout = Layout(t["mean"].shape[-1], facts["groups"], codes, dims)
                     index, kind = name.split(".")
                     layers.setdefault(int(index), {})[kind] = Codec.build(
                         layout,

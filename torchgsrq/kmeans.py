@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from torchgsrq.layout import CODEWORDS, Layout
 
+_ops = torch.ops.torchgsrq  # compiled where they can be; `nearest` and `sum_by_code` below say what they mean
 METHODS = ("kmeans", "kmeans-spherical", "gskm", "gskm-public")
 _ROWS = 1024  # rows of a distance block: stays in cache, and a larger one is slower on CPU
 
@@ -78,12 +79,12 @@ def cluster(
         if method == "gskm-public":
             gain = gain.bfloat16().float().clamp_min(1e-4)
             centers = gain * shape
-        code, error = assign(x, centers)
-        mass = _sum_by_code(weights, code, codewords)
-        mean = _sum_by_code(weighted, code, codewords) / mass.clamp_min(1e-30)
+        code, error = _ops.nearest(x, centers)
+        mass = _ops.sum_by_code(weights, code, codewords)
+        mean = _ops.sum_by_code(weighted, code, codewords) / mass.clamp_min(1e-30)
         previous = shape
         if method.startswith("gskm"):
-            towards = mean if weighted_unit is None else _sum_by_code(weighted_unit, code, codewords)
+            towards = mean if weighted_unit is None else _ops.sum_by_code(weighted_unit, code, codewords)
             shape = torch.nn.functional.normalize(towards, dim=-1)
             gain = (mean * (shape if method == "gskm" else previous)).sum(-1, keepdim=True)
             centers = gain * shape
@@ -99,8 +100,8 @@ def cluster(
     return centers
 
 
-def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest codeword of every vector.
+def nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest codeword of every vector: what the op `torchgsrq::nearest` means.
 
     Args:
         x: ``[batch, n, width]`` float32. centers: ``[batch, codewords, width]`` float32.
@@ -121,8 +122,8 @@ def assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(codes, 1), error.clamp_min_(0)
 
 
-def _sum_by_code(x: Tensor, code: Tensor, codewords: int) -> Tensor:
-    """Sum the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d]``."""
+def sum_by_code(x: Tensor, code: Tensor, codewords: int) -> Tensor:
+    """Sum the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d]``; an op as well."""
     total = x.new_zeros(x.shape[0], codewords, x.shape[2])
     for out, rows, index in zip(total, x, code, strict=True):
         out.index_add_(0, index, rows)
@@ -143,14 +144,14 @@ def _spherical(unit: Tensor, norms: Tensor, weight: Tensor, centers: Tensor, gen
     count = centers.shape[1]
     shape = torch.nn.functional.normalize(centers, dim=-1)
     for _ in range(20):
-        code, error = assign(unit, shape)
-        shape = torch.nn.functional.normalize(_sum_by_code(unit * weight.unsqueeze(-1), code, count), dim=-1)
+        code, error = _ops.nearest(unit, shape)
+        shape = torch.nn.functional.normalize(_ops.sum_by_code(unit * weight.unsqueeze(-1), code, count), dim=-1)
         empty = (shape == 0).all(-1, keepdim=True)
         if empty.any():
             shape = torch.where(empty, _samples(unit, weight * error, count, generator), shape)
-    code, _ = assign(unit, shape)
-    mass = _sum_by_code(weight.unsqueeze(-1), code, count)
-    gain = _sum_by_code(norms * weight.unsqueeze(-1), code, count) / mass.clamp_min(1e-30)
+    code, _ = _ops.nearest(unit, shape)
+    mass = _ops.sum_by_code(weight.unsqueeze(-1), code, count)
+    gain = _ops.sum_by_code(norms * weight.unsqueeze(-1), code, count) / mass.clamp_min(1e-30)
     return gain * shape
 
 
@@ -194,7 +195,7 @@ def train_codebook(
             seed=seed + 1000 * stage,
         )
         words = torch.cat((words.new_zeros(words.shape[0], zero, layout.width), words), 1).half().float()
-        code, _ = assign(part, words)
+        code, _ = _ops.nearest(part, words)
         part = part - words.gather(1, code.unsqueeze(-1).expand_as(part))
         residual[:, :groups] = part.unflatten(0, (heads, groups))
         first = stage * layout.groups

@@ -7,11 +7,17 @@ Ops on plain tensors carry a codec as ``Tensor[] codec, int[] layout`` (see `Cod
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from torchgsrq import reference
 from torchgsrq.codec import Codec
+from torchgsrq.kernels import cpu_library
+from torchgsrq.kmeans import nearest, sum_by_code
 from torchgsrq.reference import Packed
 
 _library = torch.library.Library("torchgsrq", "FRAGMENT")
@@ -26,6 +32,9 @@ _SCHEMAS = {
     "attention": "(Tensor q, Tensor[] key, int[] key_layout, Tensor[] value, int[] value_layout, Tensor? mask, "
     "float scale, int causal, float softcap, Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, "
     "Tensor? tail_start, int view) -> Tensor",
+    "check_append": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> ()",
+    "nearest": "(Tensor x, Tensor centers) -> (Tensor, Tensor)",
+    "sum_by_code": "(Tensor x, Tensor code, int codewords) -> Tensor",
     "kv_append_": "(Tensor(a!) kv, Tensor x, Tensor slots) -> ()",
     "kv_place_": "(Tensor(a!) kv, Tensor start) -> ()",
     "kv_tail": "(Tensor kv, Tensor x, Tensor slots) -> (Tensor, Tensor)",
@@ -76,6 +85,11 @@ def append_(
 ) -> None:
     """Append vectors ``[b, h, n, d]`` at slots ``[n]`` in place (`reference.append_`)."""
     reference.append_(pack([codes, window, start, length, encoded, *codec], layout), x, slots)
+
+
+def check_append(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
+    """Refuse what `append_` cannot write (`reference.check_append`)."""
+    reference.check_append(pack(kv, layout), x, slots)
 
 
 def tail(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,9 +167,56 @@ def _subclass_only(*_: object) -> None:
     raise TypeError("the kv_ ops take a GSRQTensor; use torchgsrq::append_ and torchgsrq::attention on plain tensors")
 
 
+_REFERENCE = (encode, decode, append_, check_append, tail, dequantize, attention, nearest, sum_by_code)
+_COMPILED = (
+    "encode",
+    "append_",
+    "check_append",
+    "attention",
+    "nearest",
+    "sum_by_code",
+)  # have a C++ kernel in kernels/
+_cpu = torch.library.Library("torchgsrq", "IMPL")
+
+
+def _on_first_use(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The op until it is first called on the CPU; then the compiled kernels take over, or the reference stays."""
+
+    def first(*args: Any) -> Any:
+        if not use_kernels():
+            return function(*args)
+        return getattr(torch.ops.torchgsrq, name)(*args)
+
+    return first
+
+
+@functools.cache
+def use_kernels() -> bool:
+    """Hand the CPU implementations over to the compiled kernels, building them first if need be.
+
+    Returns:
+        Whether they run; without a compiler, or with ``TORCHGSRQ_KERNELS=0``, the reference does.
+    """
+    global _cpu
+    library = cpu_library()
+    _cpu._destroy()
+    _cpu = torch.library.Library("torchgsrq", "IMPL")
+    if library is not None:
+        torch.ops.load_library(library)
+    else:
+        for function in _REFERENCE:
+            if function.__name__ in _COMPILED:
+                _cpu.impl(function.__name__, function, "CPU")
+    return library is not None
+
+
+for _function in _REFERENCE:
+    _library.impl(_function.__name__, _function, "CUDA")
+    if _function.__name__ in _COMPILED:
+        _cpu.impl(_function.__name__, _on_first_use(_function.__name__, _function), "CPU")
+    else:
+        _library.impl(_function.__name__, _function, "CPU")
 for _key in ("CPU", "CUDA"):
-    for _function in (encode, decode, append_, tail, dequantize, attention):
-        _library.impl(_function.__name__, _function, _key)
     for _name in ("kv_append_", "kv_place_", "kv_tail", "kv_attention"):
         _library.impl(_name, _subclass_only, _key)
 
@@ -173,6 +234,11 @@ def _(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], d
 
 @torch.library.register_fake("torchgsrq::append_", lib=_library)
 def _(codes, window, length, encoded, start, codec, layout, x, slots) -> None:  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("torchgsrq::check_append", lib=_library)
+def _(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
     return None
 
 

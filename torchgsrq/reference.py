@@ -47,7 +47,7 @@ def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
     batch, heads, n, head_dim = x.shape
     place = position.remainder(codec.frame)
     y = rotate(x.float(), (place - position).unsqueeze(1), codec.inv_freq, codec.interleaved)
-    y = y - codec.frame_mean[:, place].transpose(0, 1)
+    y = y - _mean_at(place, codec)
     y = y.transpose(0, 1).reshape(heads, batch * n, head_dim)
     y = _tiled_product(y, codec.transform)
     head = []
@@ -67,6 +67,11 @@ def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
     return codes.reshape(heads, batch, n, codec.num_codes).transpose(0, 1).contiguous()
 
 
+def _mean_at(position: Tensor, codec: Codec) -> Tensor:
+    """The mean, rotated to positions ``[batch, n]``: ``[batch, heads, n, head_dim]``, or with a size of 1 for n."""
+    return rotate(codec.mean[:, None], position.unsqueeze(1), codec.inv_freq, codec.interleaved)
+
+
 def _tiled_product(y: Tensor, matrix: Tensor) -> Tensor:
     """``matrix @ y`` for every row of ``y [heads, n, d]``, padded with zero rows to whole tiles."""
     return F.pad(y, (0, 0, 0, -y.shape[1] % _TILE)) @ matrix.transpose(1, 2)
@@ -76,7 +81,8 @@ def beam_search(y: Tensor, tables: Tensor, beam: int) -> Tensor:
     """Codes of one group. The first candidate is always the greedy path, so the result is never worse.
 
     Args:
-        y: ``[heads, n, width]`` float32, n a multiple of the tile. tables: ``[heads, stages, 256, width]``.
+        y: ``[heads, n, width]`` float32, n a multiple of the tile. tables: ``[heads, stages, 256, width]``, any
+            floating dtype.
 
     Returns:
         uint8 ``[heads, n, stages]``.
@@ -87,7 +93,7 @@ def beam_search(y: Tensor, tables: Tensor, beam: int) -> Tensor:
     cost = residual.square().sum(-1)
     codes = torch.zeros(heads, n, 1, 0, dtype=torch.int64, device=y.device)
     for stage in range(stages):
-        table = tables[:, stage]
+        table = tables[:, stage].float()
         squares = table.square().sum(-1).unsqueeze(1)
         change = torch.baddbmm(squares, residual.flatten(1, 2), table.transpose(1, 2), alpha=-2)
         change = change.view(heads, n, -1, CODEWORDS)
@@ -107,7 +113,7 @@ def beam_search(y: Tensor, tables: Tensor, beam: int) -> Tensor:
 
 
 def codeword_sum(codes: Tensor, codec: Codec) -> Tensor:
-    """Codes to vectors in the learned metric, float32 ``[batch, heads, n, head_dim]``."""
+    """Codes to vectors in the learned metric, float32 ``[batch, heads, n, dims]``."""
     batch, heads, n, _ = codes.shape
     layout = codec.layout
     gain = None
@@ -120,13 +126,13 @@ def codeword_sum(codes: Tensor, codec: Codec) -> Tensor:
     for stage in range(layout.stages):
         groups = layout.groups_in(stage)
         first = stage * layout.groups
-        y[..., :groups, :] += rows[index[..., first : first + groups]]
+        y[..., :groups, :] += rows[index[..., first : first + groups]].float()
     y = y.flatten(-2)
     return y if gain is None else y * gain
 
 
 def decode(codes: Tensor, position: Tensor, codec: Codec, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codes to vectors: ``R(frame start) (frame_mean[place] + inverse @ sum of codewords)``.
+    """Codes to vectors: ``R(frame start) (R(place) mean + inverse @ sum of codewords)``.
 
     Args:
         codes: uint8 ``[batch, heads, n, codec.num_codes]``.
@@ -137,9 +143,9 @@ def decode(codes: Tensor, position: Tensor, codec: Codec, dtype: torch.dtype = t
     """
     place = position.remainder(codec.frame)
     batch, heads, n, _ = codes.shape
-    y = codeword_sum(codes, codec).transpose(0, 1).reshape(heads, batch * n, codec.head_dim)
+    y = codeword_sum(codes, codec).transpose(0, 1).reshape(heads, batch * n, codec.layout.dims)
     x = _tiled_product(y, codec.inverse)[:, : batch * n].unflatten(1, (batch, n)).transpose(0, 1)
-    x = x + codec.frame_mean[:, place].transpose(0, 1)
+    x = x + _mean_at(place, codec)
     return rotate(x, (position - place).unsqueeze(1), codec.inv_freq, codec.interleaved).to(dtype)
 
 
@@ -430,10 +436,10 @@ def _mask_columns(mask: Tensor, slots: Tensor, heads: int, group: int) -> Tensor
 
 
 def table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> Tensor:
-    """``q . k`` by look-up: per frame, a table of ``q . codeword`` for every code, and of ``q . mean``.
+    """``q . k`` by look-up: for each frame, a table of ``q . codeword`` for every code.
 
     The query goes to the frame instead of the keys coming from it: with ``q' = R(-frame start) q``,
-    ``q . k = sum_m (inverse^T q')[slice m] . codeword_m + q' . frame_mean[place]``.
+    ``q . k = sum_m (inverse^T q')[slice m] . codeword_m + q . R(position) mean``.
 
     Args:
         qf: float32 ``[batch, heads, rows, head_dim]``, scaled. codes: ``[batch, heads, n, codes]``.
@@ -444,29 +450,23 @@ def table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> T
     """
     batch, heads, rows, _ = qf.shape
     layout, n = codec.layout, codes.shape[2]
-    place = position.remainder(codec.frame)
-    framed = codec.inv_freq.numel() > 0
-    frame = (position - place) // codec.frame if framed else torch.zeros_like(position)
+    frame = position // codec.frame if codec.inv_freq.numel() else torch.zeros_like(position)
     lowest = int(frame.min())
-    starts = torch.arange(lowest, int(frame.max()) + 1, device=qf.device)
-    turned = rotate(
-        qf.unsqueeze(3), -starts * codec.frame, codec.inv_freq, codec.interleaved
-    )  # [b, h, rows, frames, d]
-    turned = turned.expand(-1, -1, -1, starts.numel(), -1)
-    mean_table = turned @ codec.frame_mean.transpose(1, 2)[None, :, None]  # [b, h, rows, frames, frame]
+    starts = torch.arange(lowest, int(frame.max()) + 1, device=qf.device) * codec.frame
+    turned = rotate(qf.unsqueeze(3), -starts, codec.inv_freq, codec.interleaved)
+    turned = turned.expand(-1, -1, -1, starts.numel(), -1)  # [b, h, rows, frames, d]
     slices = torch.einsum("bhrfd,hde->bhrfe", turned, codec.inverse).unflatten(-1, (layout.groups, layout.width))
 
     frame = (frame - lowest)[:, None, None]
     scores = torch.zeros(batch, heads, rows, n, device=qf.device)
     gains = codec.gains.numel()
     for m in range(layout.codes):
-        table = torch.einsum("bhrfw,hcw->bhrfc", slices[..., m % layout.groups, :], codec.codebook[:, m])
+        table = torch.einsum("bhrfw,hcw->bhrfc", slices[..., m % layout.groups, :], codec.codebook[:, m].float())
         index = frame * CODEWORDS + codes[:, :, None, :, m + bool(gains)].int()
         scores += table.flatten(3).gather(3, index.long().expand(-1, -1, rows, -1))
     if gains:
         scores *= codec.gains[codes[..., 0].int()].unsqueeze(2)
-    index = frame * codec.frame + place[:, None, None]
-    return scores + mean_table.flatten(3).gather(3, index.expand(-1, heads, rows, -1))
+    return scores + qf @ _mean_at(position, codec).transpose(-1, -2)
 
 
 def histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
@@ -488,5 +488,5 @@ def histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
     for m in range(layout.codes):
         index = codes[:, :, None, :, m + bool(gains)].long().expand(-1, -1, rows, -1)
         bins = torch.zeros(batch, heads, rows, CODEWORDS, device=p.device).scatter_add_(3, index, weight)
-        y[..., m % layout.groups, :] += bins @ codec.codebook[:, m]
-    return y.flatten(-2) @ codec.inverse.transpose(1, 2) + p.sum(-1, keepdim=True) * codec.frame_mean[:, :1]
+        y[..., m % layout.groups, :] += bins @ codec.codebook[:, m].float()
+    return y.flatten(-2) @ codec.inverse.transpose(1, 2) + p.sum(-1, keepdim=True) * codec.mean.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: rotate vectors by a position. Which rotation a model uses is found in inspect.py."""
+"""Rotary position embedding: rotate vectors by a position. Which rotation a model uses is found in models.py."""
 
 from __future__ import annotations
 

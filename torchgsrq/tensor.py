@@ -17,7 +17,7 @@ aten = torch.ops.aten
 gsrq = torch.ops.torchgsrq
 
 PARTS = ("codes", "window", "start", "length", "encoded")
-TABLES = ("frame_mean", "transform", "inverse", "codebook", "inv_freq", "gains")
+TABLES = ("mean_vector", "transform", "inverse", "codebook", "inv_freq", "gains")
 
 
 class GSRQTensor(Tensor):
@@ -34,7 +34,7 @@ class GSRQTensor(Tensor):
         start: int32 ``[batch, 2]``: the slot of each row's position 0 (negative where positions begin above 0),
             and the slot of its first real token (its left padding).
         length, encoded: int32 ``[]``, tokens held, and tokens already turned into codes.
-        frame_mean, transform, inverse, codebook, inv_freq, gains: the codec's tables (codec.py), shared.
+        mean_vector, transform, inverse, codebook, inv_freq, gains: the codec's tables (codec.py), shared.
 
     Non-Tensor Attributes:
         integers: sink, recent and block tokens, then `Codec.integers`.

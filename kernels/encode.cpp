@@ -1,0 +1,422 @@
+// Encode, append and the assignment of k-means for the CPU: what torchgsrq/reference.py means by `encode` and `append_`,
+// and torchgsrq/kmeans.py by `assign`.
+
+#include <torch/library.h>
+
+#include "tables.h"
+
+namespace gsrq {
+namespace {
+
+constexpr int64_t kTile = 16;     // vectors searched at a time: their distances stay in the first-level cache
+constexpr int64_t kMaxBeam = 64;
+
+inline float reduce_min(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::minimum(a, b); }, x);
+}
+
+// The first of n values (a multiple of kWidth) that equals `value`.
+int64_t find(const float* x, int64_t n, float value) {
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const int found = (load(x + i) - Vec(value)).zero_mask();
+    if (found) return i + __builtin_ctz(found);
+  }
+  return 0;
+}
+
+// x = squares - 2 x + cost: squared distances from products, n a multiple of kWidth. Gives the minima of the lanes.
+inline Vec to_distances(float* x, const float* squares, float cost, int64_t n) {
+  Vec low(kInf);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    const Vec d = at::vec::fmadd(Vec(-2.f), load(x + i), load(squares + i) + Vec(cost));
+    d.store(x + i);
+    low = at::vec::minimum(low, d);
+  }
+  return low;
+}
+
+// Indices of the k lowest of n values, lowest first; `low` are minima of disjoint parts of them.
+void lowest(const float* x, int64_t n, int64_t k, Vec low, int64_t* out) {
+  float bound = kInf;  // at least k values are no higher
+  if (k <= kWidth)
+    for (int64_t i = 0; i < k; ++i) {
+      bound = reduce_min(low);
+      low = Vec::blendv(low, Vec(kInf), low <= Vec(bound));
+    }
+  float kept[kMaxBeam];
+  int64_t count = 0;
+  const Vec bounds(bound);
+  for (int64_t i = 0; i < n; i += kWidth) {
+    int mask = (load(x + i) > bounds).zero_mask();  // bits of those not above
+    for (; mask; mask &= mask - 1) {
+      const int64_t index = i + __builtin_ctz(mask);
+      const float value = x[index];
+      if (count == k && !(value < kept[k - 1])) continue;
+      int64_t at = count < k ? count++ : k - 1;
+      for (; at > 0 && value < kept[at - 1]; --at) kept[at] = kept[at - 1], out[at] = out[at - 1];
+      kept[at] = value, out[at] = index;
+    }
+  }
+  for (; count < k; ++count) out[count] = out[0];  // fewer finite candidates than asked for
+}
+
+float squared_norm(const float* x, int64_t n) {
+  Vec sum(0.f);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const Vec v = load(x + i);
+    sum = at::vec::fmadd(v, v, sum);
+  }
+  float total = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+  for (; i < n; ++i) total += x[i] * x[i];
+  return total;
+}
+
+// Beam search over the residual stages of one group, for up to kTile vectors.
+class Search {
+ public:
+  Search(const CodecView& codec, const Tables& tables)
+      : c_(codec), t_(tables), beam_(std::clamp<int64_t>(codec.beam, 1, kMaxBeam)),
+        stages_(ceil_div(codec.codes, codec.groups)), stride_(round_up(codec.width, kWidth)),
+        residual_(kTile * beam_ * stride_), next_(kTile * beam_ * stride_), distance_(kTile * beam_ * kWords),
+        cost_(kTile * beam_), path_(kTile * beam_ * stages_), next_path_(beam_ * stages_) {}
+
+  // y [n, ldy] of one head; codes of the group are written to out[i * bytes + stage * groups + group].
+  void run(int64_t head, int64_t group, const float* y, int64_t ldy, int64_t n, uint8_t* out, int64_t bytes) {
+    const int64_t width = t_.width;
+    for (int64_t i = 0; i < n; ++i) {
+      std::copy_n(y + i * ldy, width, residual_ + i * beam_ * stride_);
+      cost_[i * beam_] = squared_norm(y + i * ldy, width);
+    }
+    int64_t alive = 1, stage = 0;  // candidates of every vector
+    for (int64_t code = group; code < t_.codes; code += t_.groups, ++stage) {
+      const float* squares = t_.squares + (head * t_.codes + code) * kWords;
+      // One product for the live candidates of all vectors: |r - w|^2 - |r|^2 = |w|^2 - 2 r . w
+      if (alive == 1)
+        product(distance_, kWords, residual_, beam_ * stride_, 1, t_.columns_of(head, code), kWords, n, kWords, width);
+      else
+        product(distance_, kWords, residual_, stride_, 1, t_.columns_of(head, code), kWords, n * beam_, kWords, width);
+      const at::Half* words = c_.words(head, code);
+      const bool last = code + t_.groups >= t_.codes;
+      for (int64_t i = 0; i < n; ++i) {
+        float* d = distance_ + i * (alive == 1 ? 1 : beam_) * kWords;
+        const float* cost = &cost_[i * beam_];
+        Vec low = to_distances(d, squares, cost[0], kWords);
+        if (last) {  // the best of all is all that is needed
+          float least = reduce_min(low);
+          int64_t of = 0;
+          for (int64_t b = 1; b < alive; ++b) {
+            const float one = reduce_min(to_distances(d + b * kWords, squares, cost[b], kWords));
+            if (one < least) least = one, of = b;
+          }
+          const int64_t best = find(d + of * kWords, kWords, least);
+          for (int64_t s = 0; s < stage; ++s)
+            out[i * bytes + s * t_.groups + group] = path_[(i * beam_ + of) * stages_ + s];
+          out[i * bytes + stage * t_.groups + group] = static_cast<uint8_t>(best);
+          continue;
+        }
+        int64_t pick[kMaxBeam];
+        pick[0] = find(d, kWords, reduce_min(low));  // the first candidate is always the greedy path
+        if (beam_ > 1) {
+          d[pick[0]] = kInf;
+          low = Vec(kInf);
+          for (int64_t j = 0; j < kWords; j += kWidth) low = at::vec::minimum(low, load(d + j));
+          for (int64_t b = 1; b < alive; ++b)
+            low = at::vec::minimum(low, to_distances(d + b * kWords, squares, cost[b], kWords));
+          lowest(d, alive * kWords, beam_ - 1, low, pick + 1);
+        }
+        advance(i, stage, pick, words);
+      }
+      alive = beam_;
+    }
+  }
+
+ private:
+  // The picked candidates of vector i take the place of those that they extend.
+  void advance(int64_t i, int64_t stage, const int64_t* pick, const at::Half* words) {
+    float* next = next_;
+    float* old = residual_ + i * beam_ * stride_;
+    uint8_t* path = &path_[i * beam_ * stages_];
+    for (int64_t b = 0; b < beam_; ++b) {
+      const int64_t parent = pick[b] / kWords, code = pick[b] % kWords;
+      const at::Half* w = words + code * t_.width;
+      const float* r = old + parent * stride_;
+      float* to = next + b * stride_;
+      int64_t e = 0;
+      Vec sum(0.f);
+      for (; e + kWidth <= t_.width; e += kWidth) {
+        const Vec v = load(r + e) - load(w + e);
+        v.store(to + e);
+        sum = at::vec::fmadd(v, v, sum);
+      }
+      float cost = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum);
+      for (; e < t_.width; ++e) {
+        to[e] = r[e] - static_cast<float>(w[e]);
+        cost += to[e] * to[e];
+      }
+      cost_[i * beam_ + b] = cost;
+      std::copy_n(path + parent * stages_, stage, &next_path_[b * stages_]);
+      next_path_[b * stages_ + stage] = static_cast<uint8_t>(code);
+    }
+    std::copy_n(next, beam_ * stride_, old);
+    std::copy(next_path_.begin(), next_path_.end(), path);
+  }
+
+  const CodecView& c_;
+  const Tables& t_;
+  const int64_t beam_, stages_, stride_;
+  Buffer residual_, next_, distance_;
+  std::vector<float> cost_;
+  std::vector<uint8_t> path_, next_path_;
+};
+
+// Encodes vectors of one row and head: x(i) gives vector i as T, position(i) its position, out [n, bytes].
+template <typename Source, typename Position>
+void encode_rows(
+    const CodecView& c, const Tables& t, Search& search, int64_t head, int64_t n, Source x, Position position, uint8_t* out) {
+  Buffer vectors(kTile * t.padded), y(kTile * t.padded_dims), turned(t.padded), cosine(t.pairs), sine(t.pairs);
+  const int64_t bytes = c.bytes(), gain = c.has_gains();
+  const float* mean = t.mean + head * t.padded;
+  for (int64_t first = 0; first < n; first += kTile) {
+    const int64_t some = std::min(kTile, n - first);
+    for (int64_t i = 0; i < some; ++i) {
+      float* v = vectors + i * t.padded;
+      const auto* from = x(first + i);
+      for (int64_t d = 0; d < t.dim; ++d) v[d] = static_cast<float>(from[t.order[d]]);
+      std::fill(v + t.dim, v + t.padded, 0.f);
+      // R(place - p) x - R(place) mean
+      const int64_t p = position(first + i), place = floor_mod(p, t.frame);
+      cos_sin(cosine, sine, t.inv_freq.data(), t.pairs, p - place);
+      rotate_back(turned, v, cosine, sine, t.pairs, t.padded);
+      cos_sin(cosine, sine, t.inv_freq.data(), t.pairs, -place);
+      rotate_back(v, mean, cosine, sine, t.pairs, t.padded);
+      for (int64_t d = 0; d < t.padded; d += kWidth) (load(turned + d) - load(v + d)).store(v + d);
+    }
+    product(
+        y, t.padded_dims, vectors, t.padded, 1, t.transform + head * t.dim * t.padded_dims, t.padded_dims, some,
+        t.padded_dims, t.dim);
+    uint8_t* to = out + first * bytes;
+    if (gain)
+      for (int64_t i = 0; i < some; ++i) {
+        float* row = y + i * t.padded_dims;
+        const float norm = std::sqrt(squared_norm(row, t.dims));
+        int64_t best = 0;
+        for (int64_t g = 1; g < kWords; ++g)
+          if (std::abs(norm - c.gain_table()[g]) < std::abs(norm - c.gain_table()[best])) best = g;
+        for (int64_t e = 0; e < t.dims; ++e) row[e] /= c.gain_table()[best];
+        to[i * bytes] = static_cast<uint8_t>(best);
+      }
+    for (int64_t g = 0; g < t.groups; ++g)
+      search.run(head, g, y + g * t.width, t.padded_dims, some, to + gain, bytes);
+  }
+}
+
+template <typename F>
+auto dispatch(at::ScalarType type, const char* name, F f) {
+  switch (type) {
+    case at::kFloat: return f(static_cast<const float*>(nullptr));
+    case at::kBFloat16: return f(static_cast<const at::BFloat16*>(nullptr));
+    case at::kHalf: return f(static_cast<const at::Half*>(nullptr));
+    default: TORCH_CHECK_VALUE(false, name, " is ", name_of(type), "; expected float32, bfloat16 or float16");
+  }
+}
+
+template <typename T>
+bool all_finite(const T* x, int64_t n) {
+  bool finite = true;
+  for (int64_t i = 0; i < n; ++i) finite &= std::isfinite(static_cast<float>(x[i]));
+  return finite;
+}
+
+bool all_finite(const Tensor& x) {
+  return dispatch(x.scalar_type(), "x", [&](auto type) {
+    return all_finite(static_cast<decltype(type)>(x.const_data_ptr()), x.numel());
+  });
+}
+
+// One task is a stretch of tokens of a row and head; the cut depends on sizes alone.
+constexpr int64_t kStretch = 64;
+
+Tensor encode(const Tensor& x_, const Tensor& position_, at::TensorList codec, at::IntArrayRef layout) {
+  const CodecView c(codec, layout);
+  TORCH_CHECK_VALUE(
+      x_.dim() == 4 && x_.size(3) == c.dim, "x has shape ", x_.sizes(), "; expected [batch, heads, n, head_dim=", c.dim, "]");
+  TORCH_CHECK_VALUE(
+      position_.dim() == 2 && position_.size(0) == x_.size(0) && position_.size(1) == x_.size(2), "position has shape ",
+      position_.sizes(), "; expected (", x_.size(0), ", ", x_.size(2), ")");
+  TORCH_CHECK_VALUE(x_.is_floating_point(), "x is ", name_of(x_.scalar_type()), "; expected a floating dtype");
+  const Tensor x = (x_.scalar_type() == at::kDouble ? x_.to(at::kFloat) : x_).contiguous();
+  TORCH_CHECK_VALUE(all_finite(x), "x holds NaN or inf, which no codeword stands for");
+  const Tensor position = position_.to(at::kLong).contiguous();
+  const int64_t batch = x.size(0), heads = x.size(1), n = x.size(2), bytes = c.bytes();
+  Tensor out = at::empty({batch, heads, n, bytes}, x.options().dtype(at::kByte));
+  if (!out.numel()) return out;
+  const auto t = tables_of(c);
+  const int64_t stretches = ceil_div(n, kStretch);
+  dispatch(x.scalar_type(), "x", [&](auto type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    at::parallel_for(0, batch * heads * stretches, 1, [&](int64_t begin, int64_t end) {
+      Search search(c, *t);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t bh = task / stretches, first = task % stretches * kStretch;
+        const T* from = x.const_data_ptr<T>() + (bh * n + first) * c.dim;
+        const int64_t* at = position.const_data_ptr<int64_t>() + bh / heads * n + first;
+        encode_rows(
+            c, *t, search, bh % heads, std::min(kStretch, n - first), [&](int64_t i) { return from + i * c.dim; },
+            [&](int64_t i) { return at[i]; }, out.mutable_data_ptr<uint8_t>() + (bh * n + first) * bytes);
+      }
+    });
+  });
+  return out;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Refuses what append_ cannot write; gives the first slot.
+int64_t check_append(
+    const Tensor& codes, const Tensor& window, const Tensor& length, const CodecView& c, const Tensor& x,
+    const Tensor& slots) {
+  const int64_t n = x.dim() == 4 ? x.size(2) : -1;
+  TORCH_CHECK_VALUE(
+      x.dim() == 4 && x.size(0) == codes.size(0) && x.size(1) == codes.size(1) && x.size(3) == c.dim, "x has shape ",
+      x.sizes(), "; this cache takes [", codes.size(0), ", ", codes.size(1), ", n, ", c.dim,
+      "] (batch, KV heads, tokens, head_dim)");
+  TORCH_CHECK_VALUE(
+      x.scalar_type() == window.scalar_type(), "x is ", name_of(x.scalar_type()), "; this cache holds ",
+      name_of(window.scalar_type()));
+  TORCH_CHECK_VALUE(
+      slots.dim() == 1 && slots.size(0) == n, "slots has shape ", slots.sizes(), "; expected [", n, "], one slot per token");
+  const int64_t held = *length.const_data_ptr<int32_t>();
+  if (n == 0) return held;
+  const Tensor at = slots.to(at::kLong).contiguous();
+  const int64_t first = at.const_data_ptr<int64_t>()[0];
+  for (int64_t i = 0; i < n; ++i)
+    TORCH_CHECK_VALUE(
+        at.const_data_ptr<int64_t>()[i] == first + i, "slots=", slots.slice(0, 0, 8).toString(),
+        " are not consecutive; a quantized cache is written in order");
+  TORCH_CHECK_VALUE(
+      0 <= first && first <= held, "slots start at ", first, ", but the cache holds ", held,
+      " tokens: that would leave a hole");
+  TORCH_CHECK_VALUE(
+      first + n <= codes.size(2), "slots up to ", first + n - 1, " do not fit a capacity of ", codes.size(2), " tokens");
+  TORCH_CHECK_VALUE(all_finite(x.contiguous()), "x holds NaN or inf; nothing was written");
+  return first;
+}
+
+void check_append_op(at::TensorList kv, at::IntArrayRef layout, const Tensor& x, const Tensor& slots) {
+  check_append(kv[0], kv[1], kv[3], CodecView(kv.slice(5), layout.slice(3)), x, slots);
+}
+
+void append(
+    Tensor& codes, Tensor& window, Tensor& length, Tensor& encoded, const Tensor& start, at::TensorList codec,
+    at::IntArrayRef layout, const Tensor& x_, const Tensor& slots) {
+  const int64_t sinks = layout[0], recent = layout[1], block = layout[2];
+  const CodecView c(codec, layout.slice(3));
+  const int64_t first = check_append(codes, window, length, c, x_, slots);
+  const int64_t batch = x_.size(0), heads = x_.size(1), n = x_.size(2), ring = window.size(2) - sinks;
+  if (n == 0 || batch == 0) return;
+  const Tensor x = x_.contiguous();
+  int32_t& held_codes = *encoded.mutable_data_ptr<int32_t>();
+  const int64_t past = first + n - recent, was = std::min<int64_t>(held_codes, first);
+  const int64_t now = std::max(was, past > 0 ? past / block * block : 0);
+  const auto t = now > was ? tables_of(c) : nullptr;
+  const int64_t stretches = std::max<int64_t>(1, ceil_div(now - was, kStretch));
+  dispatch(x.scalar_type(), "x", [&](auto type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const T* data = x.const_data_ptr<T>();
+    T* held = window.mutable_data_ptr<T>();
+    const int32_t* starts = start.const_data_ptr<int32_t>();
+    const auto window_of = [&](int64_t bh) { return held + bh / heads * window.stride(0) + bh % heads * window.stride(1); };
+    if (now > was)
+      at::parallel_for(0, batch * heads * stretches, 1, [&](int64_t begin, int64_t end) {
+        Search search(c, *t);
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t bh = task / stretches, low = was + task % stretches * kStretch, b = bh / heads, h = bh % heads;
+          uint8_t* out = codes.mutable_data_ptr<uint8_t>() + b * codes.stride(0) + h * codes.stride(1) + low * c.bytes();
+          // Tokens from before this call are in the window, the others are new.
+          encode_rows(
+              c, *t, search, h, std::min(kStretch, now - low),
+              [&](int64_t i) {
+                const int64_t slot = low + i;
+                return slot < first ? window_of(bh) + (sinks + slot % ring) * c.dim : data + (bh * n + slot - first) * c.dim;
+              },
+              [&](int64_t i) { return low + i - starts[2 * b]; }, out);
+        }
+      });
+    for (int64_t bh = 0; bh < batch * heads; ++bh) {
+      T* rows = window_of(bh);
+      for (int64_t slot = std::max(now, first); slot < first + n; ++slot)
+        std::copy_n(data + (bh * n + slot - first) * c.dim, c.dim, rows + (sinks + slot % ring) * c.dim);
+      for (int64_t i = 0; i < sinks; ++i) {
+        const int64_t slot = starts[2 * (bh / heads) + 1] + i;
+        if (first <= slot && slot < first + n)
+          std::copy_n(data + (bh * n + slot - first) * c.dim, c.dim, rows + i * c.dim);
+      }
+    }
+  });
+  *length.mutable_data_ptr<int32_t>() = static_cast<int32_t>(first + n);
+  held_codes = static_cast<int32_t>(now);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Nearest of up to 256 centers [batch, codewords, width] for x [batch, n, width]: codes and squared distances.
+std::tuple<Tensor, Tensor> nearest(const Tensor& x_, const Tensor& centers_) {
+  const Tensor x = x_.contiguous(), centers = centers_.contiguous();
+  const int64_t batch = x.size(0), n = x.size(1), width = x.size(2), count = centers.size(1), wide = round_up(count, kWidth);
+  Tensor codes = at::empty({batch, n}, x.options().dtype(at::kLong)), errors = at::empty({batch, n}, x.options());
+  Buffer columns(batch * width * wide), squares(batch * wide);
+  columns.fill(batch * width * wide), squares.fill(batch * wide, kInf);
+  for (int64_t b = 0; b < batch; ++b) {
+    const float* from = centers.const_data_ptr<float>() + b * count * width;
+    transpose(columns + b * width * wide, wide, from, width, count, width);
+    for (int64_t i = 0; i < count; ++i) squares[b * wide + i] = squared_norm(from + i * width, width);
+  }
+  constexpr int64_t kRows = 48;
+  const int64_t tiles = ceil_div(n, kRows);
+  at::parallel_for(0, batch * tiles, 1, [&](int64_t begin, int64_t end) {
+    Buffer distance(kRows * wide);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / tiles, first = task % tiles * kRows, some = std::min(kRows, n - first);
+      const float* rows = x.const_data_ptr<float>() + (b * n + first) * width;
+      product(distance, wide, rows, width, 1, columns + b * width * wide, wide, some, wide, width);
+      for (int64_t i = 0; i < some; ++i) {
+        float* d = distance + i * wide;
+        const int64_t code = find(d, wide, reduce_min(to_distances(d, squares + b * wide, 0.f, wide)));
+        codes.mutable_data_ptr<int64_t>()[b * n + first + i] = code;
+        errors.mutable_data_ptr<float>()[b * n + first + i] = std::max(0.f, d[code] + squared_norm(rows + i * width, width));
+      }
+    }
+  });
+  return {codes, errors};
+}
+
+// Sums of the rows of x [batch, n, width] that share a code [batch, n]: [batch, count, width].
+Tensor sum_by_code(const Tensor& x_, const Tensor& code_, int64_t count) {
+  const Tensor x = x_.contiguous(), code = code_.contiguous();
+  const int64_t batch = x.size(0), n = x.size(1), width = x.size(2);
+  Tensor out = at::zeros({batch, count, width}, x.options());
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const float* row = x.const_data_ptr<float>() + b * n * width;
+      float* sums = out.mutable_data_ptr<float>() + b * count * width;
+      for (int64_t i = 0; i < n; ++i, row += width) {
+        float* to = sums + code.const_data_ptr<int64_t>()[b * n + i] * width;
+        for (int64_t e = 0; e < width; ++e) to[e] += row[e];
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(torchgsrq, CPU, m) {
+  m.impl("encode", encode);
+  m.impl("append_", append);
+  m.impl("nearest", nearest);
+  m.impl("sum_by_code", sum_by_code);
+  m.impl("check_append", check_append_op);
+}
+
+}  // namespace gsrq

@@ -1,0 +1,141 @@
+// The tables of a codec in the order that the kernels read them in. Made once per codec, kept while it lives.
+#pragma once
+
+#include <c10/util/intrusive_ptr.h>
+
+#include <mutex>
+#include <numeric>
+#include <unordered_map>
+
+#include "vector.h"
+
+namespace gsrq {
+
+constexpr int64_t kRotate = 256;  // positions that share one rotation of the query for the mean term
+
+// The codec as ops carry it: see Codec.tensors and Codec.integers in codec.py.
+struct CodecView {
+  Tensor mean, transform, inverse, codebook, inv_freq, gains;
+  int64_t heads, dim, groups, codes, dims, width, beam, frame;
+  bool interleaved;
+
+  CodecView(at::TensorList tensors, at::IntArrayRef integers)
+      : mean(tensors[0].contiguous()), transform(tensors[1].contiguous()), inverse(tensors[2].contiguous()),
+        codebook(tensors[3].contiguous()), inv_freq(tensors[4].contiguous()), gains(tensors[5].contiguous()),
+        heads(mean.size(0)), dim(integers[0]), groups(integers[1]), codes(integers[2]), dims(integers[3]),
+        width(dims / groups), beam(integers[5]), frame(integers[6]), interleaved(integers[4] != 0) {}
+
+  int64_t bytes() const { return codes + has_gains(); }
+  bool has_gains() const { return gains.numel() > 0; }
+  const float* gain_table() const { return has_gains() ? gains.const_data_ptr<float>() : nullptr; }
+  const at::Half* words(int64_t head, int64_t code) const {
+    return codebook.const_data_ptr<at::Half>() + (head * codes + code) * kWords * width;
+  }
+};
+
+// "Canonical" is the order of a vector's elements that rotations are simple in: first elements of the RoPE pairs, second
+// elements, the rest. Rows are padded with zeros to whole vectors.
+struct Tables {
+  int64_t heads, dim, padded, dims, padded_dims, codes, groups, width, pairs, frame;
+  std::vector<float> inv_freq;
+  std::vector<int64_t> order;              // canonical element -> element of the vector
+  std::vector<double> step_cos, step_sin;  // rotation by kRotate positions
+  Buffer mean;                             // [heads, padded], canonical
+  Buffer mean_at;                          // [heads, dim (canonical), kRotate]: rotated to the first kRotate positions
+  Buffer transform;                        // [heads, dim (canonical), padded_dims]
+  Buffer inverse;                          // [heads, dims, padded (canonical)]
+  Buffer inverse_t;                        // [heads, dim (canonical), padded_dims]: the same, transposed
+  Buffer squares;                          // [heads, codes, 256]: squared norms of the codewords
+  std::vector<at::Half> columns;           // [heads, codes, width, 256]: the codewords, transposed
+  std::vector<at::Half> wide_words;        // [heads, codes, 256, wide]: the codewords, padded if they need to be
+  int64_t wide;
+
+  explicit Tables(const CodecView& c)
+      : heads(c.heads), dim(c.dim), padded(round_up(c.dim, kWidth)), dims(c.dims), padded_dims(round_up(c.dims, kWidth)),
+        codes(c.codes), groups(c.groups), width(c.width), pairs(c.inv_freq.numel()), frame(c.frame), order(c.dim) {
+    const float* f = c.inv_freq.const_data_ptr<float>();
+    for (int64_t i = 0; i < pairs; ++i) {
+      inv_freq.push_back(f[i]);
+      step_cos.push_back(std::cos(kRotate * static_cast<double>(f[i])));
+      step_sin.push_back(std::sin(kRotate * static_cast<double>(f[i])));
+      order[i] = c.interleaved ? 2 * i : i;
+      order[pairs + i] = c.interleaved ? 2 * i + 1 : i + pairs;
+    }
+    for (int64_t d = 2 * pairs; d < dim; ++d) order[d] = d;
+    mean.fill(heads * padded);
+    mean_at.fill(heads * dim * kRotate);
+    transform.fill(heads * dim * padded_dims);
+    inverse.fill(heads * dims * padded);
+    inverse_t.fill(heads * dim * padded_dims);
+    const float *m = c.mean.const_data_ptr<float>(), *back = c.inverse.const_data_ptr<float>();
+    const float* into = c.transform.const_data_ptr<float>();
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t d = 0; d < dim; ++d) {
+        mean[h * padded + d] = m[h * dim + order[d]];
+        for (int64_t e = 0; e < dims; ++e) {
+          inverse[(h * dims + e) * padded + d] = back[(h * dim + order[d]) * dims + e];
+          inverse_t[(h * dim + d) * padded_dims + e] = back[(h * dim + order[d]) * dims + e];
+          transform[(h * dim + d) * padded_dims + e] = into[(h * dims + e) * dim + order[d]];
+        }
+      }
+    std::vector<float> cosine(pairs), sine(pairs);
+    for (int64_t r = 0; r < kRotate; ++r) {
+      cos_sin(cosine.data(), sine.data(), inv_freq.data(), pairs, r);
+      for (int64_t h = 0; h < heads; ++h)
+        for (int64_t d = 0; d < dim; ++d) {
+          const float* v = mean + h * padded;
+          float x = v[d];
+          if (d < pairs) x = v[d] * cosine[d] - v[d + pairs] * sine[d];
+          else if (d < 2 * pairs) x = v[d] * cosine[d - pairs] + v[d - pairs] * sine[d - pairs];
+          mean_at[(h * dim + d) * kRotate + r] = x;
+        }
+    }
+    columns.resize(heads * codes * width * kWords);
+    wide = round_up(width, kWidth);
+    if (wide != width) wide_words.resize(heads * codes * kWords * wide, at::Half(0));
+    squares.fill(heads * codes * kWords);
+    at::parallel_for(0, heads * codes, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const at::Half* w = c.words(i / codes, i % codes);
+        for (int64_t j = 0; j < kWords; ++j) {
+          float sum = 0;
+          for (int64_t e = 0; e < width; ++e) {
+            const float x = w[j * width + e];
+            sum += x * x;
+            columns[(i * width + e) * kWords + j] = w[j * width + e];
+            if (wide != width) wide_words[(i * kWords + j) * wide + e] = w[j * width + e];
+          }
+          squares[i * kWords + j] = sum;
+        }
+      }
+    });
+  }
+
+  const at::Half* columns_of(int64_t head, int64_t code) const {
+    return columns.data() + (head * codes + code) * width * kWords;
+  }
+};
+
+// The tables of a codec; found again by its tensors.
+inline std::shared_ptr<Tables> tables_of(const CodecView& c) {
+  using Weak = c10::weak_intrusive_ptr<c10::TensorImpl>;
+  struct Entry {
+    Weak codebook, transform;
+    std::shared_ptr<Tables> tables;
+  };
+  static std::mutex mutex;
+  static std::unordered_map<c10::TensorImpl*, Entry> known;
+  const auto& codebook = c.codebook.getIntrusivePtr();
+  const auto& transform = c.transform.getIntrusivePtr();
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(codebook.get());
+  if (found != known.end() && !found->second.codebook.expired() && found->second.transform == Weak(transform) &&
+      found->second.tables->codes == c.codes)
+    return found->second.tables;
+  for (auto it = known.begin(); it != known.end();) it = it->second.codebook.expired() ? known.erase(it) : std::next(it);
+  auto tables = std::make_shared<Tables>(c);
+  known.insert_or_assign(codebook.get(), Entry{Weak(codebook), Weak(transform), tables});
+  return tables;
+}
+
+}  // namespace gsrq

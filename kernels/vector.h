@@ -1,0 +1,231 @@
+// What the CPU kernels share: small matrix products, rows of lanes, rotations, and the tables of a codec.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace gsrq {
+
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kWidth = Vec::size();  // floats in a vector register
+constexpr int64_t kWords = 256;          // codewords of a table
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+// A dtype as Python prints it.
+inline std::string name_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return "torch.float32";
+    case at::kHalf: return "torch.float16";
+    case at::kBFloat16: return "torch.bfloat16";
+    case at::kDouble: return "torch.float64";
+    default: return c10::toString(type);
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+inline int64_t floor_mod(int64_t a, int64_t b) { return ((a % b) + b) % b; }
+
+// Scratch memory, aligned for vector loads; not cleared.
+struct Buffer {
+  explicit Buffer(int64_t floats = 0) { resize(floats); }
+  void resize(int64_t floats) {
+    if (floats <= size_) return;
+    data_.reset(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4 + 64, 64))));
+    size_ = floats;
+  }
+  void fill(int64_t floats, float value = 0.f) {
+    resize(floats);
+    std::fill_n(data_.get(), floats, value);
+  }
+  operator float*() const { return data_.get(); }
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float[], Free> data_;
+  int64_t size_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Loads as float32
+
+inline Vec load(const float* p) { return Vec::loadu(p); }
+
+inline Vec load(const at::Half* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  alignas(64) float x[kWidth];
+  for (int64_t i = 0; i < kWidth; ++i) x[i] = static_cast<float>(p[i]);
+  return Vec::loadu(x);
+#endif
+}
+
+// out[i] += in[i], any n
+inline void add_to(float* out, const at::Half* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) (load(out + i) + load(in + i)).store(out + i);
+  for (; i < n; ++i) out[i] += static_cast<float>(in[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// C[m, n] (+)= A[m, k] B[k, n]. A has any strides; rows of B (float32 or float16) and C are contiguous; n is a multiple
+// of kWidth.
+
+template <int M, int N, typename T>
+inline void product_tile(
+    float* c, int64_t ldc, const float* a, int64_t am, int64_t ak, const T* b, int64_t ldb, int64_t k, bool add) {
+  Vec sum[M][N];
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) sum[i][j] = add ? Vec::loadu(c + i * ldc + j * kWidth) : Vec(0.f);
+  for (int64_t p = 0; p < k; ++p) {
+    Vec row[N];
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) row[j] = load(b + p * ldb + j * kWidth);
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+      const Vec factor(a[i * am + p * ak]);
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) sum[i][j] = at::vec::fmadd(factor, row[j], sum[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < N; ++j) sum[i][j].store(c + i * ldc + j * kWidth);
+}
+
+// All rows of one panel of N vectors, while it is in the first-level cache.
+template <int N, typename T>
+inline void product_panel(
+    float* c, int64_t ldc, const float* a, int64_t am, int64_t ak, const T* b, int64_t ldb, int64_t m, int64_t k,
+    bool add) {
+  int64_t i = 0;
+  for (; i + 6 <= m; i += 6) product_tile<6, N>(c + i * ldc, ldc, a + i * am, am, ak, b, ldb, k, add);
+  c += i * ldc, a += i * am;
+  switch (m - i) {
+    case 1: return product_tile<1, N>(c, ldc, a, am, ak, b, ldb, k, add);
+    case 2: return product_tile<2, N>(c, ldc, a, am, ak, b, ldb, k, add);
+    case 3: return product_tile<3, N>(c, ldc, a, am, ak, b, ldb, k, add);
+    case 4: return product_tile<4, N>(c, ldc, a, am, ak, b, ldb, k, add);
+    case 5: return product_tile<5, N>(c, ldc, a, am, ak, b, ldb, k, add);
+    default: return;
+  }
+}
+
+template <typename T>
+inline void product(
+    float* c, int64_t ldc, const float* a, int64_t am, int64_t ak, const T* b, int64_t ldb, int64_t m, int64_t n,
+    int64_t k, bool add = false) {
+  constexpr int kWide = kWidth >= 16 ? 4 : 2;  // with 6 rows, as many accumulators as there are registers for
+  int64_t j = 0;
+  for (; j + kWide * kWidth <= n; j += kWide * kWidth) product_panel<kWide>(c + j, ldc, a, am, ak, b + j, ldb, m, k, add);
+  for (; j < n; j += kWidth) product_panel<1>(c + j, ldc, a, am, ak, b + j, ldb, m, k, add);
+}
+
+inline void product(
+    float* c, int64_t ldc, const float* a, int64_t am, int64_t ak, const Buffer& b, int64_t ldb, int64_t m, int64_t n,
+    int64_t k, bool add = false) {
+  product<float>(c, ldc, a, am, ak, b, ldb, m, n, k, add);
+}
+
+// out[c][r] = in[r][c]
+inline void transpose(float* out, int64_t ldo, const float* in, int64_t ldi, int64_t rows, int64_t columns) {
+  for (int64_t c0 = 0; c0 < columns; c0 += 16)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = c0; c < std::min(columns, c0 + 16); ++c) out[c * ldo + r] = in[r * ldi + c];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Lanes: the query rows of a KV head side by side, so that one load of a table entry serves them all.
+
+template <int L>
+struct Lanes {
+  typedef float type __attribute__((vector_size(4 * L)));
+  static type load(const float* p) {
+    type x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+  }
+  static void store(float* p, type x) { std::memcpy(p, &x, sizeof(x)); }
+};
+
+// out[i][l] = in[l][i] for n entries of `rows` lanes; lanes past the rows are zero.
+template <int L>
+inline void interleave(float* out, const float* in, int64_t ldi, int64_t rows, int64_t n) {
+  int64_t i = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (L == 4) {
+    const __m512i low_pairs = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high_pairs = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+    const __m512 zero = _mm512_setzero_ps();
+    for (; i + 16 <= n; i += 16) {
+      const __m512 a = _mm512_loadu_ps(in + i), b = rows > 1 ? _mm512_loadu_ps(in + ldi + i) : zero;
+      const __m512 c = rows > 2 ? _mm512_loadu_ps(in + 2 * ldi + i) : zero;
+      const __m512 d = rows > 3 ? _mm512_loadu_ps(in + 3 * ldi + i) : zero;
+      const __m512d ab0 = _mm512_castps_pd(_mm512_permutex2var_ps(a, low_pairs, b));
+      const __m512d cd0 = _mm512_castps_pd(_mm512_permutex2var_ps(c, low_pairs, d));
+      const __m512d ab1 = _mm512_castps_pd(_mm512_permutex2var_ps(a, high_pairs, b));
+      const __m512d cd1 = _mm512_castps_pd(_mm512_permutex2var_ps(c, high_pairs, d));
+      float* o = out + i * 4;
+      _mm512_storeu_pd(o, _mm512_permutex2var_pd(ab0, low, cd0));
+      _mm512_storeu_pd(o + 16, _mm512_permutex2var_pd(ab0, high, cd0));
+      _mm512_storeu_pd(o + 32, _mm512_permutex2var_pd(ab1, low, cd1));
+      _mm512_storeu_pd(o + 48, _mm512_permutex2var_pd(ab1, high, cd1));
+    }
+  }
+#endif
+  for (; i < n; ++i)
+    for (int l = 0; l < L; ++l) out[i * L + l] = l < rows ? in[l * ldi + i] : 0.f;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Rotation: cos and sin of position * frequency, exact for any position.
+
+inline void cos_sin(float* cosine, float* sine, const float* inv_freq, int64_t pairs, int64_t position) {
+  alignas(64) float angle[kWidth];
+  for (int64_t i = 0; i < pairs; i += kWidth) {
+    const int64_t n = std::min(kWidth, pairs - i);
+    for (int64_t j = 0; j < n; ++j) {
+      const double turns = static_cast<double>(position) * static_cast<double>(inv_freq[i + j]) * (0.5 / M_PI);
+      angle[j] = static_cast<float>((turns - std::nearbyint(turns)) * (2 * M_PI));
+    }
+    const Vec x = Vec::loadu(angle, n);
+    x.cos().store(cosine + i, n);
+    x.sin().store(sine + i, n);
+  }
+}
+
+// Rotate the canonical vector x (tables.h) by minus the angles; elements past the pairs are copied.
+inline void rotate_back(float* out, const float* x, const float* cosine, const float* sine, int64_t pairs, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWidth <= pairs; i += kWidth) {
+    const Vec c = load(cosine + i), s = load(sine + i), a = load(x + i), b = load(x + pairs + i);
+    (a * c + b * s).store(out + i);
+    (b * c - a * s).store(out + pairs + i);
+  }
+  for (; i < pairs; ++i) {
+    const float a = x[i], b = x[pairs + i];
+    out[i] = a * cosine[i] + b * sine[i];
+    out[pairs + i] = b * cosine[i] - a * sine[i];
+  }
+  std::copy(x + 2 * pairs, x + n, out + 2 * pairs);
+}
+
+}  // namespace gsrq
