@@ -71,9 +71,11 @@ def cpu_library() -> Path | None:
 
     Returns:
         Its path, or None where it cannot be built or ``TORCHGSRQ_KERNELS=0`` asks for the reference.
+        ``TORCHGSRQ_KERNELS`` may also be the path of a library that `build` made.
     """
-    if os.environ.get("TORCHGSRQ_KERNELS", "1") == "0":
-        return None
+    asked = os.environ.get("TORCHGSRQ_KERNELS", "1")
+    if asked != "1":
+        return None if asked == "0" else Path(asked)
     facts = [torch.__version__, *flags(), *((_FOLDER / name).read_text() for name in SOURCES + HEADERS)]
     path = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     try:

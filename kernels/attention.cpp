@@ -14,10 +14,11 @@ namespace gsrq {
 namespace {
 
 constexpr int64_t kMaxLanes = 16;   // query rows per KV head that tables are made for
-constexpr int64_t kChunk = 1024;    // tokens whose scores are held between the passes
+constexpr int64_t kChunk = 512;     // tokens whose scores are held between the passes
 constexpr int64_t kShortestFrame = 64;  // shorter frames do not pay for their tables
 constexpr int64_t kSlab = 8;        // codes whose tables (for 4 lanes) fit in the first-level cache
 constexpr int64_t kBlock = 64;      // tokens decoded at a time
+constexpr int64_t kTasks = 6, kShortestSplit = 2048, kLongestSplit = 16384;
 constexpr int64_t kRowTile = 192;   // query rows that share a decoded block
 enum View : int64_t { kWindow = 0, kExactTail = 1, kStreaming = 2 };
 enum Causal : int64_t { kNotCausal = 0, kUpperLeft = 1, kLastAligned = 2 };
@@ -418,7 +419,7 @@ void absorb(const Call& c, Part part, int64_t rows, float* scores, int64_t n, co
       p.store(s + t);
       sum = sum + p;
     }
-    part.mass[r] += at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+    part.mass[r] += reduce_sum(sum);
   }
   product(part.out, c.padded, scores, kBlock, 1, values, c.padded, rows, c.padded, n, true);
 }
@@ -530,8 +531,13 @@ void attend_dense(
         at::vec::convert(rows_of + index * c.dim, out + i * c.padded, c.dim);
       }
     }
-    transpose(keys, kBlock, plain, c.padded, n, c.padded);
-    product(scores, kBlock, q, c.padded, 1, keys, kBlock, rows, kBlock, c.dim);
+    if (rows <= kMaxLanes) {  // a transposed block would not pay
+      for (int64_t i = 0; i < n; ++i)
+        for (int64_t r = 0; r < rows; ++r) scores[r * kBlock + i] = dot(q + r * c.padded, plain + i * c.padded, c.padded);
+    } else {
+      transpose(keys, kBlock, plain, c.padded, n, c.padded);
+      product(scores, kBlock, q, c.padded, 1, keys, kBlock, rows, kBlock, c.dim);
+    }
     restrict_scores(c, b, h, row0, rows, slots, 0, n, scores, 1, kBlock, [&](int64_t query, float* s) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t slot = slots[i];
@@ -575,10 +581,11 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
   int64_t coded = 0;
   for (const int64_t limit : c.code_limit) coded = std::max(coded, limit);
   const int64_t tile = by_tables ? c.rows : kRowTile, tiles = std::max<int64_t>(1, ceil_div(c.rows, tile));
-  // The cut depends on sizes alone, never on the number of threads, so that results do not either.
-  const int64_t split = coded >= 8192 ? 4096 : 2048;
-  const int64_t splits = c.batch * c.heads * tiles >= 64 && !by_tables ? (coded > 0) : ceil_div(coded, split);
-  const int64_t length = splits > 1 ? split : coded;
+  // The cut depends on sizes alone, never on the number of threads, so that results do not either: enough parts for a
+  // few threads, but a part's histograms and first tables should serve many tokens.
+  const int64_t wanted = ceil_div(kTasks, c.batch * c.heads * tiles);
+  const int64_t length = std::clamp(ceil_div(coded, wanted), kShortestSplit, kLongestSplit);
+  const int64_t splits = ceil_div(coded, length);
   const int64_t parts = splits + 1, per_row = 2 + c.padded, total = c.batch * c.heads * c.rows;
   Buffer space(parts * total * per_row), canonical(total * c.padded), plain(total * c.padded);
   const float* q = c.q.const_data_ptr<float>();

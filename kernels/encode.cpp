@@ -67,7 +67,7 @@ float squared_norm(const float* x, int64_t n) {
     const Vec v = load(x + i);
     sum = at::vec::fmadd(v, v, sum);
   }
-  float total = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, sum);
+  float total = reduce_sum(sum);
   for (; i < n; ++i) total += x[i] * x[i];
   return total;
 }
@@ -149,7 +149,7 @@ class Search {
         v.store(to + e);
         sum = at::vec::fmadd(v, v, sum);
       }
-      float cost = at::vec::vec_reduce_all<float>([](Vec& x, Vec& y) { return x + y; }, sum);
+      float cost = reduce_sum(sum);
       for (; e < t_.width; ++e) {
         to[e] = r[e] - static_cast<float>(w[e]);
         cost += to[e] * to[e];

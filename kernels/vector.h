@@ -37,23 +37,58 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t floor_mod(int64_t a, int64_t b) { return ((a % b) + b) % b; }
 
-// Scratch memory, aligned for vector loads; not cleared.
-struct Buffer {
+// Scratch memory, aligned for vector loads; not cleared. Each thread keeps what it has used for its next call: fresh
+// pages would cost more than a short decode step.
+class Buffer {
+ public:
   explicit Buffer(int64_t floats = 0) { resize(floats); }
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { give_back(); }
+
   void resize(int64_t floats) {
     if (floats <= size_) return;
-    data_.reset(static_cast<float*>(std::aligned_alloc(64, round_up(floats * 4 + 64, 64))));
-    size_ = floats;
+    give_back();
+    auto& kept = pool();
+    for (size_t i = 0; i < kept.size(); ++i)
+      if (kept[i].size_ >= floats && kept[i].size_ <= 2 * floats + 1024) {
+        data_ = kept[i].data_, size_ = kept[i].size_;
+        kept[i] = kept.back();
+        kept.pop_back();
+        return;
+      }
+    size_ = round_up(floats, 16);
+    data_ = static_cast<float*>(std::aligned_alloc(64, size_ * sizeof(float)));
+    TORCH_CHECK(data_, "out of memory for ", size_, " floats");
   }
   void fill(int64_t floats, float value = 0.f) {
     resize(floats);
-    std::fill_n(data_.get(), floats, value);
+    std::fill_n(data_, floats, value);
   }
-  operator float*() const { return data_.get(); }
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
+  operator float*() const { return data_; }
+
+ private:
+  struct Block {
+    float* data_;
+    int64_t size_;
   };
-  std::unique_ptr<float[], Free> data_;
+  struct Pool : std::vector<Block> {
+    ~Pool() {
+      for (const Block& block : *this) std::free(block.data_);
+    }
+  };
+  static Pool& pool() {
+    thread_local Pool kept;
+    return kept;
+  }
+  void give_back() {
+    if (!data_) return;
+    if (size_ <= kLargest && pool().size() < 32) pool().push_back({data_, size_});
+    else std::free(data_);
+    data_ = nullptr, size_ = 0;
+  }
+  static constexpr int64_t kLargest = 1 << 18;  // a megabyte
+
+  float* data_ = nullptr;
   int64_t size_ = 0;
 };
 
@@ -142,6 +177,17 @@ inline void product(
     float* c, int64_t ldc, const float* a, int64_t am, int64_t ak, const Buffer& b, int64_t ldb, int64_t m, int64_t n,
     int64_t k, bool add = false) {
   product<float>(c, ldc, a, am, ak, b, ldb, m, n, k, add);
+}
+
+inline float reduce_sum(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+// Rows padded to whole vectors.
+inline float dot(const float* a, const float* b, int64_t n) {
+  Vec sum(0.f);
+  for (int64_t i = 0; i < n; i += kWidth) sum = at::vec::fmadd(load(a + i), load(b + i), sum);
+  return reduce_sum(sum);
 }
 
 // out[c][r] = in[r][c]

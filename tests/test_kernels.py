@@ -1,0 +1,284 @@
+"""The compiled CPU kernels do what the reference says, on the same codes; at any thread count, in any build."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import make_codec, make_pair
+from torchgsrq import GSRQConfig, kernels, reference
+from torchgsrq.kmeans import nearest, sum_by_code
+from torchgsrq.layout import Layout, key_layout, value_layout
+from torchgsrq.ops import use_kernels
+from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
+
+pytestmark = pytest.mark.skipif(not use_kernels(), reason="no C++ compiler")
+gsrq = torch.ops.torchgsrq
+
+CODECS = {
+    "quality": lambda dim, bits: (key_layout(dim, bits), value_layout(dim, bits)),
+    "fast": lambda dim, bits: (key_layout(dim, bits, "fast"), value_layout(dim, bits, "fast")),
+    "ragged": lambda dim, bits: (Layout(dim, 2, 5, dim - 8), Layout(dim, 4, 7)),
+}
+
+
+def run(q, key, value, mask=None, causal=NOT_CAUSAL, softcap=0.0, logits=None, tails=(None,) * 3, view=WINDOW):
+    """The op."""
+    parts = (key.parts, list(key.integers), value.parts, list(value.integers))
+    return gsrq.attention(q, *parts, mask, q.shape[-1] ** -0.5, causal, softcap, logits, *tails, view)
+
+
+def specified(q, key, value, mask=None, causal=NOT_CAUSAL, softcap=0.0, logits=None, tails=(None,) * 3, view=WINDOW):
+    """The reference."""
+    facts = dict(mask=mask, scale=q.shape[-1] ** -0.5, causal=causal, softcap=softcap, sink_logits=logits, view=view)
+    pair = None if tails[0] is None else tails[:2]
+    return reference.attention(q, key.packed, value.packed, tails=pair, tail_start=tails[2], **facts)
+
+
+def close(got, want, dtype=torch.float32):
+    assert got.dtype == want.dtype == dtype and got.shape == want.shape
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    assert error <= (1e-5 if dtype == torch.float32 else 1e-2), f"relative error {error:.2e}"
+
+
+def buffers(dim, length, bits=1.0, preset="quality", *, batch=2, heads=2, frame=64, pad=0, seed=0, **options):
+    """Buffers with real windows and random, skewed codes."""
+    gains, interleaved = options.pop("gains", False), options.pop("interleaved", False)
+    k, v = CODECS[preset](dim, bits)
+    key_codec = make_codec(heads, layout=k, frame=frame, seed=seed % 2, gains=gains, interleaved=interleaved)
+    value_codec = make_codec(heads, layout=v, pairs=0, seed=1, gains=gains)
+    start = torch.zeros(batch, dtype=torch.int32)
+    start[-1] = min(pad, length)
+    config = options.pop("config", None)
+    dtype = options.pop("dtype", torch.float32)
+    key, value, _, _ = make_pair(
+        batch, heads, dim, length + 3, key=key_codec, value=value_codec, start=start, config=config, dtype=dtype
+    )
+    g = torch.Generator().manual_seed(seed)
+    for buffer in (key, value):
+        buffer.codes.copy_(torch.randint(0, 256, buffer.codes.shape, generator=g))
+        rare = torch.rand(buffer.codes.shape, generator=g) < 0.5
+        buffer.codes[rare] = 7
+        buffer.window.copy_(torch.randn(buffer.window.shape, generator=g))
+        buffer.length.fill_(length)
+        recent, block = buffer.integers[1:3]
+        buffer.encoded.fill_(max(0, (length - recent) // block * block))
+        if gains:
+            buffer.codes[..., 0] = torch.randint(120, 136, buffer.codes.shape[:-1], generator=g)
+    return key, value, g
+
+
+@settings(max_examples=60)
+@given(
+    dim=st.sampled_from([16, 64, 80, 96, 128]),
+    bits=st.sampled_from([0.5, 1.0, 2.0]),
+    preset=st.sampled_from(list(CODECS)),
+    length=st.one_of(st.integers(1, 300), st.sampled_from([1024, 1033, 2056, 2057, 2060, 4121])),
+    group=st.sampled_from([1, 2, 3, 4, 7, 8, 16]),
+    queries=st.sampled_from([1, 1, 2, 5, 17]),
+    frame=st.sampled_from([1, 16, 64, 192]),
+    pad=st.integers(0, 70),
+    masked=st.sampled_from(["none", "none", "bool", "additive", "heads"]),
+    causal=st.sampled_from([NOT_CAUSAL, UPPER_LEFT, LAST_ALIGNED]),
+    softcap=st.sampled_from([0.0, 3.0]),
+    sink=st.booleans(),
+    gains=st.booleans(),
+    interleaved=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_attention(
+    dim, bits, preset, length, group, queries, frame, pad, masked, causal, softcap, sink, gains, interleaved, seed
+):
+    queries = min(queries, length)
+    key, value, g = buffers(
+        dim, length, bits, preset, frame=frame, pad=pad, seed=seed, gains=gains, interleaved=interleaved
+    )
+    q = torch.randn(2, 2 * group, queries, dim, generator=g)
+    mask = None
+    if masked == "bool":
+        mask = torch.rand(2, 1, queries, length + 3, generator=g) < 0.7
+    elif masked == "additive":
+        hidden = torch.rand(length, generator=g) < 0.3
+        mask = torch.randn(1, 1, queries, length, generator=g).masked_fill(hidden, -torch.inf)
+    elif masked == "heads":
+        mask = torch.rand(2, 2 * group, queries, length, generator=g) < 0.7
+    logits = torch.randn(2 * group, generator=g) if sink else None
+    arguments = (q, key, value, mask, causal, softcap, logits)
+    close(run(*arguments), specified(*arguments))
+
+
+@pytest.mark.parametrize("view", [EXACT_TAIL, STREAMING])
+@pytest.mark.parametrize("new", [2, 9, 70, 200])
+def test_attention_with_tails(view, new):
+    key, value, g = buffers(64, 150, pad=5)
+    more = [b.grown(150 + new) for b in (key, value)]
+    slots = torch.arange(150, 150 + new)
+    fresh = [torch.randn(2, 2, new, 64, generator=g) for _ in range(2)]
+    (k_tail, start), (v_tail, _) = (reference.tail(b.packed, x, slots) for b, x in zip(more, fresh, strict=True))
+    for buffer, x in zip(more, fresh, strict=True):
+        buffer.index_copy_(2, slots, x)
+    q = torch.randn(2, 6, new, 64, generator=g)
+    arguments = (q, *more, None, LAST_ALIGNED, 0.0, None, (k_tail, v_tail, start), view)
+    close(run(*arguments), specified(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("queries", [1, 30])
+def test_attention_in_half_precision(dtype, queries):
+    key, value, g = buffers(64, 200, dtype=dtype)
+    q = torch.randn(2, 6, queries, 64, generator=g).to(dtype)
+    close(run(q, key, value, causal=LAST_ALIGNED), specified(q, key, value, causal=LAST_ALIGNED), dtype)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_views_of_buffers(queries):
+    """Slices have strides of their own."""
+    key, value, g = buffers(64, 300, batch=3)
+    q = torch.randn(2, 4, queries, 64, generator=g)
+    some = [b[1:][:, :, :280] for b in (key, value)]
+    close(run(q, *some), specified(q, *some))
+
+
+def test_far_positions():
+    """Rows may begin a million tokens before their first slot."""
+    key, value, g = buffers(64, 600, config=GSRQConfig(recent_tokens=8, block_tokens=4))
+    for buffer in (key, value):
+        buffer.start[:, 0] = -1_000_003
+    q = torch.randn(2, 4, 1, 64, generator=g)
+    close(run(q, key, value), specified(q, key, value))
+
+
+@pytest.mark.parametrize("beam", [1, 2, 4, 7])
+@pytest.mark.parametrize("preset", CODECS)
+@given(
+    dim=st.sampled_from([16, 64, 80, 128]),
+    n=st.sampled_from([1, 3, 16, 17, 65, 130]),
+    first=st.sampled_from([-5, 0, 1000, 1_000_000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    gains=st.booleans(),
+    interleaved=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=8)
+def test_encode(preset, beam, dim, n, first, dtype, gains, interleaved, seed):
+    layout, _ = CODECS[preset](dim, 1.0)
+    codec = make_codec(2, layout=layout, frame=64, beam=beam, gains=gains, interleaved=interleaved)
+    x = torch.randn(2, 2, n, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    position = (torch.arange(n) + first).expand(2, -1)
+    got = gsrq.encode(x, position, codec.tensors, codec.integers)
+    want = reference.encode(x, position, codec)
+    differ = (got != want).any(-1)
+    # Sums in another order decide near-ties otherwise; then both must be as near to the input, in the metric.
+    assert differ.sum() <= 2 + 0.03 * differ.numel()
+    errors = [distance(x, c, position, codec)[differ] for c in (got, want)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-3, atol=1e-5)
+
+
+def distance(x, codes, position, codec):
+    """Squared distance of a reconstruction in the codec's metric."""
+    place = position.remainder(codec.frame)
+    rest = x.float() - reference.decode(codes, position, codec)
+    turned = reference.rotate(rest, (place - position)[:, None], codec.inv_freq, codec.interleaved)
+    return (turned @ codec.transform.transpose(1, 2)).square().sum(-1)
+
+
+@given(
+    chunks=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    rewind=st.integers(0, 12),
+    pad=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_append(chunks, rewind, pad, dtype):
+    """The same bytes as the reference leaves, after appends in chunks and a rewind."""
+    start = torch.tensor([0, pad])
+    codec = make_codec(2, layout=Layout(16, 2, 4))
+    pairs = [make_pair(2, 2, 16, 256, key=codec, start=start, dtype=dtype)[0] for _ in range(2)]
+    g = torch.Generator().manual_seed(0)
+    at = 0
+    for n in [*chunks, 5]:
+        x = torch.randn(2, 2, n, 16, generator=g).to(dtype)
+        if n == 5:
+            at = max(0, at - rewind)
+        slots = torch.arange(at, at + n)
+        pairs[0].index_copy_(2, slots, x)
+        reference.append_(pairs[1].packed, x, slots)
+        at += n
+    for name in ("window", "length", "encoded"):
+        assert torch.equal(getattr(pairs[0], name), getattr(pairs[1], name)), name
+    done = int(pairs[0].encoded)
+    same = (pairs[0].codes[:, :, :done] == pairs[1].codes[:, :, :done]).all(-1)
+    assert same.float().mean() > 0.95 if done else True
+
+
+@given(n=st.integers(1, 130), width=st.integers(1, 40), count=st.integers(1, 256), seed=st.integers(0, 9))
+def test_clustering_steps(n, width, count, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, centers = torch.randn(2, n, width, generator=g), torch.randn(2, count, width, generator=g)
+    code, error = gsrq.nearest(x, centers)
+    want_code, want_error = nearest(x, centers)
+    torch.testing.assert_close(error, want_error, rtol=1e-4, atol=1e-4)
+    assert (code == want_code).float().mean() > 0.98
+    torch.testing.assert_close(gsrq.sum_by_code(x, code, count), sum_by_code(x, code, count), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+def test_the_number_of_threads_changes_nothing(queries):
+    key, value, g = buffers(64, 5000)
+    q = torch.randn(2, 6, queries, 64, generator=g)
+    x, codec = torch.randn(2, 2, 300, 64, generator=g), key.codec
+    position = torch.arange(300).expand(2, -1)
+    found = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            codes = gsrq.encode(x, position, codec.tensors, codec.integers)
+            found.append((run(q, key, value, causal=LAST_ALIGNED), codes))
+    finally:
+        torch.set_num_threads(1)
+    for out, codes in found[1:]:
+        assert torch.equal(out, found[0][0]) and torch.equal(codes, found[0][1])
+
+
+def test_without_a_compiler_the_reference_runs(tmp_path):
+    """It says so once, and gives the same."""
+    script = (
+        "import torch, logging; logging.basicConfig();"
+        "from tests.conftest import make_pair; import torch.nn.functional as F;"
+        "k, v, *_ = make_pair(length=50); q = torch.randn(2, 2, 1, 16);"
+        "a = F.scaled_dot_product_attention(q, k, v); a = F.scaled_dot_product_attention(q, k, v);"
+        "torch.testing.assert_close(a, F.scaled_dot_product_attention(q, k.dequantize()[:, :, :50],"
+        " v.dequantize()[:, :, :50]), rtol=1e-4, atol=1e-4)"
+    )
+    env = {**os.environ, "CXX": "/nonexistent/c++", "TORCHGSRQ_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("cannot be built, so the slower reference runs") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", ["scalar", "address sanitizer"])
+def test_other_builds(tmp_path, build):
+    """The scalar twin computes the same, and no access is out of bounds."""
+    library = tmp_path / "kernels.so"
+    env = {**os.environ, "TORCHGSRQ_KERNELS": str(library)}
+    if build == "scalar":
+        kernels.build(library, scalar=True)
+    else:
+        compiler = shutil.which("g++")
+        if compiler is None:
+            pytest.skip("needs g++")
+        kernels.build(library, extra=("-fsanitize=address", "-g", "-O1"))
+        runtime = subprocess.run(
+            [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True
+        ).stdout.strip()
+        env |= {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", __file__, "-k", "not compiler", "-p", "no:xdist"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
