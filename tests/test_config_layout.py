@@ -59,7 +59,7 @@ def test_layouts_cover_the_head_at_the_rate(head_dim, bits, preset):
         with pytest.raises(ValueError, match=rf"bits={bits} is not offered for head_dim={head_dim}; choose one of 2"):
             key_layout(head_dim, bits, preset)
         return
-    part = 1 if bits >= 1.5 else 0.75 if bits >= 0.75 else 0.5
+    part = 1 if bits >= 1.5 else 0.75
     for layout, coded in ((key_layout(head_dim, bits, preset), part), (value_layout(head_dim, bits, preset), 1)):
         assert layout.bits == bits
         assert layout.groups * layout.width == layout.dims
