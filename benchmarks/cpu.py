@@ -18,6 +18,7 @@ Every ratio compares runs of one process that took turns; each number is a media
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import resource
@@ -164,18 +165,15 @@ class Bench:
                     key, value = random_cache(batch, heads, dim, 8192, config)
                     q = torch.randn(batch, q_heads, queries, dim)
                     k, v = key.dequantize(), value.dequantize()
-                    mask = torch.ones(queries, 8192, dtype=torch.bool).tril(8192 - queries)
+                    mask = None if queries == 1 else torch.ones(queries, 8192, dtype=torch.bool).tril(8192 - queries)
                     rows = q.reshape(batch, heads, -1, dim)
-                    tall = mask.repeat(q_heads // heads, 1)
+                    tall = None if mask is None else mask.repeat(q_heads // heads, 1)
+                    dense = F.scaled_dot_product_attention
                     took = in_turns(
                         {
                             "gsrq": gsrq_step(q, key, value),
-                            "rows": lambda rows=rows, k=k, v=v, m=tall: F.scaled_dot_product_attention(
-                                rows, k, v, attn_mask=None if m.shape[0] == rows.shape[2] == 1 else m
-                            ),
-                            "gqa": lambda q=q, k=k, v=v, m=mask: F.scaled_dot_product_attention(
-                                q, k, v, attn_mask=m, enable_gqa=True
-                            ),
+                            "rows": functools.partial(dense, rows, k, v, attn_mask=tall),
+                            "gqa": functools.partial(dense, q, k, v, attn_mask=mask, enable_gqa=True),
                         }
                     )
                     best = min(took["rows"], took["gqa"])

@@ -451,20 +451,26 @@ class KeyDecoder {
     const int64_t origin = c_.key.start.const_data_ptr<int32_t>()[2 * b_];
     add_codewords(c_.key, t_, b_, h_, first, n, sums_);
     product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + h_ * t_.dims * t_.padded, t_.padded, n, t_.padded, t_.dims);
-    const float* mean = t_.mean_at + h_ * t_.dim * kRotate;
     const int64_t pairs = t_.pairs;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t position = first + i - origin, turn = floor_mod(position, kRotate), place = floor_mod(position, t_.frame);
       if (i == 0 || turn == 0) cos_sin(turn_cos_, turn_sin_, t_.inv_freq.data(), pairs, position - turn);
       if (i == 0 || place == 0) cos_sin(frame_cos_, frame_sin_, t_.inv_freq.data(), pairs, position - place);
+      const float* mean = t_.mean_rows + (h_ * kRotate + turn) * t_.padded;
       float* k = keys_ + i * t_.padded;
-      for (int64_t p = 0; p < pairs; ++p) {
-        const float cf = frame_cos_[p], sf = frame_sin_[p], ct = turn_cos_[p], st = turn_sin_[p];
-        const float a = k[p], b = k[pairs + p], ma = mean[p * kRotate + turn], mb = mean[(pairs + p) * kRotate + turn];
-        k[p] = a * cf - b * sf + ma * ct - mb * st;
-        k[pairs + p] = b * cf + a * sf + mb * ct + ma * st;
+      const float *cf = frame_cos_, *sf = frame_sin_, *ct = turn_cos_, *st = turn_sin_;
+      int64_t p = 0;
+      for (; p + kWidth <= pairs; p += kWidth) {
+        const Vec a = load(k + p), b = load(k + pairs + p), ma = load(mean + p), mb = load(mean + pairs + p);
+        (a * load(cf + p) - b * load(sf + p) + ma * load(ct + p) - mb * load(st + p)).store(k + p);
+        (b * load(cf + p) + a * load(sf + p) + mb * load(ct + p) + ma * load(st + p)).store(k + pairs + p);
       }
-      for (int64_t d = 2 * pairs; d < t_.dim; ++d) k[d] += mean[d * kRotate];
+      for (; p < pairs; ++p) {
+        const float a = k[p], b = k[pairs + p], ma = mean[p], mb = mean[pairs + p];
+        k[p] = a * cf[p] - b * sf[p] + ma * ct[p] - mb * st[p];
+        k[pairs + p] = b * cf[p] + a * sf[p] + mb * ct[p] + ma * st[p];
+      }
+      for (int64_t d = 2 * pairs; d < t_.dim; ++d) k[d] += mean[d];
     }
     transpose(out, kBlock, keys_, t_.padded, n, t_.padded);
   }

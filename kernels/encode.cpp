@@ -35,30 +35,36 @@ inline Vec to_distances(float* x, const float* squares, float cost, int64_t n) {
   return low;
 }
 
-// Indices of the k lowest of n values, lowest first; `low` are minima of disjoint parts of them.
-void lowest(const float* x, int64_t n, int64_t k, Vec low, int64_t* out) {
-  float bound = kInf;  // at least k values are no higher
-  if (k <= kWidth)
-    for (int64_t i = 0; i < k; ++i) {
+// The k lowest values seen, lowest first, the earlier of equals first.
+struct Lowest {
+  int64_t k, count = 0;
+  float bound;  // no higher value can be among them
+  float value[kMaxBeam];
+  int64_t index[kMaxBeam];
+
+  // `low` are minima of disjoint parts of what will be seen, so at least k values are no higher than the k-th of them.
+  Lowest(int64_t k, Vec low) : k(k), bound(kInf) {
+    for (int64_t i = 0; i < k && k <= kWidth; ++i) {
       bound = reduce_min(low);
       low = Vec::blendv(low, Vec(kInf), low <= Vec(bound));
     }
-  float kept[kMaxBeam];
-  int64_t count = 0;
-  const Vec bounds(bound);
-  for (int64_t i = 0; i < n; i += kWidth) {
-    int mask = (load(x + i) > bounds).zero_mask();  // bits of those not above
+  }
+
+  void see(const Vec& x, int64_t first) {
+    int mask = (x > Vec(bound)).zero_mask();  // bits of those not above
+    if (!mask) return;
+    alignas(64) float each[kWidth];
+    x.store(each);
     for (; mask; mask &= mask - 1) {
-      const int64_t index = i + __builtin_ctz(mask);
-      const float value = x[index];
-      if (count == k && !(value < kept[k - 1])) continue;
+      const int64_t lane = __builtin_ctz(mask);
+      if (count == k && !(each[lane] < value[k - 1])) continue;
       int64_t at = count < k ? count++ : k - 1;
-      for (; at > 0 && value < kept[at - 1]; --at) kept[at] = kept[at - 1], out[at] = out[at - 1];
-      kept[at] = value, out[at] = index;
+      for (; at > 0 && each[lane] < value[at - 1]; --at) value[at] = value[at - 1], index[at] = index[at - 1];
+      value[at] = each[lane], index[at] = first + lane;
+      if (count == k) bound = value[k - 1];
     }
   }
-  for (; count < k; ++count) out[count] = out[0];  // fewer finite candidates than asked for
-}
+};
 
 float squared_norm(const float* x, int64_t n) {
   Vec sum(0.f);
@@ -121,9 +127,14 @@ class Search {
           d[pick[0]] = kInf;
           low = Vec(kInf);
           for (int64_t j = 0; j < kWords; j += kWidth) low = at::vec::minimum(low, load(d + j));
+          Lowest others(beam_ - 1, low);
+          for (int64_t j = 0; j < kWords; j += kWidth) others.see(load(d + j), j);
           for (int64_t b = 1; b < alive; ++b)
-            low = at::vec::minimum(low, to_distances(d + b * kWords, squares, cost[b], kWords));
-          lowest(d, alive * kWords, beam_ - 1, low, pick + 1);
+            for (int64_t j = 0; j < kWords; j += kWidth) {
+              const Vec base = load(squares + j) + Vec(cost[b]);
+              others.see(at::vec::fmadd(Vec(-2.f), load(d + b * kWords + j), base), b * kWords + j);
+            }
+          for (int64_t b = 1; b < beam_; ++b) pick[b] = b <= others.count ? others.index[b - 1] : pick[0];
         }
         advance(i, stage, pick, words);
       }

@@ -42,6 +42,7 @@ struct Tables {
   std::vector<double> step_cos, step_sin;  // rotation by kRotate positions
   Buffer mean;                             // [heads, padded], canonical
   Buffer mean_at;                          // [heads, dim (canonical), kRotate]: rotated to the first kRotate positions
+  Buffer mean_rows;                        // [heads, kRotate, padded]: the same, transposed
   Buffer transform;                        // [heads, dim (canonical), padded_dims]
   Buffer inverse;                          // [heads, dims, padded (canonical)]
   Buffer inverse_t;                        // [heads, dim (canonical), padded_dims]: the same, transposed
@@ -64,6 +65,7 @@ struct Tables {
     for (int64_t d = 2 * pairs; d < dim; ++d) order[d] = d;
     mean.fill(heads * padded);
     mean_at.fill(heads * dim * kRotate);
+    mean_rows.fill(heads * kRotate * padded);
     transform.fill(heads * dim * padded_dims);
     inverse.fill(heads * dims * padded);
     inverse_t.fill(heads * dim * padded_dims);
@@ -88,6 +90,7 @@ struct Tables {
           if (d < pairs) x = v[d] * cosine[d] - v[d + pairs] * sine[d];
           else if (d < 2 * pairs) x = v[d] * cosine[d - pairs] + v[d - pairs] * sine[d - pairs];
           mean_at[(h * dim + d) * kRotate + r] = x;
+          mean_rows[(h * kRotate + r) * padded + d] = x;
         }
     }
     columns.resize(heads * codes * width * kWords);

@@ -214,30 +214,39 @@ struct Lanes {
 // out[i][l] = in[l][i] for n entries of `rows` lanes; lanes past the rows are zero.
 template <int L>
 inline void interleave(float* out, const float* in, int64_t ldi, int64_t rows, int64_t n) {
-  int64_t i = 0;
+  int64_t done = 0;
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (L == 4) {
-    const __m512i low_pairs = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    const __m512i high_pairs = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-    const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-    const __m512 zero = _mm512_setzero_ps();
-    for (; i + 16 <= n; i += 16) {
-      const __m512 a = _mm512_loadu_ps(in + i), b = rows > 1 ? _mm512_loadu_ps(in + ldi + i) : zero;
-      const __m512 c = rows > 2 ? _mm512_loadu_ps(in + 2 * ldi + i) : zero;
-      const __m512 d = rows > 3 ? _mm512_loadu_ps(in + 3 * ldi + i) : zero;
+  // Four lanes at a time: pairs (a b) and (c d), then both in the order of the entries.
+  const __m512i low_pairs = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high_pairs = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  const auto lane = [&](int64_t l, int64_t i) { return l < rows ? _mm512_loadu_ps(in + l * ldi + i) : _mm512_setzero_ps(); };
+  done = n / 16 * 16;
+  for (int l = 0; l < L; l += 4)
+    for (int64_t i = 0; i < done; i += 16) {
+      const __m512 a = lane(l, i), b = lane(l + 1, i), c = lane(l + 2, i), d = lane(l + 3, i);
       const __m512d ab0 = _mm512_castps_pd(_mm512_permutex2var_ps(a, low_pairs, b));
       const __m512d cd0 = _mm512_castps_pd(_mm512_permutex2var_ps(c, low_pairs, d));
       const __m512d ab1 = _mm512_castps_pd(_mm512_permutex2var_ps(a, high_pairs, b));
       const __m512d cd1 = _mm512_castps_pd(_mm512_permutex2var_ps(c, high_pairs, d));
-      float* o = out + i * 4;
-      _mm512_storeu_pd(o, _mm512_permutex2var_pd(ab0, low, cd0));
-      _mm512_storeu_pd(o + 16, _mm512_permutex2var_pd(ab0, high, cd0));
-      _mm512_storeu_pd(o + 32, _mm512_permutex2var_pd(ab1, low, cd1));
-      _mm512_storeu_pd(o + 48, _mm512_permutex2var_pd(ab1, high, cd1));
+      const __m512d four[4] = {
+          _mm512_permutex2var_pd(ab0, low, cd0), _mm512_permutex2var_pd(ab0, high, cd0),
+          _mm512_permutex2var_pd(ab1, low, cd1), _mm512_permutex2var_pd(ab1, high, cd1)};
+      float* o = out + i * L + l;
+      for (int j = 0; j < 4; ++j, o += 4 * L) {
+        if constexpr (L == 4) {
+          _mm512_storeu_pd(o, four[j]);
+        } else {
+          const __m512 x = _mm512_castpd_ps(four[j]);
+          _mm_storeu_ps(o, _mm512_castps512_ps128(x));
+          _mm_storeu_ps(o + L, _mm512_extractf32x4_ps(x, 1));
+          _mm_storeu_ps(o + 2 * L, _mm512_extractf32x4_ps(x, 2));
+          _mm_storeu_ps(o + 3 * L, _mm512_extractf32x4_ps(x, 3));
+        }
+      }
     }
-  }
 #endif
-  for (; i < n; ++i)
+  for (int64_t i = done; i < n; ++i)
     for (int l = 0; l < L; ++l) out[i * L + l] = l < rows ? in[l * ldi + i] : 0.f;
 }
 
