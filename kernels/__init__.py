@@ -76,9 +76,9 @@ def cpu_library() -> Path | None:
     asked = os.environ.get("TORCHGSRQ_KERNELS", "1")
     if asked != "1":
         return None if asked == "0" else Path(asked)
-    facts = [torch.__version__, *flags(), *((_FOLDER / name).read_text() for name in SOURCES + HEADERS)]
-    path = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     try:
+        facts = [torch.__version__, *flags(), *((_FOLDER / name).read_text() for name in SOURCES + HEADERS)]
+        path = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
         if not path.exists():
             log.warning("torchgsrq: building the CPU kernels, once; this takes about a minute ...")
             build(path)

@@ -8,6 +8,7 @@ Ops on plain tensors carry a codec as ``Tensor[] codec, int[] layout`` (see `Cod
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from torchgsrq.kernels import cpu_library
 from torchgsrq.kmeans import nearest, sum_by_code
 from torchgsrq.reference import Packed
 
+log = logging.getLogger("torchgsrq")
 _library = torch.library.Library("torchgsrq", "FRAGMENT")
 
 _SCHEMAS = {
@@ -168,14 +170,8 @@ def _subclass_only(*_: object) -> None:
 
 
 _REFERENCE = (encode, decode, append_, check_append, tail, dequantize, attention, nearest, sum_by_code)
-_COMPILED = (
-    "encode",
-    "append_",
-    "check_append",
-    "attention",
-    "nearest",
-    "sum_by_code",
-)  # have a C++ kernel in kernels/
+# These have a C++ kernel as well, in kernels/.
+_COMPILED = ("encode", "append_", "check_append", "attention", "nearest", "sum_by_code")
 _cpu = torch.library.Library("torchgsrq", "IMPL")
 
 
@@ -202,8 +198,12 @@ def use_kernels() -> bool:
     _cpu._destroy()
     _cpu = torch.library.Library("torchgsrq", "IMPL")
     if library is not None:
-        torch.ops.load_library(library)
-    else:
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            log.warning("torchgsrq: the CPU kernels cannot be loaded, so the slower reference runs: %s", error)
+            library = None
+    if library is None:
         for function in _REFERENCE:
             if function.__name__ in _COMPILED:
                 _cpu.impl(function.__name__, function, "CPU")
