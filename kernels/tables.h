@@ -127,7 +127,8 @@ inline std::shared_ptr<Tables> tables_of(const CodecView& c) {
     std::shared_ptr<Tables> tables;
   };
   static std::mutex mutex;
-  static std::unordered_map<c10::TensorImpl*, Entry> known;
+  // Never destroyed: buffers go back to a pool of their thread, which is gone first when the process ends.
+  static auto& known = *new std::unordered_map<c10::TensorImpl*, Entry>();
   const auto& codebook = c.codebook.getIntrusivePtr();
   const auto& transform = c.transform.getIntrusivePtr();
   std::lock_guard<std::mutex> lock(mutex);
