@@ -228,11 +228,13 @@ class Bench:
         """transformers' default cache, holding random tokens."""
         from transformers import DynamicCache
 
-        text, (heads, dim) = self.model().config, self.shape()
-        cache = DynamicCache(config=text)
-        for i in range(text.num_hidden_layers):
-            k, v = torch.randn(2, 1, heads, length, dim)
-            cache.update(k, v, i)
+        return self.filled(DynamicCache(config=self.model().config), length)
+
+    def filled(self, cache: Any, length: int) -> Any:
+        """A cache of transformers with random tokens in it."""
+        heads, dim = self.shape()
+        for i in range(self.model().config.num_hidden_layers):
+            cache.update(*torch.randn(2, 1, heads, length, dim), i)
         return cache
 
     @torch.no_grad()
@@ -281,15 +283,12 @@ class Bench:
         """transformers' own quantized caches, where their packages are installed."""
         from transformers import QuantizedCache
 
-        text, (heads, dim), found = self.model().config, self.shape(), {}
+        found = {}
         for backend, nbits in (("quanto", 2), ("quanto", 4), ("hqq", 2), ("hqq", 4)):
             try:
                 times = []
                 for _ in range(self.args.rounds):
-                    cache = QuantizedCache(backend, text, nbits=nbits)
-                    for i in range(text.num_hidden_layers):
-                        k, v = torch.randn(2, 1, heads, length, dim)
-                        cache.update(k, v, i)
+                    cache = self.filled(QuantizedCache(backend, self.model().config, nbits=nbits), length)
                     times.append(self.decode(cache, length, tokens))
                 found[f"QuantizedCache {backend} int{nbits}"] = times
             except ImportError as error:

@@ -103,6 +103,15 @@ class Bench:
         error = evaluate.key_error(self.model, self.windows[1], books, shift)
         self.record(section, row, {**dataclasses.asdict(found), "key_error": error})
 
+    def each_rate(self, section: str, source: str = "text", **fields: Any) -> dict[float, Codebooks]:
+        """A row for every rate, each with codebooks of its own."""
+        trained = {}
+        for bits in self.bits:
+            config = GSRQConfig(bits=bits, **fields)
+            trained[bits] = self.train(config, source)
+            self.score(section, f"{bits:g}", config, trained[bits])
+        return trained
+
     def rates(self, section: str, config: GSRQConfig, books: Codebooks) -> None:
         """A row for every rate, from one nested set of codebooks."""
         for bits in self.bits:
@@ -130,27 +139,19 @@ class Bench:
     def run(self, section: str) -> None:
         """Measure one section."""
         if section.startswith("frame"):
-            for bits in self.bits:
-                config = GSRQConfig(bits=bits, frame=int(section[5:]))
-                books = self.train(config)
-                self.score(section, f"{bits:g}", config, books)
-                if section == "frame512" and bits == 1:
-                    for shift in (4000, 30000):
-                        self.score(section, f"1, positions + {shift}", config, books, shift)
+            trained = self.each_rate(section, frame=int(section[5:]))
+            if section == "frame512" and 1 in trained:
+                for shift in (4000, 30000):
+                    self.score(section, f"1, positions + {shift}", GSRQConfig(bits=1), trained[1], shift)
         elif section == "own":
-            for bits in self.bits:
-                config = GSRQConfig(bits=bits)
-                books = self.train(config, "own")
-                if self.args.codebooks and bits == self.bits[0]:
-                    books.save(self.args.codebooks)
-                self.score(section, f"{bits:g}", config, books)
+            trained = self.each_rate(section, "own")
+            if self.args.codebooks:
+                trained[self.bits[0]].save(self.args.codebooks)
+        elif section == "fast":
+            self.each_rate(section, layout="fast")
         elif section == "nested":
             config = GSRQConfig(bits=2)
             self.rates(section, config, self.train(config))
-        elif section == "fast":
-            for bits in self.bits:
-                config = GSRQConfig(bits=bits, layout="fast")
-                self.score(section, f"{bits:g}", config, self.train(config))
         elif section == "clustering":
             for method in METHODS:
                 config = GSRQConfig(bits=0.5)

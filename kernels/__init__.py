@@ -18,18 +18,31 @@ from torchgsrq.config import cache_folder
 log = logging.getLogger("torchgsrq")
 _FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "encode.cpp")
-HEADERS = ("vector.h", "tables.h")
+FILES = (*SOURCES, "vector.h", "tables.h", "__init__.py")  # what a library is made from
+
+
+_MACHINE = {
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+}
+
+
+def compiler() -> str | None:
+    """The C++ compiler, if there is one: ``$CXX``, or the machine's."""
+    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def capability(scalar: bool = False) -> str:
+    """The vector instructions to compile for: those that torch uses on this CPU, or none for the scalar twin."""
+    found = torch.backends.cpu.get_cpu_capability()
+    return found if found in _MACHINE and not scalar else "DEFAULT"
 
 
 def flags(scalar: bool = False) -> list[str]:
     """Compiler flags: torch's own vector types for this CPU, or their scalar twin."""
-    from torch._inductor import cpu_vec_isa
     from torch.utils.cpp_extension import include_paths
 
-    isa = None if scalar else cpu_vec_isa.pick_vec_isa()
-    machine = isa.build_arch_flags().split() if isa else []
-    macros = [f"-D{m}" for m in isa.build_macro()] if isa else []
-    name = next((m.removeprefix("-DCPU_CAPABILITY_") for m in macros if "CPU_CAPABILITY_" in m), "DEFAULT")
+    name = capability(scalar)
     return [
         "-O3",
         "-std=c++20",
@@ -40,8 +53,8 @@ def flags(scalar: bool = False) -> list[str]:
         "-Wno-psabi",
         *([] if sys.platform == "darwin" else ["-fopenmp"]),
         f"-DCPU_CAPABILITY={name}",
-        *macros,
-        *machine,
+        f"-DCPU_CAPABILITY_{name}",
+        *_MACHINE.get(name, []),
         *(f"-isystem{path}" for path in include_paths()),
         f"-I{sysconfig.get_path('include')}",
     ]
@@ -53,16 +66,16 @@ def build(output: Path, scalar: bool = False, extra: tuple[str, ...] = ()) -> No
     Raises:
         RuntimeError: there is no compiler, or it failed; says what it printed.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    program = compiler()
+    if program is None:
         raise RuntimeError("there is no C++ compiler (set CXX, or install g++ or clang++)")
     libraries = Path(torch.__file__).parent / "lib"
     partial = output.with_suffix(f".{os.getpid()}.partial")
-    command = [compiler, *flags(scalar), *extra, *(str(_FOLDER / name) for name in SOURCES), "-o", str(partial)]
+    command = [program, *flags(scalar), *extra, *(str(_FOLDER / name) for name in SOURCES), "-o", str(partial)]
     command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{compiler} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{program} failed:\n{done.stderr[-4000:]}")
     os.replace(partial, output)  # other processes may be building it too
 
 
@@ -77,7 +90,7 @@ def cpu_library() -> Path | None:
     if asked != "1":
         return None if asked == "0" else Path(asked)
     try:
-        facts = [torch.__version__, *flags(), *((_FOLDER / name).read_text() for name in SOURCES + HEADERS)]
+        facts = [torch.__version__, capability(), *((_FOLDER / name).read_text() for name in FILES)]
         path = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
         if not path.exists():
             log.warning("torchgsrq: building the CPU kernels, once; this takes about a minute ...")

@@ -70,11 +70,12 @@ struct Call {
   std::vector<int64_t> code_limit;   // per query: codes of lower slots take part
   std::vector<int64_t> dense_first;  // per query: full-precision slots from here on take part
   std::vector<int64_t> last;         // per query: the causal limit
+  int64_t coded = 0;                 // the highest of these limits
   int64_t dense_low = 0;             // first slot that is read in full precision
 
   int64_t query_of(int64_t row) const { return row % queries; }
 
-  // The mask of a query row from slot 0 on, and the distance between slots; null for none.
+  // The mask of a query row, from slot 0 on.
   template <typename T>
   const T* mask_row(int64_t b, int64_t h, int64_t row) const {
     return mask.const_data_ptr<T>() + b * mask.stride(0) + (h * group + row / queries) * mask.stride(1) +
@@ -281,15 +282,13 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
   const int64_t sink = c.key.start.const_data_ptr<int32_t>()[2 * b + 1];
   FrameTables<L> tables(c, q, h);
   MeanScores means(c, q, h);
-  Buffer scores(kChunk * L), of_mean(kChunk * L), histogram(vt.codes * kWords * L);
-  std::fill_n(static_cast<float*>(histogram), vt.codes * kWords * L, 0.f);
+  Buffer scores(kChunk * L), of_mean(kChunk * L), histogram;
+  histogram.fill(vt.codes * kWords * L);
   alignas(64) float top[L], mass[L], peak[std::max<int64_t>(L, kWidth)];
   std::fill_n(top, L, -kInf);
   std::fill_n(mass, L, 0.f);
-  int64_t widest = 0;
-  for (const int64_t limit : c.code_limit) widest = std::max(widest, limit);
   bool limited = c.mask.defined() || c.softcap > 0;
-  for (const int64_t limit : c.code_limit) limited |= limit < widest;
+  for (const int64_t limit : c.code_limit) limited |= limit < c.coded;
 
   for (int64_t slot = first; slot < last;) {
     const int64_t position = slot - origin;
@@ -299,7 +298,7 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
     const float* table = tables.at(position, last - origin);
     timer.lap(kTables);
     means.at<L>(key_gain ? of_mean : scores, position, n);
-    if (key_gain) std::fill_n(static_cast<float*>(scores), n * L, 0.f);
+    if (key_gain) scores.fill(n * L);
     timer.lap(kMean);
     const uint8_t* kc = key_codes + slot * key_bytes;
     for_slabs(kt.codes, [&](int64_t m, auto count) {
@@ -492,8 +491,8 @@ void attend_by_blocks(
   for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, c.code_limit[c.query_of(r)]);
   last = std::min(last, widest);
   KeyDecoder decoder(c, b, h);
-  Buffer keys(c.padded * kBlock), values(kBlock * c.padded), scores(rows * kBlock);
-  std::fill_n(static_cast<float*>(keys), c.padded * kBlock, 0.f);
+  Buffer keys, values(kBlock * c.padded), scores(rows * kBlock);
+  keys.fill(c.padded * kBlock);
   for (int64_t slot = first; slot < last; slot += kBlock) {
     const int64_t n = std::min(kBlock, last - slot);
     decoder.decode(keys, slot, n);
@@ -518,9 +517,8 @@ void attend_dense(
   Timer timer;
   const int64_t sink = c.key.start.const_data_ptr<int32_t>()[2 * b + 1];
   const Packed* kv[2] = {&c.key, &c.value};
-  Buffer plain(kBlock * c.padded), keys(c.padded * kBlock), values(kBlock * c.padded), scores(rows * kBlock);
-  std::fill_n(static_cast<float*>(plain), kBlock * c.padded, 0.f);
-  std::fill_n(static_cast<float*>(values), kBlock * c.padded, 0.f);
+  Buffer plain, keys, values, scores(rows * kBlock);
+  for (Buffer* buffer : {&plain, &keys, &values}) buffer->fill(kBlock * c.padded);
   int64_t slots[kBlock];
   const auto block = [&](int64_t n, bool of_sinks) {
     for (int which = 0; which < 2; ++which) {
@@ -553,7 +551,6 @@ void attend_dense(
     });
     absorb(c, part, rows, scores, n, values);
   };
-  std::fill_n(static_cast<float*>(keys), c.padded * kBlock, 0.f);
   int64_t lowest = c.length, highest = -1;
   for (int64_t r = row0; r < row0 + rows; ++r) {
     lowest = std::min(lowest, c.dense_first[c.query_of(r)]);
@@ -575,23 +572,16 @@ void attend_dense(
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-int64_t encoded_tokens(int64_t length, const Packed& kv) {
-  const int64_t past = length - kv.recent;
-  return past > 0 ? past / kv.block * kv.block : 0;
-}
-
 template <typename T>
 void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result) {
   const bool framed = !c.key_tables->pairs || c.key_tables->frame >= kShortestFrame;
   const bool by_tables = c.rows <= kMaxLanes && framed;
-  int64_t coded = 0;
-  for (const int64_t limit : c.code_limit) coded = std::max(coded, limit);
   const int64_t tile = by_tables ? c.rows : kRowTile, tiles = std::max<int64_t>(1, ceil_div(c.rows, tile));
   // The cut depends on sizes alone, never on the number of threads, so that results do not either: enough parts for a
   // few threads, but a part's histograms and first tables should serve many tokens.
   const int64_t wanted = ceil_div(kTasks, c.batch * c.heads * tiles);
-  const int64_t length = std::clamp(ceil_div(coded, wanted), kShortestSplit, kLongestSplit);
-  const int64_t splits = ceil_div(coded, length);
+  const int64_t length = std::clamp(ceil_div(c.coded, wanted), kShortestSplit, kLongestSplit);
+  const int64_t splits = ceil_div(c.coded, length);
   const int64_t parts = splits + 1, per_row = 2 + c.padded, total = c.batch * c.heads * c.rows;
   Buffer space(parts * total * per_row), canonical(total * c.padded), plain(total * c.padded);
   const float* q = c.q.const_data_ptr<float>();
@@ -615,7 +605,7 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
         attend_dense<T>(c, b, h, row0, rows, plain + at, part);
         continue;
       }
-      const int64_t first = index * length, last = std::min(coded, first + length);
+      const int64_t first = index * length, last = std::min(c.coded, first + length);
       if (!by_tables) attend_by_blocks(c, b, h, row0, rows, first, last, canonical + at, part);
       else if (rows <= 4) attend_by_tables<4>(c, b, h, first, last, canonical + at, part);
       else if (rows <= 8) attend_by_tables<8>(c, b, h, first, last, canonical + at, part);
@@ -629,15 +619,14 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
   if (sink_logits.has_value()) logits_ = sink_logits->to(at::kFloat).contiguous(), logits = logits_.const_data_ptr<float>();
   float* out = result.mutable_data_ptr<float>();
   at::parallel_for(0, total, 64, [&](int64_t begin, int64_t end) {
-    Buffer coded_sum(c.padded), sum(c.padded);
+    Buffer coded_sum, sum;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t bh = i / c.rows, h = bh % c.heads, row = i % c.rows;
       const float sink = logits ? logits[h * c.group + row / c.queries] : -kInf;
       float top = sink;
       for (int64_t p = 0; p < parts; ++p) top = std::max(top, *part_at(p, bh, row).top);
       float coded_mass = 0, mass = sink == -kInf ? 0.f : std::exp(sink - top);
-      std::fill_n(static_cast<float*>(coded_sum), c.padded, 0.f);
-      std::fill_n(static_cast<float*>(sum), c.padded, 0.f);
+      coded_sum.fill(c.padded), sum.fill(c.padded);
       for (int64_t p = 0; p < parts; ++p) {
         const Part part = part_at(p, bh, row);
         if (*part.top == -kInf) continue;
@@ -697,17 +686,15 @@ Tensor attention(
     const int64_t seen = length - c.queries + i;
     int64_t boundary = c.encoded;
     if (view == kExactTail) boundary = held_from;
-    if (view == kStreaming) boundary = std::max(encoded_tokens(seen + 1, key), held_from);
+    if (view == kStreaming) boundary = std::max(encoded_tokens(seen + 1, key.recent, key.block), held_from);
     c.last.push_back(causal == kNotCausal ? length - 1 : causal == kUpperLeft ? i : seen);
     c.dense_first.push_back(boundary);
     c.code_limit.push_back(std::max<int64_t>(0, std::min({boundary, c.encoded, c.last.back() + 1})));
+    c.coded = std::max(c.coded, c.code_limit.back());
   }
-  switch (key.window.scalar_type()) {
-    case at::kFloat: run<float>(c, sink_logits, result); break;
-    case at::kBFloat16: run<at::BFloat16>(c, sink_logits, result); break;
-    case at::kHalf: run<at::Half>(c, sink_logits, result); break;
-    default: TORCH_CHECK_VALUE(false, "the window is ", name_of(key.window.scalar_type()), "; expected float32, bfloat16 or float16");
-  }
+  dispatch(key.window.scalar_type(), "the window", [&](auto type) {
+    run<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(c, sink_logits, result);
+  });
   return result.to(q.scalar_type());
 }
 

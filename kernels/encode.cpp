@@ -1,5 +1,5 @@
 // Encode, append and the assignment of k-means for the CPU: what torchgsrq/reference.py means by `encode` and `append_`,
-// and torchgsrq/kmeans.py by `assign`.
+// and torchgsrq/kmeans.py by `nearest` and `sum_by_code`.
 
 #include <torch/library.h>
 
@@ -222,16 +222,6 @@ void encode_rows(
   }
 }
 
-template <typename F>
-auto dispatch(at::ScalarType type, const char* name, F f) {
-  switch (type) {
-    case at::kFloat: return f(static_cast<const float*>(nullptr));
-    case at::kBFloat16: return f(static_cast<const at::BFloat16*>(nullptr));
-    case at::kHalf: return f(static_cast<const at::Half*>(nullptr));
-    default: TORCH_CHECK_VALUE(false, name, " is ", name_of(type), "; expected float32, bfloat16 or float16");
-  }
-}
-
 template <typename T>
 bool all_finite(const T* x, int64_t n) {
   bool finite = true;
@@ -328,8 +318,7 @@ void append(
   if (n == 0 || batch == 0) return;
   const Tensor x = x_.contiguous();
   int32_t& held_codes = *encoded.mutable_data_ptr<int32_t>();
-  const int64_t past = first + n - recent, was = std::min<int64_t>(held_codes, first);
-  const int64_t now = std::max(was, past > 0 ? past / block * block : 0);
+  const int64_t was = std::min<int64_t>(held_codes, first), now = std::max(was, encoded_tokens(first + n, recent, block));
   const auto t = now > was ? tables_of(c) : nullptr;
   const int64_t stretches = std::max<int64_t>(1, ceil_div(now - was, kStretch));
   dispatch(x.scalar_type(), "x", [&](auto type) {
@@ -376,7 +365,7 @@ std::tuple<Tensor, Tensor> nearest(const Tensor& x_, const Tensor& centers_) {
   const Tensor x = x_.contiguous(), centers = centers_.contiguous();
   const int64_t batch = x.size(0), n = x.size(1), width = x.size(2), count = centers.size(1), wide = round_up(count, kWidth);
   Tensor codes = at::empty({batch, n}, x.options().dtype(at::kLong)), errors = at::empty({batch, n}, x.options());
-  Buffer columns(batch * width * wide), squares(batch * wide);
+  Buffer columns, squares;
   columns.fill(batch * width * wide), squares.fill(batch * wide, kInf);
   for (int64_t b = 0; b < batch; ++b) {
     const float* from = centers.const_data_ptr<float>() + b * count * width;

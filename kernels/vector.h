@@ -33,6 +33,22 @@ inline std::string name_of(at::ScalarType type) {
   }
 }
 
+// Calls f with a null pointer to the C++ type of a dtype that windows and inputs may have.
+template <typename F>
+auto dispatch(at::ScalarType type, const char* name, F f) {
+  switch (type) {
+    case at::kFloat: return f(static_cast<const float*>(nullptr));
+    case at::kBFloat16: return f(static_cast<const at::BFloat16*>(nullptr));
+    case at::kHalf: return f(static_cast<const at::Half*>(nullptr));
+    default: TORCH_CHECK_VALUE(false, name, " is ", name_of(type), "; expected float32, bfloat16 or float16");
+  }
+}
+
+// How many of `length` appended tokens are codes: config.py, encoded_tokens.
+inline int64_t encoded_tokens(int64_t length, int64_t recent, int64_t block) {
+  return length > recent ? (length - recent) / block * block : 0;
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t floor_mod(int64_t a, int64_t b) { return ((a % b) + b) % b; }

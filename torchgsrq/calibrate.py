@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -197,7 +196,7 @@ def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCod
         (stats.values, stats.value_weight, config.value_rate),
     ):
         x, weight = torch.cat(vectors, 1), _normalised(torch.cat(weights, 1), 1).log1p()
-        layout = dataclasses.replace(key_layout(info.head_dim, bits, "fast"), dims=info.head_dim)
+        layout = replace(key_layout(info.head_dim, bits, "fast"), dims=info.head_dim)
         codebook = train_codebook(x, weight, layout, method=method, seed=config.seed)
         eye = torch.eye(info.head_dim, device=x.device).expand(info.kv_heads, -1, -1)
         is_key = vectors is stats.keys
