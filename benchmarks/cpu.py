@@ -65,7 +65,7 @@ def random_cache(
     """Key and value buffers that hold ``length`` random tokens."""
     pair = []
     layouts = (key_layout(dim, config.bits, config.layout), value_layout(dim, config.bits, config.layout))
-    for layout, frame in zip(layouts, (config.frame, None), strict=True):
+    for layout, frame in zip(layouts, (config.key_frame, None), strict=True):
         codec = random_codec(heads, layout, frame)
         buffer = GSRQTensor.empty(batch, heads, length, dim, codec=codec, dtype=dtype, config=config)
         fill(buffer, length, config)
@@ -204,7 +204,7 @@ class Bench:
         )
         layouts = (key_layout(dim, config.bits, config.layout), value_layout(dim, config.bits, config.layout))
         layers = {
-            i: LayerCodec(random_codec(heads, layouts[0], config.frame), random_codec(heads, layouts[1], None))
+            i: LayerCodec(random_codec(heads, layouts[0], config.key_frame), random_codec(heads, layouts[1], None))
             for i in range(text.num_hidden_layers)
         }
         return Codebooks(layers, {"config": config.codec_fields(), "source": "random", "tokens": 0})

@@ -37,6 +37,7 @@ SECTIONS = (
     "kmeans",
     "universal",
     "own",
+    "beam",
     "clustering",
     "passkey",
     "gsrq-paper",
@@ -149,6 +150,12 @@ class Bench:
                 trained[self.bits[0]].save(self.args.codebooks)
         elif section == "fast":
             self.each_rate(section, layout="fast")
+        elif section == "beam":
+            trained = self.each_rate(section)
+            for beam in (1, 2, 8):
+                for bits, books in trained.items():
+                    config = GSRQConfig(bits=bits, beam=beam)
+                    self.score(section, f"{bits:g}, beam {beam}", config, books.with_beam(beam))
         elif section == "nested":
             config = GSRQConfig(bits=2)
             self.rates(section, config, self.train(config))

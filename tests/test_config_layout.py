@@ -44,6 +44,12 @@ def test_config_is_frozen_and_rates_default_to_bits():
         config.bits = 1  # type: ignore[misc]
 
 
+def test_frames_follow_the_layout():
+    assert [GSRQConfig(layout=x).key_frame for x in ("quality", "fast")] == [512, 1024]
+    assert GSRQConfig(layout="fast", frame=64).key_frame == 64
+    assert GSRQConfig(frame=512).codec_key() == GSRQConfig().codec_key()
+
+
 def test_codec_key_follows_what_changes_the_codebooks_only():
     base = GSRQConfig()
     assert base.codec_key() == dataclasses.replace(base, recent_tokens=7, prefill="quantized").codec_key()

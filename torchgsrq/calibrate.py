@@ -125,7 +125,7 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
         method: how to cluster (`kmeans.METHODS`).
     """
     info = stats.info
-    frame = config.frame if info.inv_freq.numel() else 1
+    frame = config.key_frame if info.inv_freq.numel() else 1
     k, places = torch.cat(stats.keys, 1), torch.cat(stats.places)
     generator = torch.Generator().manual_seed(config.seed)
     # Windows start anywhere in a frame, so that every place is trained, however short the windows are.

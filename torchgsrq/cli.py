@@ -164,7 +164,7 @@ def calibrate_command(
     text: Annotated[Path | None, typer.Option("--text", help="calibration text; the model's own by default")] = None,
     tokens: Annotated[int, typer.Option(help="tokens of it to use")] = TOKENS,
     layout: Layout = "quality",
-    frame: Annotated[int, typer.Option(help="tokens per anchored frame")] = GSRQConfig.frame,
+    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512, or 1024 for fast")] = None,
     recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",
     seed: Seed = 0,
     json_only: Json = False,
@@ -193,7 +193,7 @@ def evaluate_command(
     ] = None,
     tokens: Annotated[int, typer.Option(help="tokens of calibration text")] = TOKENS,
     layout: Layout = "quality",
-    frame: Annotated[int, typer.Option(help="tokens per anchored frame")] = GSRQConfig.frame,
+    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512, or 1024 for fast")] = None,
     sinks: Annotated[int, typer.Option(help="sink tokens")] = GSRQConfig.sink_tokens,
     recent: Annotated[int, typer.Option(help="recent tokens")] = GSRQConfig.recent_tokens,
     block: Annotated[int, typer.Option(help="tokens encoded together")] = GSRQConfig.block_tokens,
@@ -255,7 +255,7 @@ def evaluate_command(
         "windows": len(cuts),
         "shift": shift,
         "layout": layout,
-        "frame": frame,
+        "frame": base.key_frame,
         "sinks": sinks,
         "recent": recent,
         "block": block,
@@ -267,7 +267,7 @@ def evaluate_command(
         return
     table = Table(
         title=f"{facts['model']}: {len(cuts)} windows of {context} tokens, positions + {shift}; layout {layout}, frame "
-        f"{frame}, {sinks} sinks, {recent} recent tokens, blocks of {block}",
+        f"{facts['frame']}, {sinks} sinks, {recent} recent tokens, blocks of {block}",
         caption=measures.environment(),
     )
     names = ["recipe", "bits", "perplexity", "KL, nats", "same next token", "key error"]

@@ -25,7 +25,8 @@ class GSRQConfig:
         key_bits: bits per key element; defaults to ``bits``.
         value_bits: bits per value element; defaults to ``bits``.
         layout: ``"quality"`` (whole-head key codes) or ``"fast"`` (smaller tables).
-        frame: tokens per anchored frame; a key is coded in the coordinates of its frame.
+        frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512, and 1024
+            with ``layout="fast"``.
         sink_tokens: first real tokens of each row, kept in full precision.
         recent_tokens: newest tokens, kept in full precision.
         block_tokens: tokens that leave the recent window and are encoded together.
@@ -45,7 +46,7 @@ class GSRQConfig:
     key_bits: float | None = None
     value_bits: float | None = None
     layout: str = "quality"
-    frame: int = 512
+    frame: int | None = None
     sink_tokens: int = 4
     recent_tokens: int = 128
     block_tokens: int = 32
@@ -68,6 +69,8 @@ class GSRQConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not offered; choose one of {', '.join(allowed)}")
         for name, least in (("frame", 1), ("sink_tokens", 0), ("recent_tokens", 0), ("block_tokens", 1), ("beam", 1)):
             value = getattr(self, name)
+            if name == "frame" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
         layers = tuple(self.skip_layers)
@@ -85,13 +88,18 @@ class GSRQConfig:
         """Bits per value element."""
         return self.bits if self.value_bits is None else self.value_bits
 
+    @property
+    def key_frame(self) -> int:
+        """Tokens per anchored frame."""
+        return self.frame or (1024 if self.layout == "fast" else 512)
+
     def codec_fields(self) -> dict[str, Any]:
         """The fields that decide what the codebooks are; the others only say how they are used."""
         return {
             "key_bits": float(self.key_rate),
             "value_bits": float(self.value_rate),
             "layout": self.layout,
-            "frame": self.frame,
+            "frame": self.key_frame,
             "recipe": self.recipe,
             "seed": self.seed,
         }
