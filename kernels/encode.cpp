@@ -181,12 +181,27 @@ class Search {
   std::vector<uint8_t> path_, next_path_;
 };
 
+// Codes of up to kTile vectors in their metric, y [n, t.padded_dims], which may change; out [n, bytes].
+void search_tile(const CodecView& c, const Tables& t, Search& search, int64_t head, float* y, int64_t n, uint8_t* out) {
+  const int64_t bytes = c.bytes(), gain = c.has_gains();
+  if (gain)
+    for (int64_t i = 0; i < n; ++i) {
+      float* row = y + i * t.padded_dims;
+      const float norm = std::sqrt(squared_norm(row, t.dims));
+      int64_t best = 0;
+      for (int64_t g = 1; g < kWords; ++g)
+        if (std::abs(norm - c.gain_table()[g]) < std::abs(norm - c.gain_table()[best])) best = g;
+      for (int64_t e = 0; e < t.dims; ++e) row[e] /= c.gain_table()[best];
+      out[i * bytes] = static_cast<uint8_t>(best);
+    }
+  for (int64_t g = 0; g < t.groups; ++g) search.run(head, g, y + g * t.width, t.padded_dims, n, out + gain, bytes);
+}
+
 // Encodes vectors of one row and head: x(i) gives vector i as T, position(i) its position, out [n, bytes].
 template <typename Source, typename Position>
 void encode_rows(
     const CodecView& c, const Tables& t, Search& search, int64_t head, int64_t n, Source x, Position position, uint8_t* out) {
   Buffer vectors(kTile * t.padded), y(kTile * t.padded_dims), turned(t.padded), cosine(t.pairs), sine(t.pairs);
-  const int64_t bytes = c.bytes(), gain = c.has_gains();
   const float* mean = t.mean + head * t.padded;
   for (int64_t first = 0; first < n; first += kTile) {
     const int64_t some = std::min(kTile, n - first);
@@ -206,19 +221,7 @@ void encode_rows(
     product(
         y, t.padded_dims, vectors, t.padded, 1, t.transform + head * t.dim * t.padded_dims, t.padded_dims, some,
         t.padded_dims, t.dim);
-    uint8_t* to = out + first * bytes;
-    if (gain)
-      for (int64_t i = 0; i < some; ++i) {
-        float* row = y + i * t.padded_dims;
-        const float norm = std::sqrt(squared_norm(row, t.dims));
-        int64_t best = 0;
-        for (int64_t g = 1; g < kWords; ++g)
-          if (std::abs(norm - c.gain_table()[g]) < std::abs(norm - c.gain_table()[best])) best = g;
-        for (int64_t e = 0; e < t.dims; ++e) row[e] /= c.gain_table()[best];
-        to[i * bytes] = static_cast<uint8_t>(best);
-      }
-    for (int64_t g = 0; g < t.groups; ++g)
-      search.run(head, g, y + g * t.width, t.padded_dims, some, to + gain, bytes);
+    search_tile(c, t, search, head, y, some, out + first * c.bytes());
   }
 }
 
@@ -267,6 +270,31 @@ Tensor encode(const Tensor& x_, const Tensor& position_, at::TensorList codec, a
             [&](int64_t i) { return at[i]; }, out.mutable_data_ptr<uint8_t>() + (bh * n + first) * bytes);
       }
     });
+  });
+  return out;
+}
+
+// The second half of encode, for graphs that do the first, the change to the metric, with what comes before it.
+Tensor search(const Tensor& y_, at::TensorList codec, at::IntArrayRef layout) {
+  const CodecView c(codec, layout);
+  const auto t = tables_of(c);
+  const int64_t heads = y_.dim() == 3 ? y_.size(0) : -1;
+  TORCH_CHECK_VALUE(
+      heads == codec[0].size(0) && y_.size(2) == t->dims && y_.scalar_type() == at::kFloat, "y has shape ", y_.sizes(),
+      " and is ", name_of(y_.scalar_type()), "; expected float32 [", codec[0].size(0), ", n, ", t->dims, "]");
+  const Tensor y = y_.contiguous();
+  TORCH_CHECK_VALUE(all_finite(y), "x holds NaN or inf, which no codeword stands for");
+  const int64_t n = y.size(1), tiles = ceil_div(n, kTile);
+  Tensor out = at::empty({heads, n, c.bytes()}, y.options().dtype(at::kByte));
+  at::parallel_for(0, heads * tiles, 1, [&](int64_t begin, int64_t end) {
+    Search found(c, *t);
+    Buffer rows(kTile * t->padded_dims);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / tiles, first = task % tiles * kTile, some = std::min(kTile, n - first);
+      for (int64_t i = 0; i < some; ++i)
+        std::copy_n(y.const_data_ptr<float>() + (head * n + first + i) * t->dims, t->dims, rows + i * t->padded_dims);
+      search_tile(c, *t, found, head, rows, some, out.mutable_data_ptr<uint8_t>() + (head * n + first) * c.bytes());
+    }
   });
   return out;
 }
@@ -413,6 +441,7 @@ Tensor sum_by_code(const Tensor& x_, const Tensor& code_, int64_t count) {
 
 TORCH_LIBRARY_IMPL(torchgsrq, CPU, m) {
   m.impl("encode", encode);
+  m.impl("search", search);
   m.impl("append_", append);
   m.impl("nearest", nearest);
   m.impl("sum_by_code", sum_by_code);

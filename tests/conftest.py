@@ -8,6 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
 from hypothesis import HealthCheck, settings
 
 from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate

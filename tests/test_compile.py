@@ -13,8 +13,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from tests.conftest import SMALL, make_pair
-from torchgsrq import new_cache
+from tests.conftest import SMALL, make_codec, make_pair
+from torchgsrq import GSRQTensor, new_cache
 from torchgsrq.evaluate import quantized
 
 CAPACITY = 96
@@ -216,3 +216,97 @@ def test_a_static_cache_is_used_again(llama):
             torch.testing.assert_close(got, model(prompt).logits, rtol=1e-4, atol=1e-4)
             assert int(cache.get_seq_length()) == 20
             cache.reset()
+
+
+def rope(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+@torch.no_grad()
+def test_decode_fuses_with_its_consumer():
+    """Inductor makes a gather, a product and a rotation of it; no op is called."""
+    dynamo.reset()
+    codec = make_codec(2)
+    codes = torch.randint(0, 256, (1, 2, 40, codec.num_codes), dtype=torch.uint8)
+    position = torch.arange(40)[None]
+
+    def consumer(codes, position):
+        return torch.ops.torchgsrq.decode(codes, position, codec.tensors, codec.integers, torch.float32).relu().sum(-1)
+
+    got, code = run_and_get_code(torch.compile(consumer, fullgraph=True), codes, position)
+    torch.testing.assert_close(got, consumer(codes, position), rtol=1e-4, atol=1e-4)
+    assert "ops.torchgsrq" not in "\n".join(code)
+
+
+@torch.no_grad()
+def test_encode_fuses_with_rope():
+    """Rotating and changing to the codes' metric are Inductor's; the search stays one op."""
+    dynamo.reset()
+    codec = make_codec(2)
+    x = torch.randn(2, 2, 33, 16, generator=torch.Generator().manual_seed(0))
+    position = torch.arange(33).expand(2, -1)
+    angle = torch.cat([position[..., None] * codec.inv_freq] * 2, -1)[:, None]
+
+    def producer(x, position, cos, sin):
+        return torch.ops.torchgsrq.encode(rope(x, cos, sin), position, codec.tensors, codec.integers)
+
+    arguments = (x, position, angle.cos(), angle.sin())
+    got, code = run_and_get_code(torch.compile(producer, fullgraph=True), *arguments)
+    assert (got == producer(*arguments)).all(-1).float().mean() > 0.98  # near-ties
+    text = "\n".join(code)
+    assert "ops.torchgsrq.search" in text and "ops.torchgsrq.encode" not in text
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or inf"):
+        torch.compile(producer, fullgraph=True)(*arguments)
+
+
+class WithBuffers(nn.Module):
+    """A decoder that owns its caches, as plain buffers: what AOTInductor takes."""
+
+    def __init__(self, model, *caches):
+        super().__init__()
+        self.model = model
+        self.layouts = [kv.integers for kv in caches]
+        for i, kv in enumerate(caches):
+            for j, part in enumerate(kv.parts):
+                self.register_buffer(f"kv_{i}_{j}", part)
+        self.parts = len(caches[0].parts)
+
+    def forward(self, ids, slots):
+        caches = [
+            GSRQTensor([getattr(self, f"kv_{i}_{j}") for j in range(self.parts)], layout)
+            for i, layout in enumerate(self.layouts)
+        ]
+        return self.model(ids, slots, *caches)
+
+
+@torch.no_grad()
+def test_export():
+    """An exported decode step, which takes the buffers, appends to them and serves every length."""
+    model = Decoder().eval()
+    key, value, _, _ = make_pair(2, 2, 16, CAPACITY, length=20)
+    caches, others = [key.clone(), value.clone()], [key.clone(), value.clone()]
+    program = torch.export.export(model, (torch.zeros(2, 1, dtype=torch.long), torch.tensor([20]), key, value))
+    for i in range(20):
+        ids, slots = torch.full((2, 1), i), torch.tensor([20 + i])
+        torch.testing.assert_close(program.module()(ids, slots, *caches), model(ids, slots, *others))
+    for a, b in zip(caches, others, strict=True):
+        assert torch.equal(a.codes, b.codes) and int(a.length) == int(b.length) == 40
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+@torch.no_grad()
+def test_ahead_of_time_inductor(tmp_path, repeat):
+    """A decode step compiled ahead of time keeps its quantized cache between calls, and says what eager says."""
+    model = Decoder(repeat).eval()
+    key, value, _, _ = make_pair(2, 2, 16, CAPACITY, length=20)
+    caches = [key.clone(), value.clone()]
+    program = torch.export.export(
+        WithBuffers(model, key, value), (torch.zeros(2, 1, dtype=torch.long), torch.tensor([20]))
+    )
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "step.pt2"))
+    step = torch._inductor.aoti_load_package(package)
+    for i in range(20):
+        ids, slots = torch.full((2, 1), i), torch.tensor([20 + i])
+        torch.testing.assert_close(step(ids, slots), model(ids, slots, *caches), rtol=1e-4, atol=1e-4)

@@ -8,14 +8,16 @@ Ops on plain tensors carry a codec as ``Tensor[] codec, int[] layout`` (see `Cod
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchgsrq import reference
+from torchgsrq import lowering, reference
 from torchgsrq.codec import Codec
 from torchgsrq.kernels import cpu_library
 from torchgsrq.kmeans import nearest, sum_by_code
@@ -26,6 +28,7 @@ _library = torch.library.Library("torchgsrq", "FRAGMENT")
 
 _SCHEMAS = {
     "encode": "(Tensor x, Tensor position, Tensor[] codec, int[] layout) -> Tensor",
+    "search": "(Tensor y, Tensor[] codec, int[] layout) -> Tensor",
     "decode": "(Tensor codes, Tensor position, Tensor[] codec, int[] layout, ScalarType dtype) -> Tensor",
     "append_": "(Tensor(a!) codes, Tensor(b!) window, Tensor(c!) length, Tensor(d!) encoded, Tensor start, "
     "Tensor[] codec, int[] layout, Tensor x, Tensor slots) -> ()",
@@ -43,10 +46,11 @@ _SCHEMAS = {
     "kv_attention": "(Tensor q, Tensor key, Tensor value, Tensor? mask, float scale, int causal, float softcap, "
     "Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, Tensor? tail_start, int view) -> Tensor",
 }
-# The reference reads lengths on the host, so its ops must stay outside captured CUDA graphs.
-_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+# What reads lengths on the host must stay outside captured CUDA graphs; the Triton kernels do not.
+_CAPTURABLE = ("encode", "decode", "append_", "tail", "attention") if importlib.util.find_spec("triton") else ()
+_UNSAFE = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=_TAGS)
+    _library.define(_name + _schema, tags=() if _name.removeprefix("kv_") in _CAPTURABLE else _UNSAFE)
 
 
 def pack(kv: list[Tensor], layout: list[int]) -> Packed:
@@ -61,6 +65,17 @@ def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) 
     """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 ``[b, h, n, codes]``."""
     _check_vectors(x, position, layout)
     return reference.encode(x, position, Codec.from_flat(codec, layout))
+
+
+def search(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+    """The second half of `encode`: float32 ``[h, n, dims]`` in the codes' metric to codes, uint8 ``[h, n, codes]``."""
+    codec_ = Codec.from_flat(codec, layout)
+    heads, dims = codec_.heads, codec_.layout.dims
+    if y.ndim != 3 or y.shape[::2] != (heads, dims) or y.dtype != torch.float32:
+        raise ValueError(f"y has shape {tuple(y.shape)} and is {y.dtype}; expected float32 [{heads}, n, {dims}]")
+    if not bool(torch.isfinite(y).all()):
+        raise ValueError("x holds NaN or inf, which no codeword stands for")
+    return reference.search(y, codec_)
 
 
 def decode(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
@@ -139,24 +154,26 @@ def attention(
     )
 
 
-def _check_vectors(x: Tensor, position: Tensor, layout: list[int]) -> None:
+def _check_vectors(x: Tensor, position: Tensor, layout: list[int], values: bool = True) -> None:
     if x.ndim != 4 or x.shape[-1] != layout[0]:
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [batch, heads, n, head_dim={layout[0]}]")
     if position.shape != (x.shape[0], x.shape[2]):
         raise ValueError(f"position has shape {tuple(position.shape)}; expected {(x.shape[0], x.shape[2])}")
     if not x.is_floating_point():
         raise ValueError(f"x is {x.dtype}; expected a floating dtype")
-    if not bool(torch.isfinite(x).all()):
+    if values and not bool(torch.isfinite(x).all()):
         raise ValueError("x holds NaN or inf, which no codeword stands for")
 
 
-def _check_query(q: Tensor, key: Packed, value: Packed, mask: Tensor | None) -> None:
+def _check_query(q: Tensor, key: Packed, value: Packed, mask: Tensor | None, lengths: bool = True) -> None:
     heads, dim = key.codec.heads, key.codec.head_dim
     if q.ndim != 4 or q.shape[-1] != dim or q.shape[1] % heads or q.shape[0] != key.codes.shape[0]:
         raise ValueError(
             f"query has shape {tuple(q.shape)}; this cache takes [batch={key.codes.shape[0]}, a multiple of {heads} "
             f"heads, queries, head_dim={dim}]"
         )
+    if not lengths:
+        return
     if int(key.length) != int(value.length):
         raise ValueError(f"the keys hold {int(key.length)} tokens and the values {int(value.length)}")
     if mask is not None and mask.shape[-1] < int(key.length):
@@ -165,13 +182,117 @@ def _check_query(q: Tensor, key: Packed, value: Packed, mask: Tensor | None) -> 
         )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# GPUs: the Triton kernels, and the reference for codecs that they do not read.
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _without_kernel(what: str) -> None:
+    """Called before the reference runs on a GPU."""
+    if _capturing():
+        raise RuntimeError(
+            f"{what} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, or more than 16 "
+            "residual stages) or without triton, and cannot be captured in a CUDA graph: choose another compile mode"
+        )
+
+
+@functools.cache
+def _triton() -> Any:
+    """The modules of the Triton kernels, or None without Triton."""
+    if not importlib.util.find_spec("triton"):
+        log.warning("torchgsrq: triton is not installed, so the slower reference runs on this GPU")
+        return None
+    from torchgsrq.kernels import attention, encode
+
+    return SimpleNamespace(attention=attention, encode=encode)
+
+
+def gpu_encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+    """`encode` on a GPU."""
+    _check_vectors(x, position, layout, values=not _capturing())
+    kernels, codec_ = _triton(), Codec.from_flat(codec, layout)
+    if kernels and kernels.encode.supports(codec_):
+        return kernels.encode.encode(x, position, codec_)
+    _without_kernel("encode")
+    return reference.encode(x, position, codec_)
+
+
+def gpu_check_append(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
+    """`check_append` on a GPU; the values of a single token are not read back, which would stall every step."""
+    reference.check_append(pack(kv, layout), x, slots, values=slots.shape[0] > 1 and not _capturing())
+
+
+def gpu_append_(
+    codes: Tensor,
+    window: Tensor,
+    length: Tensor,
+    encoded: Tensor,
+    start: Tensor,
+    codec: list[Tensor],
+    layout: list[int],
+    x: Tensor,
+    slots: Tensor,
+) -> None:
+    """`append_` on a GPU."""
+    kv = [codes, window, start, length, encoded, *codec]
+    kernels, packed = _triton(), pack(kv, layout)
+    if kernels and kernels.encode.supports(packed.codec):
+        gpu_check_append(kv, layout, x, slots)
+        kernels.encode.append_(packed, x, slots)
+    else:
+        _without_kernel("append_")
+        reference.append_(packed, x, slots)
+
+
+def gpu_attention(
+    q: Tensor,
+    key: list[Tensor],
+    key_layout: list[int],
+    value: list[Tensor],
+    value_layout: list[int],
+    mask: Tensor | None,
+    scale: float,
+    causal: int,
+    softcap: float,
+    sink_logits: Tensor | None,
+    key_tail: Tensor | None,
+    value_tail: Tensor | None,
+    tail_start: Tensor | None,
+    view: int,
+) -> Tensor:
+    """`attention` on a GPU."""
+    k, v = pack(key, key_layout), pack(value, value_layout)
+    kernels = _triton()
+    fits = kernels and kernels.attention.supports(k.codec, v.codec) and q.dtype in kernels.attention.DTYPES
+    if not fits:
+        _without_kernel("attention")
+    _check_query(q, k, v, mask, lengths=not fits)
+    tails = None if key_tail is None or value_tail is None else (key_tail, value_tail)
+    return (kernels.attention.attention if fits else reference.attention)(
+        q,
+        k,
+        v,
+        mask=mask,
+        scale=scale,
+        causal=causal,
+        softcap=softcap,
+        sink_logits=sink_logits,
+        tails=tails,
+        tail_start=tail_start,
+        view=view,
+    )
+
+
 def _subclass_only(*_: object) -> None:
     raise TypeError("the kv_ ops take a GSRQTensor; use torchgsrq::append_ and torchgsrq::attention on plain tensors")
 
 
-_REFERENCE = (encode, decode, append_, check_append, tail, dequantize, attention, nearest, sum_by_code)
+_REFERENCE = (encode, search, decode, append_, check_append, tail, dequantize, attention, nearest, sum_by_code)
 # These have a C++ kernel as well, in kernels/.
-_COMPILED = ("encode", "append_", "check_append", "attention", "nearest", "sum_by_code")
+_COMPILED = ("encode", "search", "append_", "check_append", "attention", "nearest", "sum_by_code")
 _cpu = torch.library.Library("torchgsrq", "IMPL")
 
 
@@ -210,8 +331,9 @@ def use_kernels() -> bool:
     return library is not None
 
 
+_GPU = {"encode": gpu_encode, "append_": gpu_append_, "check_append": gpu_check_append, "attention": gpu_attention}
 for _function in _REFERENCE:
-    _library.impl(_function.__name__, _function, "CUDA")
+    _library.impl(_function.__name__, _GPU.get(_function.__name__, _function), "CUDA")
     if _function.__name__ in _COMPILED:
         _cpu.impl(_function.__name__, _on_first_use(_function.__name__, _function), "CPU")
     else:
@@ -223,12 +345,22 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("torchgsrq::encode", lib=_library)
 def _(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    codes = layout[2] + (1 if codec[5].shape[0] else 0)
-    return x.new_empty((x.shape[0], x.shape[1], x.shape[2], codes), dtype=torch.uint8)
+    lowering.register()
+    return x.new_empty((x.shape[0], x.shape[1], x.shape[2], _bytes(codec, layout)), dtype=torch.uint8)
+
+
+@torch.library.register_fake("torchgsrq::search", lib=_library)
+def _(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+    return y.new_empty((y.shape[0], y.shape[1], _bytes(codec, layout)), dtype=torch.uint8)
+
+
+def _bytes(codec: list[Tensor], layout: list[int]) -> int:
+    return layout[2] + (1 if codec[5].shape[0] else 0)
 
 
 @torch.library.register_fake("torchgsrq::decode", lib=_library)
 def _(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+    lowering.register()
     return codes.new_empty((*codes.shape[:3], layout[0]), dtype=dtype)
 
 

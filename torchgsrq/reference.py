@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,27 +45,41 @@ def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
         uint8 ``[batch, heads, n, codec.num_codes]``. Ties go to the lower code. Independent of
         batch and chunking.
     """
+    batch, heads, n, _ = x.shape
+    codes = search(to_metric(x, position, codec), codec)[:, : batch * n]
+    return codes.reshape(heads, batch, n, codec.num_codes).transpose(0, 1).contiguous()
+
+
+def to_metric(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
+    """Vectors without their mean, in the metric of the codes: ``transform (R(-frame start) x - R(place) mean)``.
+
+    Returns:
+        float32 ``[heads, batch * n, dims]``, padded with rows to whole tiles.
+    """
     batch, heads, n, head_dim = x.shape
     place = position.remainder(codec.frame)
     y = rotate(x.float(), (place - position).unsqueeze(1), codec.inv_freq, codec.interleaved)
     y = y - _mean_at(place, codec)
-    y = y.transpose(0, 1).reshape(heads, batch * n, head_dim)
-    y = _tiled_product(y, codec.transform)
-    head = []
+    return _tiled_product(y.transpose(0, 1).reshape(heads, batch * n, head_dim), codec.transform)
+
+
+def search(y: Tensor, codec: Codec) -> Tensor:
+    """Codes of vectors in their metric: float32 ``[heads, n, dims]`` to uint8 ``[heads, n, codec.num_codes]``."""
+    head, n = [], y.shape[1]
+    y = F.pad(y, (0, 0, 0, -n % _TILE))
     if codec.gains.numel():
         gain = (y.norm(dim=-1, keepdim=True) - codec.gains).abs().argmin(-1, keepdim=True)
         y = y / codec.gains[gain]
         head = [gain.to(torch.uint8)]
     layout = codec.layout
-    codes = torch.zeros(heads, y.shape[1], layout.codes, dtype=torch.uint8, device=x.device)
+    codes = torch.zeros(*y.shape[:2], layout.codes, dtype=torch.uint8, device=y.device)
     for group in range(layout.groups):
         part = y[..., layout.start(group) : layout.start(group) + layout.width]
         tables = codec.codebook[:, group :: layout.groups]
         for rows in range(0, y.shape[1], _ENCODE_ROWS):
             found = beam_search(part[:, rows : rows + _ENCODE_ROWS], tables, codec.beam)
             codes[:, rows : rows + _ENCODE_ROWS, group :: layout.groups] = found
-    codes = torch.cat([*head, codes], -1)[:, : batch * n]
-    return codes.reshape(heads, batch, n, codec.num_codes).transpose(0, 1).contiguous()
+    return torch.cat([*head, codes], -1)[:, :n]
 
 
 def _mean_at(position: Tensor, codec: Codec) -> Tensor:
@@ -114,7 +129,7 @@ def beam_search(y: Tensor, tables: Tensor, beam: int) -> Tensor:
 
 def codeword_sum(codes: Tensor, codec: Codec) -> Tensor:
     """Codes to vectors in the learned metric, float32 ``[batch, heads, n, dims]``."""
-    batch, heads, n, _ = codes.shape
+    heads = codes.shape[1]
     layout = codec.layout
     gain = None
     if codec.gains.numel():
@@ -122,11 +137,11 @@ def codeword_sum(codes: Tensor, codec: Codec) -> Tensor:
     rows = codec.codebook.reshape(-1, layout.width)
     base = torch.arange(heads * layout.codes, device=codes.device).view(1, heads, 1, layout.codes) * CODEWORDS
     index = base + codes.int()
-    y = torch.zeros(batch, heads, n, layout.groups, layout.width, device=codes.device)
+    y: Any = 0
     for stage in range(layout.stages):
-        groups = layout.groups_in(stage)
         first = stage * layout.groups
-        y[..., :groups, :] += rows[index[..., first : first + groups]].float()
+        words = rows[index[..., first : first + layout.groups]].float()
+        y = y + F.pad(words, (0, 0, 0, layout.groups - layout.groups_in(stage)))
     y = y.flatten(-2)
     return y if gain is None else y * gain
 
@@ -191,8 +206,11 @@ class Packed:
         return torch.arange(first, last, device=self.start.device) - self.start[:, :1]
 
 
-def check_append(kv: Packed, x: Tensor, slots: Tensor) -> None:
+def check_append(kv: Packed, x: Tensor, slots: Tensor, values: bool = True) -> None:
     """Refuse what `append_` cannot write.
+
+    Args:
+        values: look at the values of ``slots`` and ``x`` too, which takes reading them back from a GPU.
 
     Raises:
         ValueError: wrong shape or dtype, slots that leave a hole, are not consecutive or pass the
@@ -209,7 +227,7 @@ def check_append(kv: Packed, x: Tensor, slots: Tensor) -> None:
         raise ValueError(f"x is {x.dtype}; this cache holds {kv.window.dtype}")
     if slots.shape != (n,):
         raise ValueError(f"slots has shape {tuple(slots.shape)}; expected [{n}], one slot per token")
-    if n == 0:
+    if n == 0 or not values:
         return
     first, length = int(slots[0]), int(kv.length)
     if not bool((slots == first + torch.arange(n, device=slots.device)).all()):
@@ -264,9 +282,10 @@ def tail(kv: Packed, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         ``[batch, heads, ring + n, head_dim]``, of which entry i is slot ``slots[0] - ring + i``, and
         an int32 scalar: the first slot of it that is valid.
     """
-    first = int(slots[0]) if slots.numel() else int(kv.length)
-    before = kv.recent(first - kv.ring, first)
-    return torch.cat((before, x.to(before.dtype)), 2), kv.encoded.clamp(max=first).clone()
+    first = slots[0].int() if slots.numel() else kv.length  # stays on its device
+    before = first - kv.ring + torch.arange(kv.ring, device=slots.device)
+    before = kv.window[:, :, kv.sink_tokens + before.remainder(kv.ring)]
+    return torch.cat((before, x.to(before.dtype)), 2), torch.minimum(kv.encoded, first)
 
 
 def dequantize(kv: Packed, dtype: torch.dtype | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from torchgsrq import ops, reference
 from torchgsrq.codec import Codec
@@ -146,6 +147,8 @@ class GSRQTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.index_copy_ and _made_in_graph(args):
+            return _index_copy_(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return _sdpa(*args, **kwargs)
         if func in (torch.repeat_interleave, Tensor.repeat_interleave):
@@ -222,6 +225,16 @@ class GSRQTensor(Tensor):
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes of the storages that this buffer owns (not the shared tables), by part."""
         return {name: getattr(self, name).untyped_storage().nbytes() for name in PARTS}
+
+
+def _made_in_graph(args: Any) -> bool:
+    """Whether a buffer was put together from plain tensors in a graph that is being exported.
+
+    Exported graphs for AOTInductor take plain tensors only, and know such a buffer only by its parts.
+    """
+    mode = get_proxy_mode() if torch.compiler.is_exporting() else None
+    known = getattr(getattr(mode, "tracer", None), "tensor_tracker", None)
+    return known is not None and any(isinstance(x, GSRQTensor) and x not in known for x in args)
 
 
 def _like(x: GSRQTensor, tensors: list[Tensor], **changes: Any) -> GSRQTensor:
@@ -372,6 +385,8 @@ def _repeat_interleave(kv: GSRQTensor, repeats: Any, dim: int | None = None, **_
 
 def _repeat_heads(kv: GSRQTensor, repeats: int) -> Tensor:
     """Repeat heads lazily, through the ops that plain code would use, so that tracing sees them."""
+    if _made_in_graph((kv,)):
+        return _like(kv, kv.parts, repeat=kv.head_repeat * repeats, read_only=True)
     batch, heads, capacity, dim = kv.shape
     return kv[:, :, None].expand(batch, heads, repeats, capacity, dim).reshape(batch, heads * repeats, capacity, dim)
 
@@ -429,7 +444,8 @@ def _sdpa(
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])
     causal = reference.UPPER_LEFT if is_causal else reference.NOT_CAUSAL
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return gsrq.kv_attention(query, key, value, attn_mask, scale, causal, 0.0, None, None, None, None, reference.WINDOW)
+    attend = _attention if _made_in_graph((key, value)) else gsrq.kv_attention
+    return attend(query, key, value, attn_mask, scale, causal, 0.0, None, None, None, None, reference.WINDOW)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {

@@ -1,0 +1,196 @@
+"""Compile every Triton kernel for NVIDIA GPUs, without one, and tell what each takes of the chip.
+
+    python benchmarks/cross_compile.py --capability 80 --capability 90 --json kernels.json
+
+One row per kernel and configuration: registers per thread, bytes spilled, shared memory per program, tensor-core
+instructions, and how wide the loads of codewords are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from torchgsrq import Codec, GSRQConfig, GSRQTensor, reference
+from torchgsrq.layout import Layout, key_layout, value_layout
+
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32"}
+DTYPES |= {torch.int64: "i64"}
+SHAPES = {64: (9, 3), 80: (32, 32), 96: (24, 8), 128: (32, 8), 192: (16, 8), 256: (32, 2)}  # query and KV heads
+
+
+def codec(heads: int, layout: Layout, frame: int) -> Codec:
+    """A codec of zeros."""
+    dim = layout.head_dim
+    return Codec.build(
+        layout,
+        torch.zeros(heads, dim),
+        torch.zeros(heads, layout.dims, dim),
+        torch.zeros(heads, layout.codes, 256, layout.width),
+        inverse=torch.zeros(heads, dim, layout.dims),
+        inv_freq=torch.ones(dim // 2) if frame else None,
+        frame=frame or 1,
+    )
+
+
+def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """(kernel, configuration, a call that launches it): what models and configs ask for."""
+    from torchgsrq.kernels import attention, encode
+
+    for dim, (q_heads, heads) in SHAPES.items():
+        for layout, bits in itertools.product(("quality", "fast"), (2.0, 1.0, 0.5)):
+            if bits != 1 and dim != 128:
+                continue
+            config = GSRQConfig(bits=bits, layout=layout)
+            k = codec(heads, key_layout(dim, bits, layout), config.key_frame)
+            v = codec(heads, value_layout(dim, bits, layout), 0)
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                if dtype != torch.bfloat16 and (bits != 1 or dim not in (64, 128)):
+                    continue
+                half = dtype != torch.float32
+                pair = [GSRQTensor.empty(2, heads, 1024, dim, codec=c, dtype=dtype, config=config) for c in (k, v)]
+                cache = [t.packed for t in pair]
+                for queries in (1, 64) if bits == 1 else (1,):
+                    rows = q_heads // heads * queries
+                    q = torch.zeros(2, q_heads, queries, dim, dtype=dtype)
+                    for tables in (False, True) if half and rows <= 8 else (False,):
+                        p = attention.plan(k, v, rows, 1024, 2 * heads, 132, half)
+                        p = dataclasses.replace(p, tables=tables)
+                        name = f"{dim} {layout} {bits:g} {DTYPES[dtype]} q{queries}{' tables' if tables else ''}"
+                        yield "attention", name, functools.partial(_attend, q, cache, p)
+                if dtype == torch.bfloat16:
+                    x, slots = torch.zeros(2, heads, 64, dim, dtype=dtype), torch.arange(64)
+                    for which, kv in zip(("keys", "values"), cache, strict=True):
+                        yield (
+                            "encode",
+                            f"{dim} {layout} {bits:g} {which}",
+                            functools.partial(encode.append_, kv, x, slots),
+                        )
+
+
+def _attend(q: torch.Tensor, cache: list[reference.Packed], p: Any) -> None:
+    from torchgsrq.kernels import attention
+
+    none = {"mask": None, "sink_logits": None, "tails": None, "tail_start": None}
+    attention.attention(q, *cache, scale=0.1, causal=0, softcap=0.0, view=0, plan_=p, **none)
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **constants: self.calls.append((grid, args, constants))
+
+
+def recorded(launch: Callable[[], None]) -> list[Recorder]:
+    """The launches of a call."""
+    from torchgsrq.kernels import attention, encode
+
+    homes = {"split_kernel": attention, "merge_kernel": attention, "encode_kernel": encode, "write_kernel": encode}
+    found = []
+    with contextlib.ExitStack() as stack:
+        for name, home in homes.items():
+            found.append(stack.enter_context(mock.patch.object(home, name, Recorder(getattr(home, name)))))
+        launch()
+    return [r for r in found if r.calls]
+
+
+def compile_call(recorder: Recorder, capability: int) -> dict[str, Any]:
+    """Compile one launch and read its resources off the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    _, args, options = recorder.calls[0]
+    kernel = recorder.kernel
+    constants = {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
+    signature, attributes = {}, {}
+    for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + DTYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1:
+            signature[name], constants[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    signature |= {name: "constexpr" for name in constants}
+    source = ASTSource(kernel, signature, constants, attributes)
+    warps = {k: options[k] for k in ("num_warps", "num_stages")}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=warps)
+    ptx = built.asm["ptx"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
+    return {
+        "kernel": kernel.__name__,
+        "sm": capability,
+        "registers": registers,
+        "spilled": stack,
+        "shared": built.metadata.shared,
+        "warps": options["num_warps"],
+        "mma": len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
+        "wide loads": len(re.findall(r"ld\.global(?:\.\w+)*\.v4", ptx)),
+        "async copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+    }
+
+
+def _one(job: tuple[int, list[int]]) -> list[dict[str, Any]]:
+    index, capabilities = job
+    _, name, launch = next(itertools.islice(configurations(), index, None))
+    rows = []
+    for recorder in recorded(launch):
+        rows += [{"configuration": name, **compile_call(recorder, c)} for c in capabilities]
+    return rows
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, action="append", help="80, 90; both by default")
+    parser.add_argument("--match", default="", help="only configurations with this in their name")
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "0"
+    names = [f"{kernel} {name}" for kernel, name, _ in configurations()]
+    todo = [(i, args.capability or [80, 90]) for i, name in enumerate(names) if args.match in name]
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(_one, todo):
+            for row in found:
+                if not rows:
+                    print(" | ".join(row))
+                print(" | ".join(map(str, row.values())), flush=True)
+                rows.append(row)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

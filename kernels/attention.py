@@ -1,0 +1,577 @@
+"""Attention on codes for GPUs, in Triton: tokens are split between programs and merged by log-sum-exp.
+
+What it computes is `torchgsrq.reference.attention`. No length is read on the host and the grid depends on shapes
+alone, so that a captured CUDA graph replays at every length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchgsrq.codec import Codec
+from torchgsrq.reference import WINDOW, Packed
+
+from .common import Shape, codewords, encoded_tokens, floor_div, turn
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one call is cut up: a function of shapes alone.
+
+    Attributes:
+        rows: query rows of a program (grouped queries of one KV head share it), a power of two of at least 16.
+        tokens: tokens of an iteration; all of one frame.
+        splits: programs that share the codes of a row and KV head.
+        tables: score by look-up tables of one frame at a time, instead of decoding.
+        warps: warps of a program.
+    """
+
+    rows: int
+    tokens: int
+    splits: int
+    tables: bool
+    warps: int
+
+
+_TABLE_ROWS = 8  # a table entry packs 4 queries; with more than two of them, decoding is as cheap
+_TABLE_TOKENS = 1024  # tokens looked up at a time: a table is stored once for so many
+_MERGE_ROWS = 16
+_LONG_SPLIT = 2048  # tokens of a split from which a table pays
+
+
+def plan(key: Codec, value: Codec, rows: int, capacity: int, programs: int, processors: int, half: bool) -> Plan:
+    """The plan for ``rows`` query rows per KV head and ``programs`` rows of the batch times KV heads."""
+    # What registers hold without spilling: see benchmarks/cross_compile.py.
+    wide = key.head_dim > 128
+    block = 32 if rows > 16 and half and not wide else 16
+    frame = key.frame if key.inv_freq.numel() else 1 << 20
+    tokens = 64 if half else 16 if wide else 32
+    while frame % tokens:
+        tokens //= 2
+    tiles = programs * triton.cdiv(rows, block)
+    splits = max(1, min(triton.cdiv(2 * processors, tiles), triton.cdiv(capacity, 256), 256))
+    long = capacity // splits >= _LONG_SPLIT
+    tables = half and long and rows <= _TABLE_ROWS and 256 <= frame <= 4096 and frame & (frame - 1) == 0
+    return Plan(block, tokens, splits, tables, 8)
+
+
+def supports(key: Codec, value: Codec) -> bool:
+    """Whether these kernels read such codecs; the reference reads the others."""
+    framed = not key.inv_freq.numel() or key.frame % 16 == 0
+    return framed and not key.gains.numel() and not value.gains.numel() and not value.inv_freq.numel()
+
+
+@triton.jit
+def _finish(
+    s, slots, allowed, row, head, query, batch, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap,
+    query_slot, MASK: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """Scale, soft cap, mask: scores [rows, tokens], -inf where a slot does not take part."""
+    s = s * scale
+    if SOFTCAP:
+        s = softcap * (1 - 2 / (tl.exp2(2 * LOG2E * s / softcap) + 1))
+    if CAUSAL:
+        allowed = allowed & (slots[None, :] <= query_slot[:, None])
+    if MASK:
+        column = tl.minimum(slots, mask_w - 1)
+        at = batch.to(tl.int64) * mask_b + head[:, None] * mask_h + query[:, None] * mask_q + column[None, :] * mask_t
+        extra = tl.load(mask + at, mask=allowed & row[:, None], other=0)
+        if MASK == 1:
+            allowed = allowed & (extra != 0)
+        else:
+            s = s + extra.to(tl.float32)
+    return tl.where(allowed, s, -float("inf"))
+
+
+@triton.jit
+def _absorb(s, v, top, mass, out, PRECISION: tl.constexpr):
+    """Add scores [rows, tokens] and values [tokens, width] to an online softmax."""
+    peak = tl.maximum(top, tl.max(s, 1))
+    safe = tl.where(peak == -float("inf"), 0.0, peak)
+    p = tl.exp2((s - safe[:, None]) * LOG2E)
+    fade = tl.exp2((top - safe) * LOG2E)
+    mass = mass * fade + tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v, out * fade[:, None], input_precision=PRECISION)
+    return peak, mass, out
+
+
+@triton.jit
+def _elements(q, row, base, index, live):
+    """Elements ``index`` of query rows, float32 [rows, elements]."""
+    return tl.load(q + base[:, None] + index[None, :], mask=row[:, None] & live[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def _exact(
+    q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
+    b, h, r, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
+    mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
+    D: tl.constexpr, BD: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr, RING: tl.constexpr, VIEW: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The newest tokens, from the ring or from what came with the queries, and the sinks."""
+    top = tl.full([BM], -float("inf"), tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    d = tl.arange(0, BD)
+    t = tl.arange(0, BT)
+    out = tl.zeros([BM, BD], tl.float32)
+    x = _elements(q, row, base, d, d < D).to(DTYPE)
+    kx = k_exact + b.to(tl.int64) * k_xb + h * k_xh
+    vx = v_exact + b.to(tl.int64) * v_xb + h * v_xh
+    for first in range(low, length, BT):
+        slots = first + t
+        held = slots < length
+        at = slots - (length - TAIL)
+        if VIEW == 0:
+            at = SINKS + slots % RING
+        k = tl.load(kx + at[None, :] * k_xt + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
+        v = tl.load(vx + at[:, None] * v_xt + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
+        held = held & ((slots < first_sink) | (slots >= past_sink))
+        allowed = held[None, :] & (slots[None, :] >= boundary[:, None])
+        s = tl.dot(x, k.to(DTYPE), input_precision=PRECISION)
+        s = _finish(s, slots, allowed, row, head, query, b, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale,
+                    softcap, query_slot, MASK, SOFTCAP, CAUSAL)  # fmt: skip
+        top, mass, out = _absorb(s, v.to(DTYPE), top, mass, out, PRECISION)
+    if SINKS:
+        i = tl.arange(0, BS)
+        slots = sink + i
+        held = (i < SINKS) & (slots < length)
+        kx = k_window + b.to(tl.int64) * k_wb + h * k_wh
+        vx = v_window + b.to(tl.int64) * v_wb + h * v_wh
+        k = tl.load(kx + i[None, :] * D + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
+        v = tl.load(vx + i[:, None] * D + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
+        s = tl.dot(x, k.to(DTYPE), input_precision=PRECISION)
+        s = _finish(s, slots, held[None, :] & row[:, None], row, head, query, b, mask, mask_b, mask_h, mask_q,
+                    mask_t, mask_w, scale, softcap, query_slot, MASK, SOFTCAP, CAUSAL)  # fmt: skip
+        top, mass, out = _absorb(s, v.to(DTYPE), top, mass, out, PRECISION)
+    tl.store(exact_out + place[:, None] * D + d[None, :], out, mask=row[:, None] & (d < D)[None, :])
+    return top, mass
+
+
+@triton.jit
+def _coded_query(
+    q, base, row, inverse, inv_freq, position, column, inside, D: tl.constexpr, PAIRS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, DIMS: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries as codes see them in a frame that begins at ``position``: inverse^T R(-position) q, [BM, COLUMNS]."""
+    y = tl.zeros([BM, COLUMNS], tl.float32)
+    for first in range(0, PAIRS, 16):
+        i = first + tl.arange(0, 16)
+        live = i < PAIRS
+        first_of = i * 2 if INTERLEAVED else i
+        second_of = i * 2 + 1 if INTERLEAVED else i + PAIRS
+        a = _elements(q, row, base, first_of, live)
+        b = _elements(q, row, base, second_of, live)
+        cos, sin = turn(position, tl.load(inv_freq + i, mask=live, other=0))
+        part = tl.load(inverse + first_of[:, None] * DIMS + column[None, :], mask=live[:, None] & inside, other=0)
+        y = tl.dot(a * cos[None, :] + b * sin[None, :], part, y, input_precision=PRECISION)
+        part = tl.load(inverse + second_of[:, None] * DIMS + column[None, :], mask=live[:, None] & inside, other=0)
+        y = tl.dot(b * cos[None, :] - a * sin[None, :], part, y, input_precision=PRECISION)
+    for first in range(2 * PAIRS, D, 16):
+        i = first + tl.arange(0, 16)
+        part = tl.load(inverse + i[:, None] * DIMS + column[None, :], mask=(i < D)[:, None] & inside, other=0)
+        y = tl.dot(_elements(q, row, base, i, i < D), part, y, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
+def _frame_scores(
+    q, base, row, inverse, inv_freq, books, codes, stride, origin, coded, scale, frame, scratch,
+    D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FRAME: tl.constexpr, KG: tl.constexpr,
+    KW: tl.constexpr, KWP: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, PACKS: tl.constexpr, LT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Coded scores of a whole frame by look-up, [4 * PACKS rows, FRAME], to a scratch that stays in cache.
+
+    A table entry is one 64-bit word, the float16 products of a codeword with 4 query rows, so one gather serves all 4.
+    """
+    w = tl.arange(0, KWP)
+    word = tl.arange(0, 256)
+    for part in range(0, PACKS * FRAME, LT):
+        pack = part // FRAME
+        token = part % FRAME + tl.arange(0, LT)
+        slots = frame * FRAME + token + origin
+        held = (slots >= 0) & (slots < coded)
+        s0 = tl.zeros([LT], tl.float32)
+        s1 = tl.zeros([LT], tl.float32)
+        s2 = tl.zeros([LT], tl.float32)
+        s3 = tl.zeros([LT], tl.float32)
+        for g in range(KG):
+            inside = (w < KW)[None, :]
+            turned = _coded_query(q, base, row, inverse, inv_freq, frame * FRAME, g * KW + w, inside, D, PAIRS,
+                                  INTERLEAVED, KG * KW, BM, KWP, PRECISION)  # fmt: skip
+            turned = tl.trans((turned * scale).to(DTYPE))
+            for m in range(g, KN, KG):
+                book = tl.load(books + (m * 256 + word[:, None]) * KW + w[None, :], mask=inside, other=0)
+                four = tl.reshape(tl.dot(book.to(DTYPE), turned), [256, BM // 4, 4])
+                four = tl.sum(tl.where(tl.arange(0, BM // 4)[None, :, None] == pack, four, 0.0), 1).to(tl.float16)
+                bits = four.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+                packed = tl.sum(bits << (16 * tl.arange(0, 4))[None, :].to(tl.int64), 1)
+                code = tl.load(codes + slots * stride + m, mask=held, other=0).to(tl.int32)
+                entry = tl.gather(packed, code, 0)
+                s0 += entry.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                s1 += (entry >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                s2 += (entry >> 32).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                s3 += (entry >> 48).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        to = scratch + 4 * pack * FRAME + token
+        tl.store(to, s0 / scale)
+        tl.store(to + FRAME, s1 / scale)
+        tl.store(to + 2 * FRAME, s2 / scale)
+        tl.store(to + 3 * FRAME, s3 / scale)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _coded(
+    q, base, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct, k_mean, k_inverse, k_book, k_freq, v_book,
+    b, h, tile, bh, split, rows, row, head, query, query_slot, place, total, coded, boundary, origin, first_sink,
+    past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, scratch, SPLITS,
+    D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FRAME: tl.constexpr, KG: tl.constexpr, KGP: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, KN: tl.constexpr,
+    VG: tl.constexpr, VGP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, VN: tl.constexpr,
+    CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
+    TABLES: tl.constexpr, PACKS: tl.constexpr, LT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One split of the codes."""
+    top = tl.full([BM], -float("inf"), tl.float32)
+    mass = tl.zeros([BM], tl.float32)
+    # The query, in pairs of RoPE and the rest.
+    i = tl.arange(0, BP)
+    first_of = i * 2 if INTERLEAVED else i
+    second_of = i * 2 + 1 if INTERLEAVED else i + PAIRS
+    j = tl.arange(0, BR)
+    xa = _elements(q, row, base, first_of, i < PAIRS)
+    xb = _elements(q, row, base, second_of, i < PAIRS)
+    xr = _elements(q, row, base, 2 * PAIRS + j, 2 * PAIRS + j < D)
+    freq = tl.load(k_freq + i, mask=i < PAIRS, other=0)
+    # R(0..BT) mean: the key mean at each place of a tile, where the query comes to the tile.
+    mean = k_mean + h * D
+    ma = tl.load(mean + first_of, mask=i < PAIRS, other=0)
+    mb = tl.load(mean + second_of, mask=i < PAIRS, other=0)
+    mr = tl.load(mean + 2 * PAIRS + j, mask=2 * PAIRS + j < D, other=0)
+    still = tl.sum(xr * mr[None, :], 1)
+    t = tl.arange(0, BT)
+    place_cos, place_sin = turn(t[None, :], freq[:, None])
+    mean_a = (ma[:, None] * place_cos - mb[:, None] * place_sin).to(DTYPE)
+    mean_b = (mb[:, None] * place_cos + ma[:, None] * place_sin).to(DTYPE)
+
+    c = tl.arange(0, KGP * KWP)  # columns of the coded space: group, element
+    column = c // KWP * KW + c % KWP
+    in_code = (c // KWP < KG) & (c % KWP < KW)
+    inverse = k_inverse + h * (D * KG * KW)
+    books = k_book + h * (KN * 256 * KW)
+    values = v_book + h * (VN * 256 * VW)
+    kc = k_codes + b.to(tl.int64) * k_cb + h.to(tl.int64) * k_ch
+    vc = v_codes + b.to(tl.int64) * v_cb + h.to(tl.int64) * v_ch
+    out = tl.zeros([BM, VGP * VWP], tl.float32)
+
+    # Tiles are cut by position, so that none straddles two frames.
+    first_tile = floor_div(0 - origin, BT)
+    if TABLES:  # whole frames
+        first_tile = floor_div(first_tile, FRAME // BT) * (FRAME // BT)
+    tiles = tl.where(coded > 0, floor_div(coded - 1 - origin, BT) + 1 - first_tile, 0)
+    each = tl.cdiv(tiles, SPLITS)
+    if TABLES:
+        each = tl.cdiv(each, FRAME // BT) * (FRAME // BT)
+    begin = first_tile + split * each
+    end = tl.minimum(first_tile + tiles, begin + each)
+    first_frame = floor_div(begin, FRAME // BT)
+    for frame in range(first_frame, tl.where(end > begin, floor_div(end - 1, FRAME // BT) + 1, first_frame)):
+        if TABLES:
+            mine = scratch + ((bh * tl.num_programs(0) + tile) * SPLITS + split).to(tl.int64) * (4 * PACKS * FRAME)
+            _frame_scores(
+                q, base, row, inverse, k_freq, books, kc, k_ct, origin, coded, scale, frame, mine, D, PAIRS,
+                INTERLEAVED, FRAME, KG, KW, KWP, KN, BM, PACKS, LT, DTYPE, PRECISION,
+            )  # fmt: skip
+        else:
+            turned = _coded_query(q, base, row, inverse, k_freq, frame * FRAME, column, in_code[None, :], D, PAIRS,
+                                  INTERLEAVED, KG * KW, BM, KGP * KWP, PRECISION).to(DTYPE)  # fmt: skip
+        lower = tl.maximum(begin, frame * (FRAME // BT))
+        upper = tl.minimum(end, (frame + 1) * (FRAME // BT))
+        for step in range(lower, upper):
+            slots = step * BT + t + origin
+            held = (slots >= 0) & (slots < coded)
+            if TABLES:
+                at = tl.arange(0, BM)[:, None] * FRAME + (step * BT - frame * FRAME + t)[None, :]
+                s = tl.load(mine + at, mask=row[:, None], other=0)
+            else:
+                y = codewords(kc, books, slots, held, k_ct, KG, KGP, KW, KWP, KN, BT, DTYPE)
+                s = tl.dot(turned, tl.trans(y), input_precision=PRECISION)
+            if PAIRS:
+                cos, sin = turn(step * BT, freq)
+                here_a = (xa * cos[None, :] + xb * sin[None, :]).to(DTYPE)
+                here_b = (xb * cos[None, :] - xa * sin[None, :]).to(DTYPE)
+                s = tl.dot(here_a, mean_a, s, input_precision=PRECISION)
+                s = tl.dot(here_b, mean_b, s, input_precision=PRECISION)
+            s += still[:, None]
+            held = held & ((slots < first_sink) | (slots >= past_sink))
+            allowed = held[None, :] & (slots[None, :] < boundary[:, None])
+            s = _finish(s, slots, allowed, row, head, query, b, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale,
+                        softcap, query_slot, MASK, SOFTCAP, CAUSAL)  # fmt: skip
+            v = codewords(vc, values, slots, held, v_ct, VG, VGP, VW, VWP, VN, BT, DTYPE)
+            top, mass, out = _absorb(s, v, top, mass, out, PRECISION)
+        if TABLES:
+            tl.debug_barrier()  # all have read the scratch before the next frame writes it
+    c = tl.arange(0, VGP * VWP)
+    live = (c // VWP < VG) & (c % VWP < VW)
+    to = (split * total + place).to(tl.int64)[:, None] * (VG * VW) + (c // VWP * VW + c % VWP)[None, :]
+    tl.store(part_out + to, out, mask=row[:, None] & live[None, :])
+    return top, mass
+
+
+@triton.jit
+def split_kernel(
+    q, q_b, q_h, q_q, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct,
+    k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
+    start, length_, encoded_, tail_start_, k_mean, k_inverse, k_book, k_freq, v_book,
+    mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, part_top, part_mass, exact_out, scratch,
+    HEADS, GROUP, QUERIES, TAIL, SPLITS,
+    D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FRAME: tl.constexpr,
+    KG: tl.constexpr, KGP: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, KN: tl.constexpr,
+    VG: tl.constexpr, VGP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, VN: tl.constexpr,
+    SINKS: tl.constexpr, BS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
+    VIEW: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr, TABLES: tl.constexpr, PACKS: tl.constexpr, LT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One split of the codes for a tile of query rows of a KV head; the last split does what is exact."""
+    tile, bh, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = bh // HEADS, bh % HEADS
+    rows = GROUP * QUERIES
+    r = tile * BM + tl.arange(0, BM)
+    row = r < rows
+    head, query = h * GROUP + r // QUERIES, r % QUERIES
+    base = b.to(tl.int64) * q_b + head * q_h + query * q_q
+    length, encoded = tl.load(length_), tl.load(encoded_)
+    origin, sink = tl.load(start + 2 * b), tl.load(start + 2 * b + 1)
+    query_slot = query
+    if CAUSAL == 2:
+        query_slot = query + length - QUERIES
+    # What each query reads from codes ends at its boundary.
+    if VIEW == 0:
+        low, last = encoded, encoded
+        boundary = tl.zeros([BM], tl.int32) + encoded
+    else:
+        low = tl.maximum(tl.load(tail_start_), 0)
+        if VIEW == 1:
+            last = low
+            boundary = tl.zeros([BM], tl.int32) + low
+        else:
+            last = tl.maximum(encoded_tokens(length, RECENT, BLOCK), low)
+            boundary = tl.maximum(encoded_tokens(length - QUERIES + query + 1, RECENT, BLOCK), low)
+    coded = tl.minimum(last, encoded)
+    first_sink = tl.where(SINKS > 0, sink, length)
+    past_sink = sink + SINKS
+    place = (bh * tl.num_programs(0) + tile) * BM + tl.arange(0, BM)  # of a row, among all partial results
+    total = tl.num_programs(0) * tl.num_programs(1) * BM
+    if split == SPLITS:
+        top, mass = _exact(
+            q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
+            b, h, r, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
+            mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
+            D, BD, SINKS, BS, RING, VIEW, CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, PRECISION,
+        )  # fmt: skip
+    else:
+        top, mass = _coded(
+            q, base, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct, k_mean, k_inverse, k_book, k_freq, v_book,
+            b, h, tile, bh, split, rows, row, head, query, query_slot, place, total, coded, boundary, origin,
+            first_sink, past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out,
+            scratch, SPLITS, D, PAIRS, BP, BR, INTERLEAVED, FRAME, KG, KGP, KW, KWP, KN, VG, VGP, VW, VWP, VN,
+            CAUSAL, MASK, SOFTCAP, BM, BT, TABLES, PACKS, LT, DTYPE, PRECISION,
+        )  # fmt: skip
+    tl.store(part_top + split * total + place, top, mask=row)
+    tl.store(part_mass + split * total + place, mass, mask=row)
+
+
+@triton.jit
+def merge_kernel(
+    part_out, part_top, part_mass, exact_out, v_inverse, v_mean, sink_logits, out, ROWS, HEADS, GROUP, QUERIES, SPLITS,
+    D: tl.constexpr, DIMS: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of a tile of query rows; only here does the output leave the values' metric."""
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    h = bh % HEADS
+    r = tile * BM + tl.arange(0, BM)
+    row = r < GROUP * QUERIES
+    place = bh * ROWS + r  # ROWS of a KV head were written, padding included
+    total = tl.num_programs(1) * ROWS
+    c = tl.arange(0, BV)
+    top = tl.load(part_top + SPLITS * total + place, mask=row, other=-float("inf"))
+    share = tl.where(top == -float("inf"), 0.0, 1.0)  # of what is exact
+    mass = tl.load(part_mass + SPLITS * total + place, mask=row, other=0.0)
+    coded = tl.zeros([BM], tl.float32)  # mass of what is coded
+    y = tl.zeros([BM, BV], tl.float32)
+    for split in range(SPLITS):
+        other = tl.load(part_top + split * total + place, mask=row, other=-float("inf"))
+        peak = tl.maximum(top, other)
+        safe = tl.where(peak == -float("inf"), 0.0, peak)
+        fade, weight = tl.exp2((top - safe) * LOG2E), tl.exp2((other - safe) * LOG2E)
+        some = other > -float("inf")
+        more = tl.load(part_mass + split * total + place, mask=row & some, other=0.0) * weight
+        at = (split * total + place).to(tl.int64)[:, None] * DIMS + c[None, :]
+        part = tl.load(part_out + at, mask=(row & some)[:, None] & (c < DIMS)[None, :], other=0.0)
+        y = y * fade[:, None] + part * weight[:, None]
+        coded = coded * fade + more
+        mass = mass * fade + more
+        share = share * fade
+        top = peak
+    if LOGITS:
+        logit = tl.load(sink_logits + h * GROUP + r // QUERIES, mask=row, other=0.0).to(tl.float32)
+        peak = tl.maximum(top, logit)
+        fade = tl.exp2((top - peak) * LOG2E)
+        mass = mass * fade + tl.exp2((logit - peak) * LOG2E)
+        y, coded, share = y * fade[:, None], coded * fade, share * fade
+    held = row & (share > 0)
+    mass = tl.where(mass == 0, 1.0, mass)[:, None]
+    head, query = h * GROUP + r // QUERIES, r % QUERIES
+    to = ((bh // HEADS) * (HEADS * GROUP) + head).to(tl.int64) * QUERIES + query
+    for first in range(0, D, 32):
+        d = first + tl.arange(0, 32)
+        inside = d < D
+        inverse = tl.load(
+            v_inverse + h * (D * DIMS) + d[None, :] * DIMS + c[:, None],
+            mask=inside[None, :] & (c < DIMS)[:, None],
+            other=0.0,
+        )
+        mean = tl.load(v_mean + h * D + d, mask=inside, other=0.0)
+        x = tl.dot(y, inverse, input_precision="tf32x3") + coded[:, None] * mean[None, :]
+        exact = tl.load(exact_out + place[:, None] * D + d[None, :], mask=held[:, None] & inside[None, :], other=0.0)
+        x = (x + share[:, None] * exact) / mass
+        tl.store(out + to[:, None] * D + d[None, :], x.to(out.dtype.element_ty), mask=row[:, None] & inside[None, :])
+
+
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def attention(
+    q: Tensor,
+    key: Packed,
+    value: Packed,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    causal: int,
+    softcap: float,
+    sink_logits: Tensor | None,
+    tails: tuple[Tensor, Tensor] | None,
+    tail_start: Tensor | None,
+    view: int,
+    plan_: Plan | None = None,
+) -> Tensor:
+    """`torchgsrq.reference.attention`, for codecs that `supports` accepts; ``plan_`` overrides `plan`."""
+    batch, q_heads, queries, dim = q.shape
+    heads, capacity = key.codec.heads, key.codes.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
+    q = q if q.stride(3) == 1 else q.contiguous()
+    rows = q_heads // heads * queries
+    p = plan_ or plan(
+        key.codec, value.codec, rows, capacity, batch * heads, processors(q.device), q.dtype != torch.float32
+    )
+    tiles = triton.cdiv(rows, p.rows)
+    places = batch * heads * tiles * p.rows
+    part_out = q.new_empty((p.splits, places, value.codec.layout.dims), dtype=torch.float32)
+    part_top, part_mass = q.new_empty((2, p.splits + 1, places), dtype=torch.float32)
+    exact_out = q.new_empty((places, dim), dtype=torch.float32)
+    frame = key.codec.frame if key.codec.inv_freq.numel() else 1 << 20
+    wide = batch * heads * tiles * p.splits * 4 * triton.cdiv(rows, 4) * frame if p.tables else 1
+    scratch = q.new_empty(wide, dtype=torch.float32)
+    exact = (key.window, value.window) if tails is None else tails
+    exact = tuple(t if t.stride(3) == 1 else t.contiguous() for t in exact)
+    windows = [t if t.stride(2) == dim and t.stride(3) == 1 else t.contiguous() for t in (key.window, value.window)]
+    kind, strides, mask_ = _mask(mask, q)
+    view, packs = WINDOW if tails is None else view, triton.cdiv(rows, 4)
+    shape = Shape.of(key.codec)
+    split_kernel[(tiles, batch * heads, p.splits + 1)](
+        q, *q.stride()[:3], key.codes, *key.codes.stride()[:3], value.codes, *value.codes.stride()[:3],
+        exact[0], *exact[0].stride()[:3], exact[1], *exact[1].stride()[:3], windows[0], *windows[0].stride()[:2],
+        windows[1], *windows[1].stride()[:2], key.start, key.length, key.encoded,
+        key.encoded if tail_start is None else tail_start, key.codec.mean, key.codec.inverse, key.codec.codebook,
+        key.codec.inv_freq if shape.pairs else key.codec.mean, value.codec.codebook, mask_, *strides, scale, softcap,
+        part_out, part_top, part_mass, exact_out, scratch, heads, q_heads // heads, queries, exact[0].shape[2],
+        p.splits, **constants(key, value, p, view, causal, kind, bool(softcap), q.dtype, packs),
+        num_warps=p.warps, num_stages=1,
+    )  # fmt: skip
+    merge_kernel[(triton.cdiv(rows, _MERGE_ROWS), batch * heads)](
+        part_out, part_top, part_mass, exact_out, value.codec.inverse, value.codec.mean,
+        key.codec.mean if sink_logits is None else sink_logits, out, tiles * p.rows, heads, q_heads // heads, queries,
+        p.splits,
+        **merge_constants(value.codec, sink_logits is not None), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def constants(
+    key: Packed,
+    value: Packed,
+    p: Plan,
+    view: int,
+    causal: int,
+    mask: int,
+    softcap: bool,
+    dtype: torch.dtype,
+    packs: int,
+) -> dict[str, Any]:
+    """The compile-time arguments of `split_kernel`; ``packs`` of 4 query rows share a table."""
+    frame = key.codec.frame if key.codec.inv_freq.numel() else 1 << 20
+    k, v = Shape.of(key.codec), Shape.of(value.codec)
+    full = {f"K{name}": getattr(k, name.lower()) for name in ("G", "GP", "W", "WP", "N")}
+    full |= {f"V{name}": getattr(v, name.lower()) for name in ("G", "GP", "W", "WP", "N")}
+    return full | {
+        **k.rotary,
+        "D": k.d,
+        "BD": max(16, triton.next_power_of_2(k.d)),
+        "FRAME": frame,
+        "SINKS": key.sink_tokens,
+        "BS": max(16, triton.next_power_of_2(key.sink_tokens)),
+        "RING": key.ring,
+        "RECENT": key.recent_tokens,
+        "BLOCK": key.block_tokens,
+        "VIEW": view,
+        "CAUSAL": causal,
+        "MASK": mask,
+        "SOFTCAP": softcap,
+        "BM": p.rows,
+        "BT": p.tokens,
+        "TABLES": p.tables,
+        "PACKS": packs,
+        "LT": min(frame, _TABLE_TOKENS),
+        "DTYPE": DTYPES[dtype],
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+    }
+
+
+def merge_constants(value: Codec, logits: bool) -> dict[str, Any]:
+    """The compile-time arguments of `merge_kernel`."""
+    dims = value.layout.dims
+    wide = max(16, triton.next_power_of_2(dims))
+    return {"D": value.head_dim, "DIMS": dims, "BV": wide, "BM": _MERGE_ROWS, "LOGITS": logits}
+
+
+def _mask(mask: Tensor | None, q: Tensor) -> tuple[int, list[int], Tensor]:
+    """Kind of a mask (0 none, 1 bool, 2 additive), its strides (0 where broadcast) and width, and itself."""
+    if mask is None:
+        return 0, [0, 0, 0, 0, 1], q
+    mask = mask.view((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    strides = [*strides[:3], mask.stride(3), mask.shape[3]]
+    return (1, strides, mask.view(torch.uint8)) if mask.dtype == torch.bool else (2, strides, mask)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; a round number for the interpreter's."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+__all__ = ["Plan", "attention", "constants", "merge_constants", "plan", "supports"]

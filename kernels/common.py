@@ -1,0 +1,97 @@
+"""What the Triton kernels share: rotation angles, sums of codewords, and padded sizes of a codec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from torchgsrq.codec import Codec
+
+TWO_PI = tl.constexpr(6.283185307179586)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a codec as kernels want them: padded to powers of two, of at least what a product takes.
+
+    Attributes:
+        d: head_dim. pairs: pairs of the frame rotation.
+        g, w, n: groups, their width, codes. gp, wp: padded.
+    """
+
+    d: int
+    pairs: int
+    g: int
+    w: int
+    n: int
+    gp: int
+    wp: int
+    interleaved: bool
+
+    @classmethod
+    def of(cls, codec: Codec) -> Shape:
+        """The sizes of a codec."""
+        x = codec.layout
+        groups, width = triton.next_power_of_2(x.groups), triton.next_power_of_2(x.width)
+        width = max(width, 16 // groups)  # products take at least 16 columns
+        pairs = codec.inv_freq.numel()
+        return cls(x.head_dim, pairs, x.groups, x.width, x.codes, groups, width, codec.interleaved)
+
+    @property
+    def rotary(self) -> dict[str, int | bool]:
+        """How a vector is cut: pairs, and the elements past them, both padded."""
+        pairs = max(16, triton.next_power_of_2(self.pairs))
+        rest = max(16, triton.next_power_of_2(self.d - 2 * self.pairs))
+        return {"PAIRS": self.pairs, "BP": pairs, "BR": rest, "INTERLEAVED": self.interleaved}
+
+
+@triton.jit
+def floor_div(a, b: tl.constexpr):
+    """Division that rounds down, for |a| < 2^30; Triton's rounds towards zero."""
+    big: tl.constexpr = (1 << 30) // b
+    return (a + big * b) // b - big
+
+
+@triton.jit
+def encoded_tokens(length, RECENT: tl.constexpr, BLOCK: tl.constexpr):
+    """`torchgsrq.config.encoded_tokens`."""
+    return tl.maximum(length - RECENT, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def turn(position, freq):
+    """Cosine and sine of RoPE angles, to 1e-6.
+
+    The product is float64, since float32 loses the angle at far positions. Series on a quarter turn: the library's
+    functions bring a slow path for large angles, and a stack for it, into every loop.
+    """
+    turns = position * (freq.to(tl.float64) / TWO_PI)
+    quarters = tl.floor(turns * 4 + 0.5)
+    x = ((turns - quarters * 0.25) * TWO_PI).to(tl.float32)  # at most pi / 4
+    z = x * x
+    sin = x * (1 + z * (-1.6666667e-1 + z * (8.3333310e-3 + z * (-1.9840874e-4 + z * 2.7525562e-6))))
+    cos = 1 + z * (-0.5 + z * (4.1666668e-2 + z * (-1.3888889e-3 + z * 2.4801587e-5)))
+    quarter = quarters.to(tl.int64) & 3
+    odd = (quarter & 1) == 1
+    c, s = tl.where(odd, sin, cos), tl.where(odd, cos, sin)
+    return tl.where((quarter == 1) | (quarter == 2), -c, c), tl.where(quarter >= 2, -s, s)
+
+
+@triton.jit
+def codewords(
+    codes, book, slots, held, stride, G: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    N: tl.constexpr, BT: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Sums of the codewords of tokens, [BT, GP * WP]; rows of the book are aligned, so loads are of 16 bytes."""
+    g, e = tl.arange(0, GP), tl.arange(0, WP)
+    y = tl.zeros([BT, GP, WP], tl.float32)
+    for first in tl.range(0, N, G, loop_unroll_factor=2):
+        m = first + g
+        live = (g < G) & (m < N)
+        code = tl.load(codes + slots[:, None] * stride + m[None, :], mask=held[:, None] & live[None, :], other=0)
+        at = (m[None, :] * 256 + code.to(tl.int32)) * W
+        inside = live[None, :, None] & (e < W)[None, None, :]
+        y += tl.load(book + at[:, :, None] + e[None, None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.reshape(y.to(DTYPE), [BT, GP * WP])

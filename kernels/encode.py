@@ -1,0 +1,259 @@
+"""Encode and append for GPUs, in Triton: `torchgsrq.reference.encode` and `append_`, without reading a length on the
+host, so that a captured CUDA graph appends at every step and encodes when a block is due."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from torchgsrq.codec import Codec
+from torchgsrq.reference import Packed
+
+from .common import Shape, encoded_tokens, floor_div, turn
+
+_TILE = 16  # vectors of a program: with their candidates, the rows of one product
+_STAGES = 16  # codes of a path that a program keeps, one byte each of two 64-bit words
+
+
+def supports(codec: Codec) -> bool:
+    """Whether these kernels encode with such a codec; the reference does with the others."""
+    return not codec.gains.numel() and codec.layout.stages <= _STAGES and codec.beam <= 16
+
+
+@triton.jit
+def _exact_dot(r, words):
+    """r @ words on tensor cores with float32's precision: words are float16, and r goes in two parts of it."""
+    size = tl.max(tl.abs(r), 1)[:, None]
+    size = tl.where(size > 0, size, 1.0)
+    r = r / size
+    high = r.to(tl.float16)
+    low = (r - high.to(tl.float32)).to(tl.float16)
+    return tl.dot(low, words, tl.dot(high, words)) * size
+
+
+@triton.jit
+def encode_kernel(
+    x, x_b, x_h, x_t, position, tokens, out, out_b, out_h, out_t, window, window_b, window_h, slots, start, encoded_,
+    mean, transform, book, inv_freq, HEADS, CAPACITY,
+    APPEND: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
+    INTERLEAVED: tl.constexpr, FRAME: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    N: tl.constexpr, BEAM: tl.constexpr, NB: tl.constexpr, T: tl.constexpr,
+    SINKS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Codes of one group of T vectors of a row and head: of ``x``, or of the slots that are due to leave the window."""
+    tile, bh, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = bh // HEADS, bh % HEADS
+    t = tile * T + tl.arange(0, T)
+    low = 0
+    first = 0
+    if APPEND:
+        first = tl.load(slots).to(tl.int32)
+        low = tl.minimum(tl.load(encoded_), first)
+        due = tl.minimum(encoded_tokens(first + tokens, RECENT, BLOCK), CAPACITY) - low
+    else:
+        due = tokens
+    if tile * T < due:
+        held = t < due
+        if APPEND:
+            slot = low + t
+            place = slot - tl.load(start + 2 * b)
+            new = slot >= first
+            # Tokens from before this call are in the window, the others are new.
+            old_at = bh // HEADS * window_b + h * window_h + (SINKS + slot % RING) * D
+            new_at = (slot - first) * x_t
+            base = b.to(tl.int64) * x_b + h * x_h
+        else:
+            slot = t
+            place = tl.load(position + b * tokens + t, mask=held, other=0).to(tl.int32)
+            base = b.to(tl.int64) * x_b + h * x_h
+        i, j = tl.arange(0, BP), tl.arange(0, BR)
+        first_of = i * 2 if INTERLEAVED else i
+        second_of = i * 2 + 1 if INTERLEAVED else i + PAIRS
+        rest_of = 2 * PAIRS + j
+        in_pair, in_rest = i < PAIRS, rest_of < D
+        if APPEND:
+            a = _row(x + base, window, new_at, old_at, new, held, first_of, in_pair)
+            c = _row(x + base, window, new_at, old_at, new, held, second_of, in_pair)
+            r = _row(x + base, window, new_at, old_at, new, held, rest_of, in_rest)
+        else:
+            at = x + base + t[:, None] * x_t
+            a = tl.load(at + first_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
+            c = tl.load(at + second_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
+            r = tl.load(at + rest_of[None, :], mask=held[:, None] & in_rest[None, :], other=0).to(tl.float32)
+        # R(-frame start) x - R(place in the frame) mean, in the metric of the codes
+        w = tl.arange(0, WP)
+        row = transform + h * (G * W * D) + (g * W + w)[None, :] * D
+        inside = (w < W)[None, :]
+        m = tl.load(mean + h * D + rest_of, mask=in_rest, other=0)
+        y = tl.zeros([T, WP], tl.float32)
+        if 2 * PAIRS < D:
+            part = tl.load(row + rest_of[:, None], mask=in_rest[:, None] & inside, other=0)
+            y = tl.dot(r - m[None, :], part, input_precision="tf32x3")
+        if PAIRS:
+            freq = tl.load(inv_freq + i, mask=in_pair, other=0)
+            ma = tl.load(mean + h * D + first_of, mask=in_pair, other=0)
+            mb = tl.load(mean + h * D + second_of, mask=in_pair, other=0)
+            begin = floor_div(place, FRAME) * FRAME
+            cos, sin = turn(begin[:, None], freq[None, :])
+            place_cos, place_sin = turn((place - begin)[:, None], freq[None, :])
+            ya = a * cos + c * sin - (ma * place_cos - mb * place_sin)
+            yb = c * cos - a * sin - (mb * place_cos + ma * place_sin)
+            part = tl.load(row + first_of[:, None], mask=in_pair[:, None] & inside, other=0)
+            y = tl.dot(ya, part, y, input_precision="tf32x3")
+            part = tl.load(row + second_of[:, None], mask=in_pair[:, None] & inside, other=0)
+            y = tl.dot(yb, part, y, input_precision="tf32x3")
+        # Beam search; row t * NB + k is candidate k of vector t, and candidate 0 stays the greedy path.
+        k = tl.arange(0, NB)
+        residual = tl.reshape(tl.broadcast_to(y[:, None, :], [T, NB, WP]), [T * NB, WP])
+        cost = tl.where(k[None, :] == 0, tl.sum(y * y, 1)[:, None], float("inf"))  # [T, NB]
+        early = tl.zeros([T, NB], tl.int64)  # codes of stages 0 to 7, and 8 to 15
+        late = tl.zeros([T, NB], tl.int64)
+        word = tl.arange(0, 256)
+        stages = tl.cdiv(N - g, G)
+        for stage in range(stages):
+            table = book + (h * N + stage * G + g).to(tl.int64) * (256 * W)
+            words = tl.load(table + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
+            product = _exact_dot(residual, words)
+            wide = words.to(tl.float32)
+            total = tl.sum(wide * wide, 0)[None, :] - 2 * product
+            total += tl.reshape(cost, [T * NB])[:, None]
+            parent = tl.zeros([T, NB], tl.int32)
+            code = tl.zeros([T, NB], tl.int32)
+            for rank in tl.static_range(BEAM):
+                nearest, at = tl.min(total, 1, return_indices=True)  # codeword of every candidate
+                at = tl.reshape(at, [T, NB])
+                from_ = tl.zeros([T], tl.int32)  # the greedy path goes on from candidate 0 to the nearest codeword
+                if rank:
+                    from_ = tl.argmin(tl.reshape(nearest, [T, NB]), 1)
+                here = k[None, :] == from_[:, None]
+                picked = tl.sum(tl.where(here, at, 0), 1)
+                parent = tl.where(k[None, :] == rank, from_[:, None], parent)
+                code = tl.where(k[None, :] == rank, picked[:, None], code)
+                if rank + 1 < BEAM:
+                    taken = tl.reshape(tl.where(here, picked[:, None], -1), [T * NB])
+                    total = tl.where(word[None, :] == taken[:, None], float("inf"), total)
+            if NB > 1:
+                n = tl.arange(0, T * NB)
+                source = tl.reshape(parent + tl.arange(0, T)[:, None] * NB, [T * NB])
+                chosen = (source[:, None] == n[None, :]).to(tl.float32)
+                residual = tl.dot(chosen, residual, input_precision="tf32x3")
+                heir = (parent[:, :, None] == k[None, None, :]).to(tl.int64)
+                early = tl.sum(heir * early[:, None, :], 2)
+                late = tl.sum(heir * late[:, None, :], 2)
+            which = tl.reshape(code, [T * NB]) * W
+            residual -= tl.load(table + which[:, None] + w[None, :], mask=inside, other=0).to(tl.float32)
+            cost = tl.sum(tl.reshape(residual * residual, [T, NB, WP]), 2)
+            cost = tl.where(k[None, :] < BEAM, cost, float("inf"))
+            shifted = code.to(tl.int64) << (8 * (stage % 8))
+            early = tl.where(stage < 8, early | shifted, early)
+            late = tl.where(stage < 8, late, late | shifted)
+        best = k[None, :] == tl.argmin(cost, 1)[:, None]
+        early = tl.sum(tl.where(best, early, 0), 1)
+        late = tl.sum(tl.where(best, late, 0), 1)
+        to = out + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h + slot * out_t + g
+        for stage in range(stages):
+            path = tl.where(stage < 8, early, late)
+            code = (path >> (8 * (stage % 8))) & 255
+            tl.store(to + stage * G, code.to(tl.uint8), mask=held)
+
+
+@triton.jit
+def _row(x, window, new_at, old_at, new, held, index, inside):
+    """Elements of vectors of which some are new and some in the window."""
+    fresh = tl.load(x + new_at[:, None] + index[None, :], mask=(held & new)[:, None] & inside[None, :], other=0)
+    old = tl.load(
+        window + old_at[:, None] + index[None, :], mask=(held & (new == 0))[:, None] & inside[None, :], other=0
+    )
+    return tl.where(new[:, None], fresh.to(tl.float32), old.to(tl.float32))
+
+
+@triton.jit
+def write_kernel(
+    x, x_b, x_h, x_t, tokens, window, window_b, window_h, slots, start, length, encoded, HEADS,
+    D: tl.constexpr, BD: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr,
+    BLOCK: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """New vectors into the ring and the sinks; then the counters. Runs after the encoding, which reads both."""
+    tile, bh = tl.program_id(0), tl.program_id(1)
+    b, h = bh // HEADS, bh % HEADS
+    first = tl.load(slots).to(tl.int32)
+    d = tl.arange(0, BD)
+    source = x + b.to(tl.int64) * x_b + h * x_h
+    target = window + b.to(tl.int64) * window_b + h * window_h
+    t = tl.maximum(tokens - RING, 0) + tile * T + tl.arange(0, T)
+    inside = (t < tokens)[:, None] & (d < D)[None, :]
+    v = tl.load(source + t[:, None] * x_t + d[None, :], mask=inside, other=0)
+    tl.store(target + (SINKS + (first + t) % RING)[:, None] * D + d[None, :], v, mask=inside)
+    if tile == 0:
+        if SINKS:
+            i = tl.arange(0, BS)
+            at = tl.load(start + 2 * b + 1) + i - first
+            is_new = ((i < SINKS) & (at >= 0) & (at < tokens))[:, None] & (d < D)[None, :]
+            sinks = tl.load(source + at[:, None] * x_t + d[None, :], mask=is_new, other=0)
+            tl.store(target + i[:, None] * D + d[None, :], sinks, mask=is_new)
+        if bh == 0:
+            was = tl.minimum(tl.load(encoded), first)
+            tl.store(encoded, tl.maximum(was, encoded_tokens(first + tokens, RECENT, BLOCK)))
+            tl.store(length, first + tokens)
+
+
+def constants(codec: Codec) -> dict[str, Any]:
+    """The compile-time arguments of `encode_kernel` that a codec decides."""
+    s = Shape.of(codec)
+    sizes = {"D": s.d, "G": s.g, "W": s.w, "WP": max(16, s.wp), "N": s.n, **s.rotary}
+    width = codec.beam if codec.layout.stages > 1 else 1  # a single stage has nothing to look ahead to
+    beam = {"BEAM": width, "NB": triton.next_power_of_2(width), "T": _TILE}
+    return {**sizes, **beam, "FRAME": codec.frame}
+
+
+def _launch(codec: Codec, x: Tensor, position: Tensor, out: Tensor, kv: Packed | None, due: int) -> None:
+    """Run `encode_kernel` for at most ``due`` tokens."""
+    batch, heads, tokens, _ = x.shape
+    ints = {"SINKS": 0, "RING": 1, "RECENT": 0, "BLOCK": 1, "APPEND": False}
+    window, slots, start, encoded = x, position, position, position
+    if kv is not None:
+        ints = {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
+        ints["APPEND"] = True
+        window, start, encoded = kv.window, kv.start, kv.encoded
+    grid = (triton.cdiv(due, _TILE), batch * heads, codec.layout.groups)
+    encode_kernel[grid](
+        x, *x.stride()[:3], position, tokens, out, *out.stride()[:3], window, *window.stride()[:2], slots, start,
+        encoded, codec.mean, codec.transform, codec.codebook,
+        codec.inv_freq if codec.inv_freq.numel() else codec.mean, heads, out.shape[2], **constants(codec), **ints,
+        num_warps=8, num_stages=1,
+    )  # fmt: skip
+
+
+def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
+    """`torchgsrq.reference.encode`, for codecs that `supports` accepts."""
+    batch, heads, n, _ = x.shape
+    out = torch.empty((batch, heads, n, codec.num_codes), dtype=torch.uint8, device=x.device)
+    if out.numel():
+        _launch(codec, x if x.stride(3) == 1 else x.contiguous(), position.contiguous(), out, None, n)
+    return out
+
+
+def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
+    """`torchgsrq.reference.append_`, for codecs that `supports` accepts. The slots are taken to be consecutive."""
+    batch, heads, n, _ = x.shape
+    if n == 0 or batch == 0:
+        return
+    x = x if x.stride(3) == 1 else x.contiguous()
+    _launch(kv.codec, x, slots, kv.codes, kv, n + kv.block_tokens - 1)
+    grid = (triton.cdiv(min(n, kv.ring), _TILE), batch * heads)
+    write_kernel[grid](
+        x, *x.stride()[:3], n, kv.window, *kv.window.stride()[:2], slots, kv.start, kv.length, kv.encoded, heads,
+        **write_constants(kv), num_warps=4, num_stages=1,
+    )  # fmt: skip
+
+
+def write_constants(kv: Packed) -> dict[str, Any]:
+    """The compile-time arguments of `write_kernel`."""
+    ints = {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
+    dim = kv.codec.head_dim
+    wide = {"BD": triton.next_power_of_2(dim), "BS": triton.next_power_of_2(max(1, kv.sink_tokens))}
+    return {"D": dim, "T": _TILE, **wide, **ints}

@@ -1,0 +1,31 @@
+"""Every Triton kernel compiles for NVIDIA GPUs, fits the chip, and loads codewords as it should. Needs no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may take
+
+
+@pytest.mark.slow
+def test_kernels_fit_the_chip(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "cross_compile.py"
+    command = [sys.executable, str(script), "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {r["sm"] for r in rows} == {80, 90} and len(rows) > 100
+    for r in rows:
+        assert r["shared"] <= SHARED[r["sm"]] and r["registers"] <= 255, r
+        assert r["async copies"] == 0, r  # they bypass the first-level cache, where codewords live
+        assert "fp32" in r["configuration"] or r["spilled"] <= 128, r
+        if r["kernel"] in ("split_kernel", "encode_kernel"):
+            assert r["wide loads"] and r["mma"], r  # whole codewords at a time, products on tensor cores

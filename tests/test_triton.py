@@ -1,0 +1,261 @@
+"""The Triton kernels do what the reference says, on the same codes: on a GPU, or in Triton's interpreter without one."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import make_codec, make_pair
+from tests.test_kernels import CODECS, buffers, distance, specified
+from torchgsrq import GSRQConfig, ops, reference
+from torchgsrq.layout import Layout
+from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
+
+if not importlib.util.find_spec("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from torchgsrq.kernels import attention, encode  # after the interpreter was chosen (conftest.py)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
+
+
+def run(
+    q, key, value, mask=None, causal=NOT_CAUSAL, softcap=0.0, logits=None, tails=(None,) * 3, view=WINDOW, plan=None
+):
+    """The kernels, whatever the device."""
+    q, mask, logits, *tails = (None if t is None else t.to(DEVICE) for t in (q, mask, logits, *tails))
+    out = attention.attention(
+        q,
+        key.to(DEVICE).packed,
+        value.to(DEVICE).packed,
+        mask=mask,
+        scale=q.shape[-1] ** -0.5,
+        causal=causal,
+        softcap=softcap,
+        sink_logits=logits,
+        tails=None if tails[0] is None else tuple(tails[:2]),
+        tail_start=tails[2],
+        view=view,
+        plan_=plan,
+    )
+    return out.cpu()
+
+
+def close(got, want):
+    assert got.dtype == want.dtype and got.shape == want.shape
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    assert error <= TOLERANCE[got.dtype], f"relative error {error:.2e}"
+
+
+@settings(max_examples=15)
+@given(
+    dim=st.sampled_from([16, 64, 80, 96, 128]),
+    bits=st.sampled_from([0.5, 1.0, 2.0]),
+    preset=st.sampled_from(list(CODECS)),
+    length=st.one_of(st.integers(1, 150), st.sampled_from([160, 161, 288])),
+    group=st.sampled_from([1, 2, 3, 4, 7, 16]),
+    queries=st.sampled_from([1, 1, 2, 5, 17]),
+    frame=st.sampled_from([16, 64, 192]),
+    pad=st.integers(0, 70),
+    masked=st.sampled_from(["none", "none", "bool", "additive", "heads"]),
+    causal=st.sampled_from([NOT_CAUSAL, UPPER_LEFT, LAST_ALIGNED]),
+    softcap=st.sampled_from([0.0, 3.0]),
+    sink=st.booleans(),
+    interleaved=st.booleans(),
+    splits=st.sampled_from([1, 2, 5]),
+    seed=st.integers(0, 99),
+)
+def test_attention(
+    dim, bits, preset, length, group, queries, frame, pad, masked, causal, softcap, sink, interleaved, splits, seed
+):
+    queries = min(queries, length)
+    key, value, g = buffers(dim, length, bits, preset, frame=frame, pad=pad, seed=seed, interleaved=interleaved)
+    q = torch.randn(2, 2 * group, queries, dim, generator=g)
+    mask = None
+    if masked == "bool":
+        mask = torch.rand(2, 1, queries, length + 3, generator=g) < 0.7
+    elif masked == "additive":
+        hidden = torch.rand(length, generator=g) < 0.3
+        mask = torch.randn(1, 1, queries, length, generator=g).masked_fill(hidden, -torch.inf)
+    elif masked == "heads":
+        mask = torch.rand(2, 2 * group, queries, length, generator=g) < 0.7
+    logits = torch.randn(2 * group, generator=g) if sink else None
+    plan = attention.Plan(16 if group * queries <= 16 else 32, 16 if frame == 16 else 64, splits, False, 8)
+    arguments = (q, key, value, mask, causal, softcap, logits)
+    close(run(*arguments, plan=plan), specified(*arguments))
+
+
+@pytest.mark.parametrize(
+    "dim, preset, frame, group", [(64, "quality", 512, 3), (64, "fast", 1024, 7), (80, "fast", 256, 4)]
+)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_tables(dim, preset, frame, group, splits):
+    """Scores by look-up, whole frames at a time, rows that begin within one."""
+    key, value, g = buffers(dim, 1300, 1.0, preset, frame=frame, pad=5)
+    q = torch.randn(2, 2 * group, 1, dim, generator=g)
+    close(run(q, key, value, plan=attention.Plan(16, 64, splits, True, 8)).half(), specified(q, key, value).half())
+
+
+@pytest.mark.parametrize("tables", [False, True])
+def test_half_precision(tables):
+    key, value, g = buffers(64, 700, frame=256, dtype=torch.float16)
+    q = torch.randn(2, 6, 1, 64, generator=g).half()
+    close(run(q, key, value, plan=attention.Plan(16, 64, 2, tables, 8)), specified(q, key, value))
+
+
+@pytest.mark.parametrize("view", [EXACT_TAIL, STREAMING])
+@pytest.mark.parametrize("new", [2, 9, 70])
+def test_attention_with_tails(view, new):
+    key, value, g = buffers(64, 150, pad=5)
+    more = [b.grown(150 + new) for b in (key, value)]
+    slots = torch.arange(150, 150 + new)
+    fresh = [torch.randn(2, 2, new, 64, generator=g) for _ in range(2)]
+    (k_tail, start), (v_tail, _) = (reference.tail(b.packed, x, slots) for b, x in zip(more, fresh, strict=True))
+    for buffer, x in zip(more, fresh, strict=True):
+        buffer.index_copy_(2, slots, x)
+    q = torch.randn(2, 6, new, 64, generator=g)
+    arguments = (q, *more, None, LAST_ALIGNED, 0.0, None, (k_tail, v_tail, start), view)
+    close(run(*arguments), specified(*arguments))
+
+
+@pytest.mark.parametrize("dim", [192, 256])
+def test_wide_heads(dim):
+    key, value, g = buffers(dim, 100, batch=1)
+    q = torch.randn(1, 4, 1, dim, generator=g)
+    close(run(q, key, value), specified(q, key, value))
+
+
+def test_views_of_buffers():
+    """Slices have strides of their own."""
+    key, value, g = buffers(64, 200, batch=3)
+    q = torch.randn(2, 4, 1, 64, generator=g)
+    some = [b[1:][:, :, :180] for b in (key, value)]
+    close(run(q, *some), specified(q, *some))
+
+
+def test_far_positions():
+    """Rows may begin a million tokens before their first slot."""
+    key, value, g = buffers(64, 200, config=GSRQConfig(recent_tokens=8, block_tokens=4))
+    for buffer in (key, value):
+        buffer.start[:, 0] = -1_000_003
+    q = torch.randn(2, 4, 1, 64, generator=g)
+    close(run(q, key, value), specified(q, key, value))
+
+
+def test_an_empty_cache_gives_zeros():
+    key, value, g = buffers(64, 4)
+    for buffer in (key, value):
+        buffer.crop_(0)
+    assert not run(torch.randn(2, 4, 1, 64, generator=g), key, value).any()
+
+
+@pytest.mark.parametrize("beam", [1, 3, 4])
+@pytest.mark.parametrize("preset", CODECS)
+@settings(max_examples=4)
+@given(
+    dim=st.sampled_from([16, 64, 80, 128]),
+    n=st.sampled_from([1, 16, 17]),
+    first=st.sampled_from([-5, 0, 1_000_000]),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    interleaved=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_encode(preset, beam, dim, n, first, dtype, interleaved, seed):
+    layout, _ = CODECS[preset](dim, 1.0)
+    codec = make_codec(2, layout=layout, frame=64, beam=beam, interleaved=interleaved)
+    x = torch.randn(2, 2, n, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    position = (torch.arange(n) + first).expand(2, -1)
+    got = encode.encode(x.to(DEVICE), position.to(DEVICE), codec.to(DEVICE)).cpu()
+    want = reference.encode(x, position, codec)
+    differ = (got != want).any(-1)
+    # Sums in another order decide near-ties otherwise; then both must be as near to the input, in the metric.
+    assert differ.sum() <= 2 + 0.03 * differ.numel()
+    errors = [distance(x, c, position, codec)[differ] for c in (got, want)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=2e-3, atol=1e-5)
+
+
+def test_outliers_do_not_overflow():
+    """Products are of float16 parts, scaled by the row."""
+    codec = make_codec(2, layout=Layout(16, 2, 4))
+    x = torch.randn(1, 2, 16, 16) * 10.0 ** torch.linspace(-6, 8, 16)[:, None]
+    position = torch.arange(16)[None]
+    got = encode.encode(x.to(DEVICE), position.to(DEVICE), codec.to(DEVICE)).cpu()
+    want = reference.encode(x, position, codec)
+    errors = [distance(x, c, position, codec) for c in (got, want)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-3, atol=1e-5)
+
+
+@settings(max_examples=10)
+@given(
+    chunks=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    rewind=st.integers(0, 12),
+    pad=st.integers(0, 9),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_append(chunks, rewind, pad, dtype):
+    """What is held decodes as after the reference's appends, in chunks and with a rewind."""
+    codec = make_codec(2, layout=Layout(16, 2, 4))
+    pairs = [make_pair(2, 2, 16, 256, key=codec, start=torch.tensor([0, pad]), dtype=dtype)[0] for _ in range(2)]
+    pairs[0] = pairs[0].to(DEVICE)
+    g = torch.Generator().manual_seed(0)
+    at = 0
+    for n in [*chunks, 5]:
+        x = torch.randn(2, 2, n, 16, generator=g).to(dtype)
+        if n == 5:
+            at = max(0, at - rewind)
+        slots = torch.arange(at, at + n)
+        encode.append_(pairs[0].packed, x.to(DEVICE), slots.to(DEVICE))
+        reference.append_(pairs[1].packed, x, slots)
+        at += n
+    for name in ("length", "encoded"):
+        assert torch.equal(getattr(pairs[0], name).cpu(), getattr(pairs[1], name)), name
+    done = int(pairs[1].encoded)
+    same = (pairs[0].codes.cpu()[:, :, :done] == pairs[1].codes[:, :, :done]).all(-1)
+    assert not done or same.float().mean() > 0.95
+    a, b = (p.to("cpu").dequantize() for p in pairs)
+    assert torch.equal(a[:, :, done:], b[:, :, done:])
+    assert torch.equal(pairs[0].window[:, :, :2].cpu(), pairs[1].window[:, :, :2])
+
+
+def test_codecs_without_a_kernel():
+    """Gains, and frames that no tile divides, are left to the reference."""
+    plain, gains, odd = (make_codec(2, **x) for x in ({}, {"gains": True}, {"frame": 20}))
+    value = make_codec(2, pairs=0)
+    assert encode.supports(plain) and attention.supports(plain, value)
+    assert not encode.supports(gains) and not attention.supports(gains, value) and not attention.supports(odd, value)
+
+
+@pytest.mark.parametrize("gains", [False, True])
+def test_the_ops_of_a_gpu(gains):
+    """What torch calls on a GPU: the kernels, or the reference where a codec has none."""
+    key, value, g = buffers(16, 40, gains=gains)
+    buffers_ = [b.grown(60).to(DEVICE) for b in (key, value)]
+    x, q = (torch.randn(2, heads, 9, 16, generator=g).to(DEVICE) for heads in (2, 4))
+    slots = torch.arange(43, 52, device=DEVICE)
+    want, got = [b.clone() for b in buffers_], buffers_
+    for a, b in zip(got, want, strict=True):
+        a.length.fill_(43)
+        b.length.fill_(43)
+        codes, window, start, length, encoded, *tables = a.parts
+        layout = list(a.integers)
+        ops.gpu_check_append(a.parts, layout, x, slots)
+        ops.gpu_append_(codes, window, length, encoded, start, tables, layout, x, slots)
+        reference.append_(b.packed, x, slots)
+        assert int(a.length) == int(b.length) == 52
+        torch.testing.assert_close(a.dequantize(), b.dequantize(), rtol=1e-4, atol=1e-4)
+    rest = (None, 0.25, LAST_ALIGNED, 0.0, None, None, None, None, WINDOW)
+    sides = [argument for b in got for argument in (b.parts, list(b.integers))]
+    facts = dict(scale=0.25, causal=LAST_ALIGNED)
+    close(ops.gpu_attention(q, *sides, *rest).cpu(), reference.attention(q, *(b.packed for b in want), **facts).cpu())
+    codec = got[0].codec
+    codes = ops.gpu_encode(x, slots.expand(2, -1), codec.tensors, codec.integers)
+    assert (codes == reference.encode(x, slots.expand(2, -1), codec)).float().mean() > 0.95
+    with pytest.raises(ValueError, match="slots start at"):
+        ops.gpu_check_append(got[0].parts, list(got[0].integers), x, slots + 50)
+    with pytest.raises(ValueError, match="this cache takes"):
+        ops.gpu_check_append(got[0].parts, list(got[0].integers), x[:, :1], slots)
