@@ -32,53 +32,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import MODELS, fill, random_cache, random_codec
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
-from torchgsrq import Codec, GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, new_cache, quantize_kv_
+from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, new_cache, quantize_kv_
 from torchgsrq.codec import Codebooks, LayerCodec
-from torchgsrq.layout import Layout, key_layout, value_layout
+from torchgsrq.layout import key_layout, value_layout
 from torchgsrq.ops import use_kernels
 
+SHAPES = {name: MODELS[name] for name in ("SmolLM2-135M", "Llama-3-8B")}
 PHASES = ("tables", "mean", "scores", "softmax", "values", "window", "merge")
-MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128)}  # query heads, KV heads, head_dim
 SECTIONS = ("attention", "queries", "generate", "prefill", "memory", "compile", "calibrate")
-
-
-def random_codec(heads: int, layout: Layout, frame: int | None) -> Codec:
-    """A codec with random tables; how fast it is does not depend on what is in them."""
-    dim = layout.head_dim
-    return Codec.build(
-        layout,
-        torch.randn(heads, dim),
-        torch.randn(heads, layout.dims, dim) / dim**0.5,
-        torch.randn(heads, layout.codes, 256, layout.width) / layout.stages**0.5,
-        inverse=torch.randn(heads, dim, layout.dims) / dim**0.5,
-        inv_freq=None if frame is None else 1e5 ** (-torch.arange(dim // 2) / (dim // 2)),
-        frame=frame or 1,
-    )
-
-
-def random_cache(
-    batch: int, heads: int, dim: int, length: int, config: GSRQConfig, dtype: torch.dtype = torch.float32
-) -> tuple[GSRQTensor, GSRQTensor]:
-    """Key and value buffers that hold ``length`` random tokens."""
-    pair = []
-    layouts = (key_layout(dim, config.bits, config.layout), value_layout(dim, config.bits, config.layout))
-    for layout, frame in zip(layouts, (config.key_frame, None), strict=True):
-        codec = random_codec(heads, layout, frame)
-        buffer = GSRQTensor.empty(batch, heads, length, dim, codec=codec, dtype=dtype, config=config)
-        fill(buffer, length, config)
-        pair.append(buffer)
-    return pair[0], pair[1]
-
-
-def fill(buffer: GSRQTensor, length: int, config: GSRQConfig) -> None:
-    """Random codes, as if ``length`` tokens had been appended."""
-    buffer.codes.random_(0, 256)
-    buffer.window.normal_()
-    buffer.length.fill_(length)
-    buffer.encoded.fill_(max(0, (length - config.recent_tokens) // config.block_tokens * config.block_tokens))
 
 
 def in_turns(candidates: dict[str, Callable[[], Any]], seconds: float = 1.0, rounds: int = 7) -> dict[str, float]:
@@ -131,7 +96,7 @@ class Bench:
     def attention(self) -> None:
         """Decode attention of one layer."""
         torch.ops.torchgsrq.cpu_profile(False)
-        for model, (q_heads, heads, dim) in MODELS.items():
+        for model, (q_heads, heads, dim) in SHAPES.items():
             for length in self.args.context or (4096, 8192, 32768, 131072):
                 q = torch.randn(1, q_heads, 1, dim)
                 steps: dict[str, Callable[[], Any]] = dict(sdpa_steps(q, heads, length))
@@ -158,7 +123,7 @@ class Bench:
 
     def queries(self) -> None:
         """Several queries, and batches."""
-        for model, (q_heads, heads, dim) in MODELS.items():
+        for model, (q_heads, heads, dim) in SHAPES.items():
             for batch, queries in ((4, 1), (1, 4), (1, 64)):
                 for layout in ("quality", "fast"):
                     config = GSRQConfig(layout=layout)
@@ -345,7 +310,7 @@ class Bench:
 
     def memory(self) -> None:
         """Peak memory of decode steps on 32k tokens: SmolLM2's 30 layers of caches, codebooks apart."""
-        q_heads, heads, dim = MODELS["SmolLM2-135M"]
+        q_heads, heads, dim = SHAPES["SmolLM2-135M"]
         config, length, layers = GSRQConfig(), 32768, 30
         tables = [random_codec(heads, key_layout(dim, 1), 512), random_codec(heads, value_layout(dim, 1), None)]
         q, x = torch.randn(1, q_heads, 1, dim), torch.randn(1, heads, 1, dim)

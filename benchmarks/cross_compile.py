@@ -26,27 +26,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from common import random_codecs
 
-from torchgsrq import Codec, GSRQConfig, GSRQTensor, reference
-from torchgsrq.layout import Layout, key_layout, value_layout
+from torchgsrq import GSRQConfig, GSRQTensor, reference
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32"}
 DTYPES |= {torch.int64: "i64"}
 SHAPES = {64: (9, 3), 80: (32, 32), 96: (24, 8), 128: (32, 8), 192: (16, 8), 256: (32, 2)}  # query and KV heads
-
-
-def codec(heads: int, layout: Layout, frame: int) -> Codec:
-    """A codec of zeros."""
-    dim = layout.head_dim
-    return Codec.build(
-        layout,
-        torch.zeros(heads, dim),
-        torch.zeros(heads, layout.dims, dim),
-        torch.zeros(heads, layout.codes, 256, layout.width),
-        inverse=torch.zeros(heads, dim, layout.dims),
-        inv_freq=torch.ones(dim // 2) if frame else None,
-        frame=frame or 1,
-    )
 
 
 def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
@@ -58,8 +44,7 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
             if bits != 1 and dim != 128:
                 continue
             config = GSRQConfig(bits=bits, layout=layout)
-            k = codec(heads, key_layout(dim, bits, layout), config.key_frame)
-            v = codec(heads, value_layout(dim, bits, layout), 0)
+            k, v = random_codecs(heads, dim, config)
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 if dtype != torch.bfloat16 and (bits != 1 or dim not in (64, 128)):
                     continue
@@ -84,11 +69,46 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
                         )
 
 
-def _attend(q: torch.Tensor, cache: list[reference.Packed], p: Any) -> None:
+def variants() -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """What calls may ask for beyond a plain decode step, at one size."""
+    from torchgsrq.kernels import encode
+
+    config, dim, heads, queries = GSRQConfig(), 64, 3, 5
+    k, v = random_codecs(heads, dim, config)
+    codecs = {
+        "plain": k,
+        "interleaved": dataclasses.replace(k, interleaved=True, _copies={}),
+        "partial rotary": dataclasses.replace(k, inv_freq=torch.ones(12), _copies={}),
+        "no RoPE": dataclasses.replace(k, inv_freq=torch.ones(0), frame=1, _copies={}),
+        "no frames": dataclasses.replace(k, frame=16, _copies={}),
+        "beam 1": dataclasses.replace(k, beam=1, _copies={}),
+        "beam 7": dataclasses.replace(k, beam=7, _copies={}),
+    }
+    q = torch.zeros(2, 9, queries, dim, dtype=torch.bfloat16)
+    additive = {"mask": torch.zeros(1, 1, queries, 1024, dtype=torch.bfloat16), "sink_logits": torch.zeros(9)}
+    tail = torch.zeros(2, heads, config.recent_tokens + config.block_tokens + queries, dim, dtype=torch.bfloat16)
+    tails = {"tails": (tail, tail), "tail_start": torch.zeros((), dtype=torch.int32), "causal": reference.LAST_ALIGNED}
+    calls = {
+        "bool mask": {"mask": torch.zeros(2, 1, queries, 1024, dtype=torch.bool)},
+        "additive mask, soft cap, sink logits": {**additive, "softcap": 3.0, "causal": reference.UPPER_LEFT},
+        "exact tail": {**tails, "view": reference.EXACT_TAIL},
+        "streaming": {**tails, "view": reference.STREAMING},
+    }
+    for name, codec in codecs.items():
+        pair = [GSRQTensor.empty(2, heads, 1024, dim, codec=c, dtype=q.dtype, config=config).packed for c in (codec, v)]
+        x, position = torch.zeros(2, heads, 40, dim, dtype=q.dtype), torch.arange(40).expand(2, -1)
+        if "beam" not in name:
+            for what, facts in calls.items() if name == "plain" else [("several queries", {})]:
+                yield "attention", f"64 {name} {what}", functools.partial(_attend, q, pair, None, **facts)
+        yield "encode", f"64 {name} encode", functools.partial(encode.encode, x, position, codec)
+
+
+def _attend(q: torch.Tensor, cache: list[reference.Packed], p: Any, **facts: Any) -> None:
     from torchgsrq.kernels import attention
 
-    none = {"mask": None, "sink_logits": None, "tails": None, "tail_start": None}
-    attention.attention(q, *cache, scale=0.1, causal=0, softcap=0.0, view=0, plan_=p, **none)
+    plain = {"mask": None, "sink_logits": None, "tails": None, "tail_start": None}
+    plain |= {"scale": 0.1, "causal": reference.NOT_CAUSAL, "softcap": 0.0, "view": reference.WINDOW}
+    attention.attention(q, *cache, plan_=p, **{**plain, **facts})
 
 
 class Recorder:
@@ -126,6 +146,8 @@ def compile_call(recorder: Recorder, capability: int) -> dict[str, Any]:
     constants = {k: v for k, v in options.items() if k not in ("num_warps", "num_stages")}
     signature, attributes = {}, {}
     for i, (name, value) in enumerate(zip(kernel.arg_names, args, strict=False)):
+        if name in constants:
+            continue
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + DTYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
@@ -161,9 +183,14 @@ def compile_call(recorder: Recorder, capability: int) -> dict[str, Any]:
     }
 
 
+def everything() -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """All that is compiled."""
+    return itertools.chain(configurations(), variants())
+
+
 def _one(job: tuple[int, list[int]]) -> list[dict[str, Any]]:
     index, capabilities = job
-    _, name, launch = next(itertools.islice(configurations(), index, None))
+    _, name, launch = next(itertools.islice(everything(), index, None))
     rows = []
     for recorder in recorded(launch):
         rows += [{"configuration": name, **compile_call(recorder, c)} for c in capabilities]
@@ -178,7 +205,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
     os.environ["TRITON_INTERPRET"] = "0"
-    names = [f"{kernel} {name}" for kernel, name, _ in configurations()]
+    names = [f"{kernel} {name}" for kernel, name, _ in everything()]
     todo = [(i, args.capability or [80, 90]) for i, name in enumerate(names) if args.match in name]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:

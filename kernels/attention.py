@@ -44,7 +44,6 @@ class Plan:
 _TABLE_ROWS = 8  # a table entry packs 4 queries; with more than two of them, decoding is as cheap
 _TABLE_TOKENS = 1024  # tokens looked up at a time: a table is stored once for so many
 _MERGE_ROWS = 16
-_LONG_SPLIT = 2048  # tokens of a split from which a table pays
 
 
 def plan(key: Codec, value: Codec, rows: int, capacity: int, programs: int, processors: int, half: bool) -> Plan:
@@ -58,8 +57,11 @@ def plan(key: Codec, value: Codec, rows: int, capacity: int, programs: int, proc
         tokens //= 2
     tiles = programs * triton.cdiv(rows, block)
     splits = max(1, min(triton.cdiv(2 * processors, tiles), triton.cdiv(capacity, 256), 256))
-    long = capacity // splits >= _LONG_SPLIT
-    tables = half and long and rows <= _TABLE_ROWS and 256 <= frame <= 4096 and frame & (frame - 1) == 0
+    # Tables are made for whole frames, so there must be frames enough to give every processor one.
+    tables = half and rows <= _TABLE_ROWS and 256 <= frame <= 4096 and frame & (frame - 1) == 0
+    tables = tables and programs * (capacity // frame) >= processors
+    if tables:
+        splits = min(splits, triton.cdiv(capacity, frame) + 1)
     return Plan(block, tokens, splits, tables, 8)
 
 

@@ -80,10 +80,10 @@ def encode_kernel(
             c = _row(x + base, window, new_at, old_at, new, held, second_of, in_pair)
             r = _row(x + base, window, new_at, old_at, new, held, rest_of, in_rest)
         else:
-            at = x + base + t[:, None] * x_t
-            a = tl.load(at + first_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
-            c = tl.load(at + second_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
-            r = tl.load(at + rest_of[None, :], mask=held[:, None] & in_rest[None, :], other=0).to(tl.float32)
+            row_of = x + base + t[:, None] * x_t
+            a = tl.load(row_of + first_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
+            c = tl.load(row_of + second_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
+            r = tl.load(row_of + rest_of[None, :], mask=held[:, None] & in_rest[None, :], other=0).to(tl.float32)
         # R(-frame start) x - R(place in the frame) mean, in the metric of the codes
         w = tl.arange(0, WP)
         row = transform + h * (G * W * D) + (g * W + w)[None, :] * D

@@ -222,6 +222,22 @@ def test_append(chunks, rewind, pad, dtype):
     assert torch.equal(pairs[0].window[:, :, :2].cpu(), pairs[1].window[:, :, :2])
 
 
+@given(
+    rows=st.integers(1, 200),
+    capacity=st.integers(1, 300_000),
+    programs=st.integers(1, 600),
+    frame=st.sampled_from([16, 192, 512, 1024]),
+    half=st.booleans(),
+)
+def test_plans(rows, capacity, programs, frame, half):
+    """Iterations stay in one frame; tables only where whole frames keep every processor busy."""
+    key, value = make_codec(1, frame=frame), make_codec(1, pairs=0)
+    p = attention.plan(key, value, rows, capacity, programs, 132, half)
+    assert frame % p.tokens == 0 and p.tokens >= 16 and p.rows in (16, 32) and 1 <= p.splits <= 256
+    assert not p.tables or (half and rows <= 8 and programs * (capacity // frame) >= 132 and frame >= 256)
+    assert p.tables or not (half and rows <= 8 and frame >= 256 and programs * (capacity // frame) >= 132)
+
+
 def test_codecs_without_a_kernel():
     """Gains, and frames that no tile divides, are left to the reference."""
     plain, gains, odd = (make_codec(2, **x) for x in ({}, {"gains": True}, {"frame": 20}))

@@ -1,0 +1,65 @@
+"""Caches of random tokens, for timing: how fast a codec is does not depend on what is in it."""
+
+from __future__ import annotations
+
+import torch
+
+from torchgsrq import Codec, GSRQConfig, GSRQTensor
+from torchgsrq.layout import Layout, key_layout, value_layout
+
+MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-3-70B": (64, 8, 128)}  # heads, KV heads, dim
+
+
+def random_codec(
+    heads: int, layout: Layout, frame: int | None, device: torch.device | str = "cpu", beam: int = 4
+) -> Codec:
+    """A codec with random tables."""
+    dim = layout.head_dim
+    return Codec.build(
+        layout,
+        torch.randn(heads, dim, device=device),
+        torch.randn(heads, layout.dims, dim, device=device) / dim**0.5,
+        torch.randn(heads, layout.codes, 256, layout.width, device=device) / layout.stages**0.5,
+        inverse=torch.randn(heads, dim, layout.dims, device=device) / dim**0.5,
+        inv_freq=None if frame is None else 1e5 ** (-torch.arange(dim // 2, device=device) / (dim // 2)),
+        frame=frame or 1,
+        beam=beam,
+    )
+
+
+def random_codecs(heads: int, dim: int, config: GSRQConfig, device: torch.device | str = "cpu") -> tuple[Codec, Codec]:
+    """Key and value codecs of a config."""
+    return (
+        random_codec(heads, key_layout(dim, config.key_rate, config.layout), config.key_frame, device, config.beam),
+        random_codec(heads, value_layout(dim, config.value_rate, config.layout), None, device, config.beam),
+    )
+
+
+def random_cache(
+    batch: int,
+    heads: int,
+    dim: int,
+    length: int,
+    config: GSRQConfig,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    codecs: tuple[Codec, Codec] | None = None,
+    capacity: int | None = None,
+) -> tuple[GSRQTensor, GSRQTensor]:
+    """Key and value buffers that hold ``length`` random tokens."""
+    pair = []
+    for codec in codecs or random_codecs(heads, dim, config, device):
+        buffer = GSRQTensor.empty(
+            batch, heads, capacity or length, dim, codec=codec, device=device, dtype=dtype, config=config
+        )
+        fill(buffer, length, config)
+        pair.append(buffer)
+    return pair[0], pair[1]
+
+
+def fill(buffer: GSRQTensor, length: int, config: GSRQConfig) -> None:
+    """Random codes, as if ``length`` tokens had been appended."""
+    buffer.codes.random_(0, 256)
+    buffer.window.normal_()
+    buffer.length.fill_(length)
+    buffer.encoded.fill_(max(0, (length - config.recent_tokens) // config.block_tokens * config.block_tokens))

@@ -1,0 +1,153 @@
+"""The least time that decode attention and encoding can take on a GPU, from what the kernels move and multiply.
+
+    python benchmarks/roofline.py --gpu H100 --json roofline.json
+
+Counts bytes from memory, bytes gathered from the first-level cache (codewords), look-ups in shared memory and
+multiply-adds on tensor cores of one layer, as `torchgsrq.kernels` would launch it, padding included; the floor is the
+largest of the four times, as if all else were hidden behind it. bfloat16 attention is taken at the speed of memory.
+These are bounds, not predictions: nothing here was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common import MODELS, random_codecs
+from torchgsrq.kernels import attention
+from torchgsrq.kernels.common import Shape
+
+from torchgsrq import Codec, GSRQConfig
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Public figures of a GPU: processors, clock in GHz, memory in TB/s, dense bfloat16 TFLOP/s."""
+
+    processors: int
+    clock: float
+    memory: float
+    tensor: float
+
+    @property
+    def gathered(self) -> float:
+        """Bytes per second from the first-level caches: 128 per clock and processor, and half of it at random rows."""
+        return 64 * self.processors * self.clock * 1e9
+
+    @property
+    def lookups(self) -> float:
+        """8-byte entries per second from shared memory at random banks: 32 banks serve about 10 of 32 lanes."""
+        return 10 * self.processors * self.clock * 1e9
+
+
+GPUS = {
+    "A100": Gpu(108, 1.41, 2.0, 312),
+    "H100": Gpu(132, 1.76, 3.35, 989),
+    "H200": Gpu(132, 1.76, 4.8, 989),
+}
+
+
+@dataclass
+class Work:
+    """What one layer's step takes."""
+
+    memory: float = 0.0  # bytes
+    gathered: float = 0.0  # bytes
+    lookups: float = 0.0  # 8-byte entries
+    multiplied: float = 0.0  # multiply-adds on tensor cores, in bfloat16 ones
+
+    def seconds(self, gpu: Gpu) -> dict[str, float]:
+        """Seconds by bottleneck."""
+        return {
+            "memory": self.memory / (gpu.memory * 1e12),
+            "gathers": self.gathered / gpu.gathered,
+            "look-ups": self.lookups / gpu.lookups,
+            "tensor cores": 2 * self.multiplied / (gpu.tensor * 1e12),
+        }
+
+
+def decode_step(key: Codec, value: Codec, q_heads: int, batch: int, context: int, gpu: Gpu, tables: bool) -> Work:
+    """Attention of one query token per row, by look-up or by decoding."""
+    k, v = Shape.of(key), Shape.of(value)
+    heads = key.heads
+    rows = q_heads // heads
+    p = attention.plan(key, value, rows, context, batch * heads, gpu.processors, True)
+    each = batch * heads  # KV heads of all rows
+    tokens = each * context
+    spans = max(context // p.splits, 1)
+    frames = each * p.splits * max(1, -(-spans // (key.frame if k.pairs else 1 << 20)))
+    work = Work()
+    work.memory = tokens * (k.n + v.n) + key.nbytes() + value.nbytes()
+    work.memory += each * p.splits * p.rows * (value.layout.dims + 2) * 4 * 2  # partial results, written and read
+    stages = value.layout.stages
+    work.gathered = tokens * stages * v.g * v.w * 2
+    mean = p.rows * 2 * k.rotary["BP"] if k.pairs else 0
+    work.multiplied = tokens * (p.rows * v.gp * v.wp + mean)
+    query = 2 * p.rows * k.d * k.gp * k.wp  # in tf32, at half the rate, once per frame
+    work.multiplied += frames * query
+    if tables:
+        packs = -(-rows // 4)
+        work.lookups = tokens * k.n * packs
+        work.multiplied += frames * packs * k.n * 256 * k.wp * p.rows
+        work.gathered += frames * packs * k.n * 256 * k.w * 2
+    else:
+        work.gathered += tokens * key.layout.stages * k.g * k.w * 2
+        work.multiplied += tokens * p.rows * k.gp * k.wp
+    return work
+
+
+def encode_tokens(codec: Codec, tokens: int) -> Work:
+    """Encoding ``tokens`` per head of keys or values."""
+    s = Shape.of(codec)
+    beam = codec.beam if codec.layout.stages > 1 else 1
+    vectors = codec.heads * tokens
+    work = Work(memory=vectors * (2 * s.d + s.n) + codec.nbytes())
+    per_stage = 2 * beam * 256 * max(16, s.wp)  # two float16 parts of the residual
+    work.multiplied = vectors * (s.n * per_stage + 6 * s.d * s.gp * max(16, s.wp))
+    work.gathered = vectors / 16 * s.n * 256 * s.w * 2  # a program's 16 vectors share what it loads
+    return work
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="append", choices=list(GPUS), help="may be repeated; all by default")
+    parser.add_argument("--context", action="append", type=int, help="4k to 1M by default")
+    parser.add_argument("--batch", action="append", type=int, help="1, 8 and 64 by default")
+    parser.add_argument("--bits", type=float, default=1.0)
+    parser.add_argument("--json", type=Path, help="write the rows here")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in args.gpu or GPUS:
+        gpu = GPUS[name]
+        for model in ("Llama-3-8B", "Llama-3-70B"):
+            q_heads, heads, dim = MODELS[model]
+            for layout in ("quality", "fast"):
+                key, value = random_codecs(heads, dim, GSRQConfig(bits=args.bits, layout=layout))
+                for batch in args.batch or (1, 8, 64):
+                    for context in args.context or (4096, 32768, 131072, 1048576):
+                        full = batch * heads * context * dim * 4 / (gpu.memory * 1e12)
+                        for form in ("decode", "tables"):
+                            work = decode_step(key, value, q_heads, batch, context, gpu, form == "tables")
+                            parts = work.seconds(gpu)
+                            bound = max(parts, key=parts.__getitem__)
+                            facts = {"gpu": name, "model": model, "layout": layout, "form": form}
+                            facts |= {"batch": batch, "context": context, "bf16_us": full * 1e6}
+                            facts |= {"us": parts[bound] * 1e6, "bound": bound, "over_bf16": full / parts[bound]}
+                            rows.append(facts)
+                tokens = 4096
+                taken = 32 * sum(max(encode_tokens(c, tokens).seconds(gpu).values()) for c in (key, value))
+                prefill = 2 * 7.5e9 * tokens / (gpu.tensor * 1e12)
+                facts = {"gpu": name, "model": model, "layout": layout, "form": "encode, all layers", "batch": 1}
+                rows.append({**facts, "context": tokens, "us": taken * 1e6, "share_of_prefill": taken / prefill})
+    for row in rows:
+        print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
