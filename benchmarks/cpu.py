@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import MODELS, fill, random_cache, random_codec
+from common import MODELS, fill, random_cache, random_codec, random_codecs
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
@@ -360,8 +360,30 @@ class Bench:
             },
             seconds=4,
         )
-        self.record(section="compile", **{f"{name}_ms": t * 1e3 for name, t in took.items()})
+        self.record(section="compile", what="step", **{f"{name}_ms": t * 1e3 for name, t in took.items()})
         dequantize_kv_(model)
+        self.fusion()
+
+    def fusion(self) -> None:
+        """What Inductor makes of `decode` and its consumer, and of RoPE and `encode`: 2048 tokens, 3 heads of 64."""
+        codec, _ = random_codecs(3, 64, GSRQConfig())
+        flat = (codec.tensors, codec.integers)
+        x, position = torch.randn(1, 3, 2048, 64), torch.arange(2048)[None]
+        angle = torch.cat([position[..., None] * codec.inv_freq] * 2, -1)[:, None]
+        cos, sin = angle.cos(), angle.sin()
+
+        def encode() -> Tensor:
+            a, b = x.chunk(2, -1)
+            return torch.ops.torchgsrq.encode(x * cos + torch.cat((-b, a), -1) * sin, position, *flat)
+
+        codes = encode()
+
+        def decode() -> Tensor:
+            return torch.ops.torchgsrq.decode(codes, position, *flat, torch.float32).relu().sum(-1)
+
+        for name, function in (("encode after RoPE", encode), ("decode and a sum", decode)):
+            took = in_turns({"eager": function, "compiled": torch.compile(function, fullgraph=True)})
+            self.record(section="compile", what=name, **{f"{k}_ms": t * 1e3 for k, t in took.items()})
 
     def calibrate(self) -> None:
         """From model to codebooks, on 16k tokens that the model writes itself and on as many given ones."""

@@ -126,6 +126,28 @@ def test_append_after_clone():
     assert int(other.length) == 11 and torch.equal(other.dequantize()[:, :, 10:11], x)
 
 
+@torch.no_grad()
+def test_reduce_overhead(llama):
+    """The mode that captures CUDA graphs on a GPU takes the same graph on a CPU."""
+    dynamo.reset()
+    model, books = llama
+    prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
+    with quantized(model, SMALL, books):
+        step = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead", dynamic=False)
+        caches = [new_cache(model, max_cache_len=64) for _ in range(2)]
+        for cache in caches:
+            model(prompt, past_key_values=cache, use_cache=True)
+        for i in range(10):
+            facts = {"position_ids": torch.full((2, 1), 20 + i), "use_cache": True}
+            want, got = (
+                f(prompt[:, i : i + 1].clone(), past_key_values=c, **facts).logits
+                for f, c in zip((model, step), caches, strict=True)
+            )
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+        for a, b in zip(*(c.layers for c in caches), strict=True):
+            assert torch.equal(a.keys.codes, b.keys.codes) and torch.equal(a.values.codes, b.values.codes)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @torch.no_grad()
 def test_a_transformers_decode_step(llama, backend):

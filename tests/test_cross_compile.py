@@ -31,3 +31,13 @@ def test_kernels_fit_the_chip(tmp_path):
         assert r["spilled"] <= (160 if r["kernel"] == "encode_kernel" else 96), r  # bytes of a thread; most have none
         if r["kernel"] in ("split_kernel", "encode_kernel"):
             assert r["wide loads"] and r["mma"], r  # whole codewords at a time, products on tensor cores
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs():
+    """Its checks at tiny sizes in the interpreter, so that the script is ready where there is a GPU."""
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--smoke", "--section", "check"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.stdout.count("passed True") == 4
