@@ -38,6 +38,7 @@ from torch.utils.benchmark import Timer
 
 from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, new_cache, quantize_kv_
 from torchgsrq.codec import Codebooks, LayerCodec
+from torchgsrq.config import LAYOUTS
 from torchgsrq.layout import key_layout, value_layout
 from torchgsrq.ops import use_kernels
 
@@ -100,7 +101,7 @@ class Bench:
             for length in self.args.context or (4096, 8192, 32768, 131072):
                 q = torch.randn(1, q_heads, 1, dim)
                 steps: dict[str, Callable[[], Any]] = dict(sdpa_steps(q, heads, length))
-                for layout in ("quality", "fast"):
+                for layout in LAYOUTS:
                     for bits in (2.0, 1.0, 0.5):
                         config = GSRQConfig(bits=bits, layout=layout)
                         steps[f"gsrq {layout} {bits:g}"] = gsrq_step(q, *random_cache(1, heads, dim, length, config))
@@ -125,7 +126,7 @@ class Bench:
         """Several queries, and batches."""
         for model, (q_heads, heads, dim) in SHAPES.items():
             for batch, queries in ((4, 1), (1, 4), (1, 64)):
-                for layout in ("quality", "fast"):
+                for layout in LAYOUTS:
                     config = GSRQConfig(layout=layout)
                     key, value = random_cache(batch, heads, dim, 8192, config)
                     q = torch.randn(batch, q_heads, queries, dim)
@@ -225,11 +226,11 @@ class Bench:
         """Tokens per second."""
         for length in self.args.context or (512, 2048, 8192, 32768):
             tokens = 16 if length < 10000 else 6
-            books = {layout: self.codebooks(GSRQConfig(layout=layout)) for layout in ("quality", "fast")}
+            books = {layout: self.codebooks(GSRQConfig(layout=layout)) for layout in LAYOUTS}
             times: dict[str, list[float]] = {}
             for _ in range(self.args.rounds):
                 times.setdefault("DynamicCache", []).append(self.decode(self.full_cache(length), length, tokens))
-                for layout in ("quality", "fast"):
+                for layout in LAYOUTS:
                     config = GSRQConfig(layout=layout)
                     quantize_kv_(self.model(), config, codebooks=books[layout])
                     cache = self.gsrq_cache(config, length)
@@ -265,7 +266,7 @@ class Bench:
         """What encoding adds to a prefill, and appending to a decode step."""
         model = self.model()
         ids = torch.randint(100, 20000, (1, 2048))
-        for layout in ("quality", "fast"):
+        for layout in LAYOUTS:
             config = GSRQConfig(layout=layout)
             books = self.codebooks(config)
             times: dict[str, list[float]] = {"full": [], "gsrq": [], "encode": [], "append": []}

@@ -29,6 +29,7 @@ import torch
 from common import random_codecs
 
 from torchgsrq import GSRQConfig, GSRQTensor, reference
+from torchgsrq.config import LAYOUTS
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32"}
 DTYPES |= {torch.int64: "i64"}
@@ -40,8 +41,8 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
     from torchgsrq.kernels import attention, encode
 
     for dim, (q_heads, heads) in SHAPES.items():
-        for layout, bits in itertools.product(("quality", "fast"), (2.0, 1.0, 0.5)):
-            if bits != 1 and dim != 128:
+        for layout, bits in itertools.product(LAYOUTS, (2.0, 1.0, 0.5)):
+            if (bits != 1 and dim != 128) or (layout == "balanced" and (bits != 1 or dim not in (64, 128))):
                 continue
             config = GSRQConfig(bits=bits, layout=layout)
             k, v = random_codecs(heads, dim, config)

@@ -33,6 +33,7 @@ SECTIONS = (
     "frame256",
     "frame1024",
     "nested",
+    "balanced",
     "fast",
     "kmeans",
     "universal",
@@ -148,8 +149,8 @@ class Bench:
             trained = self.each_rate(section, "own")
             if self.args.codebooks:
                 trained[self.bits[0]].save(self.args.codebooks)
-        elif section == "fast":
-            self.each_rate(section, layout="fast")
+        elif section in ("balanced", "fast"):
+            self.each_rate(section, layout=section)
         elif section == "beam":
             trained = self.each_rate(section)
             for beam in (1, 2, 8):

@@ -30,7 +30,7 @@ TextFile = Annotated[Path | None, typer.Option("--text", help="a text file; the 
 Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element; may be repeated")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
 Seed = Annotated[int, typer.Option("--seed")]
-Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
+Layout = Annotated[str, typer.Option("--layout", help="quality, balanced or fast")]
 Books = Annotated[Path | None, typer.Option("--codebooks", help="a file of codebooks; else cached or calibrated")]
 
 
@@ -164,7 +164,7 @@ def calibrate_command(
     text: Annotated[Path | None, typer.Option("--text", help="calibration text; the model's own by default")] = None,
     tokens: Annotated[int, typer.Option(help="tokens of it to use")] = TOKENS,
     layout: Layout = "quality",
-    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512, or 1024 for fast")] = None,
+    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
     recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",
     seed: Seed = 0,
     json_only: Json = False,
@@ -193,7 +193,7 @@ def evaluate_command(
     ] = None,
     tokens: Annotated[int, typer.Option(help="tokens of calibration text")] = TOKENS,
     layout: Layout = "quality",
-    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512, or 1024 for fast")] = None,
+    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
     sinks: Annotated[int, typer.Option(help="sink tokens")] = GSRQConfig.sink_tokens,
     recent: Annotated[int, typer.Option(help="recent tokens")] = GSRQConfig.recent_tokens,
     block: Annotated[int, typer.Option(help="tokens encoded together")] = GSRQConfig.block_tokens,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
-LAYOUTS = ("quality", "fast")
+LAYOUTS = ("quality", "balanced", "fast")
 PREFILLS = ("exact", "quantized")
 RECIPES = ("gsrq", "gsrq-paper", "kmeans", "universal")
 
@@ -24,9 +24,10 @@ class GSRQConfig:
         bits: bits per element of keys and values, one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
         key_bits: bits per key element; defaults to ``bits``.
         value_bits: bits per value element; defaults to ``bits``.
-        layout: ``"quality"`` (whole-head key codes) or ``"fast"`` (smaller tables).
-        frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512, and 1024
-            with ``layout="fast"``.
+        layout: ``"quality"`` (codes of whole heads), ``"balanced"`` (keys in groups: smaller tables, cheap on CPUs) or
+            ``"fast"`` (values in small groups too: what GPUs gather fastest).
+        frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512 with
+            ``layout="quality"`` and 1024 with the others.
         sink_tokens: first real tokens of each row, kept in full precision.
         recent_tokens: newest tokens, kept in full precision.
         block_tokens: tokens that leave the recent window and are encoded together.
@@ -91,7 +92,7 @@ class GSRQConfig:
     @property
     def key_frame(self) -> int:
         """Tokens per anchored frame."""
-        return self.frame or (1024 if self.layout == "fast" else 512)
+        return self.frame or (512 if self.layout == "quality" else 1024)
 
     def codec_fields(self) -> dict[str, Any]:
         """The fields that decide what the codebooks are; the others only say how they are used."""

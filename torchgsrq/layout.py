@@ -97,7 +97,7 @@ def _one_stage(head_dim: int, codes: int) -> Layout:
 
 
 def key_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
-    """Keys: whole heads up to 64 elements, 64-element groups above; ``"fast"``: 32-element groups.
+    """Keys: whole heads up to 64 elements, 64-element groups above; 32-element groups but for ``"quality"``.
 
     The spectrum of keys falls steeply: below 1.5 bits three quarters of their principal directions are coded, which
     makes tables smaller and costs nothing that was measurable. Values have a flat spectrum and keep all.
@@ -107,6 +107,6 @@ def key_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
 
 
 def value_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
-    """Values: as keys; ``"fast"``: one stage (8 elements a code at 1 bit)."""
+    """Values: whole heads or 64-element groups; ``"fast"``: one stage (8 elements a code at 1 bit)."""
     codes = num_codes(head_dim, bits)
-    return _grouped(head_dim, codes, 64) if preset == "quality" else _one_stage(head_dim, codes)
+    return _one_stage(head_dim, codes) if preset == "fast" else _grouped(head_dim, codes, 64)
