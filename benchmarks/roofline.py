@@ -82,6 +82,9 @@ def decode_step(key: Codec, value: Codec, q_heads: int, batch: int, context: int
     work = Work()
     work.memory = tokens * (k.n + v.n) + key.nbytes() + value.nbytes()
     work.memory += each * p.splits * p.rows * (value.layout.dims + 2) * 4 * 2  # partial results, written and read
+    config = GSRQConfig()
+    window = config.sink_tokens + config.recent_tokens + config.block_tokens // 2
+    work.memory += each * 2 * window * k.d * 2
     stages = value.layout.stages
     work.gathered = tokens * stages * v.g * v.w * 2
     mean = p.rows * 2 * k.rotary["BP"] if k.pairs else 0

@@ -58,7 +58,7 @@ def plan(key: Codec, value: Codec, rows: int, capacity: int, programs: int, proc
     tiles = programs * triton.cdiv(rows, block)
     splits = max(1, min(triton.cdiv(2 * processors, tiles), triton.cdiv(capacity, 256), 256))
     # Tables are made for whole frames, so there must be frames enough to give every processor one.
-    tables = half and rows <= _TABLE_ROWS and 256 <= frame <= 4096 and frame & (frame - 1) == 0
+    tables = half and rows <= _TABLE_ROWS and 256 <= frame <= _TABLE_TOKENS and frame & (frame - 1) == 0
     tables = tables and programs * (capacity // frame) >= processors
     if tables:
         splits = min(splits, triton.cdiv(capacity, frame) + 1)
@@ -84,7 +84,7 @@ def _finish(
         allowed = allowed & (slots[None, :] <= query_slot[:, None])
     if MASK:
         column = tl.minimum(slots, mask_w - 1)
-        at = batch.to(tl.int64) * mask_b + head[:, None] * mask_h + query[:, None] * mask_q + column[None, :] * mask_t
+        at = batch * mask_b + head[:, None] * mask_h + query[:, None].to(tl.int64) * mask_q + column[None, :] * mask_t
         extra = tl.load(mask + at, mask=allowed & row[:, None], other=0)
         if MASK == 1:
             allowed = allowed & (extra != 0)
@@ -127,14 +127,14 @@ def _exact(
     t = tl.arange(0, BT)
     out = tl.zeros([BM, BD], tl.float32)
     x = _elements(q, row, base, d, d < D).to(DTYPE)
-    kx = k_exact + b.to(tl.int64) * k_xb + h * k_xh
-    vx = v_exact + b.to(tl.int64) * v_xb + h * v_xh
+    kx = k_exact + b * k_xb + h * k_xh
+    vx = v_exact + b * v_xb + h * v_xh
     for first in range(low, length, BT):
         slots = first + t
         held = slots < length
-        at = slots - (length - TAIL)
+        at = (slots - (length - TAIL)).to(tl.int64)
         if VIEW == 0:
-            at = SINKS + slots % RING
+            at = (SINKS + slots % RING).to(tl.int64)
         k = tl.load(kx + at[None, :] * k_xt + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
         v = tl.load(vx + at[:, None] * v_xt + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
         held = held & ((slots < first_sink) | (slots >= past_sink))
@@ -147,8 +147,8 @@ def _exact(
         i = tl.arange(0, BS)
         slots = sink + i
         held = (i < SINKS) & (slots < length)
-        kx = k_window + b.to(tl.int64) * k_wb + h * k_wh
-        vx = v_window + b.to(tl.int64) * v_wb + h * v_wh
+        kx = k_window + b * k_wb + h * k_wh
+        vx = v_window + b * v_wb + h * v_wh
         k = tl.load(kx + i[None, :] * D + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
         v = tl.load(vx + i[:, None] * D + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
         s = tl.dot(x, k.to(DTYPE), input_precision=PRECISION)
@@ -272,8 +272,8 @@ def _coded(
     inverse = k_inverse + h * (D * KG * KW)
     books = k_book + h * (KN * 256 * KW)
     values = v_book + h * (VN * 256 * VW)
-    kc = k_codes + b.to(tl.int64) * k_cb + h.to(tl.int64) * k_ch
-    vc = v_codes + b.to(tl.int64) * v_cb + h.to(tl.int64) * v_ch
+    kc = k_codes + b * k_cb + h * k_ch
+    vc = v_codes + b * v_cb + h * v_ch
     out = tl.zeros([BM, VGP * VWP], tl.float32)
 
     # Tiles are cut by position, so that none straddles two frames.
@@ -289,7 +289,7 @@ def _coded(
     first_frame = floor_div(begin, FRAME // BT)
     for frame in range(first_frame, tl.where(end > begin, floor_div(end - 1, FRAME // BT) + 1, first_frame)):
         if TABLES:
-            mine = scratch + ((bh * tl.num_programs(0) + tile) * SPLITS + split).to(tl.int64) * (4 * PACKS * FRAME)
+            mine = scratch + ((bh * tl.num_programs(0) + tile) * SPLITS + split) * (4 * PACKS * FRAME)
             _frame_scores(
                 q, base, row, inverse, k_freq, books, kc, k_ct, origin, coded, scale, frame, mine, D, PAIRS,
                 INTERLEAVED, FRAME, KG, KW, KWP, KN, BM, PACKS, LT, DTYPE, PRECISION,
@@ -325,12 +325,12 @@ def _coded(
             tl.debug_barrier()  # all have read the scratch before the next frame writes it
     c = tl.arange(0, VGP * VWP)
     live = (c // VWP < VG) & (c % VWP < VW)
-    to = (split * total + place).to(tl.int64)[:, None] * (VG * VW) + (c // VWP * VW + c % VWP)[None, :]
+    to = (split * total + place)[:, None] * (VG * VW) + (c // VWP * VW + c % VWP)[None, :]
     tl.store(part_out + to, out, mask=row[:, None] & live[None, :])
     return top, mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS", "TAIL"])
 def split_kernel(
     q, q_b, q_h, q_q, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct,
     k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
@@ -347,13 +347,13 @@ def split_kernel(
     DTYPE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of the codes for a tile of query rows of a KV head; the last split does what is exact."""
-    tile, bh, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, bh, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
     rows = GROUP * QUERIES
     r = tile * BM + tl.arange(0, BM)
     row = r < rows
     head, query = h * GROUP + r // QUERIES, r % QUERIES
-    base = b.to(tl.int64) * q_b + head * q_h + query * q_q
+    base = b * q_b + head * q_h + query * q_q
     length, encoded = tl.load(length_), tl.load(encoded_)
     origin, sink = tl.load(start + 2 * b), tl.load(start + 2 * b + 1)
     query_slot = query
@@ -375,7 +375,7 @@ def split_kernel(
     first_sink = tl.where(SINKS > 0, sink, length)
     past_sink = sink + SINKS
     place = (bh * tl.num_programs(0) + tile) * BM + tl.arange(0, BM)  # of a row, among all partial results
-    total = tl.num_programs(0) * tl.num_programs(1) * BM
+    total = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * BM
     if split == SPLITS:
         top, mass = _exact(
             q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
@@ -395,18 +395,18 @@ def split_kernel(
     tl.store(part_mass + split * total + place, mass, mask=row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLITS"])
 def merge_kernel(
     part_out, part_top, part_mass, exact_out, v_inverse, v_mean, sink_logits, out, ROWS, HEADS, GROUP, QUERIES, SPLITS,
     D: tl.constexpr, DIMS: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of a tile of query rows; only here does the output leave the values' metric."""
-    tile, bh = tl.program_id(0), tl.program_id(1)
+    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h = bh % HEADS
     r = tile * BM + tl.arange(0, BM)
     row = r < GROUP * QUERIES
     place = bh * ROWS + r  # ROWS of a KV head were written, padding included
-    total = tl.num_programs(1) * ROWS
+    total = tl.num_programs(1).to(tl.int64) * ROWS
     c = tl.arange(0, BV)
     top = tl.load(part_top + SPLITS * total + place, mask=row, other=-float("inf"))
     share = tl.where(top == -float("inf"), 0.0, 1.0)  # of what is exact
@@ -420,7 +420,7 @@ def merge_kernel(
         fade, weight = tl.exp2((top - safe) * LOG2E), tl.exp2((other - safe) * LOG2E)
         some = other > -float("inf")
         more = tl.load(part_mass + split * total + place, mask=row & some, other=0.0) * weight
-        at = (split * total + place).to(tl.int64)[:, None] * DIMS + c[None, :]
+        at = (split * total + place)[:, None] * DIMS + c[None, :]
         part = tl.load(part_out + at, mask=(row & some)[:, None] & (c < DIMS)[None, :], other=0.0)
         y = y * fade[:, None] + part * weight[:, None]
         coded = coded * fade + more
@@ -436,7 +436,7 @@ def merge_kernel(
     held = row & (share > 0)
     mass = tl.where(mass == 0, 1.0, mass)[:, None]
     head, query = h * GROUP + r // QUERIES, r % QUERIES
-    to = ((bh // HEADS) * (HEADS * GROUP) + head).to(tl.int64) * QUERIES + query
+    to = ((bh // HEADS) * (HEADS * GROUP) + head) * QUERIES + query
     for first in range(0, D, 32):
         d = first + tl.arange(0, 32)
         inside = d < D
@@ -495,22 +495,22 @@ def attention(
     kind, strides, mask_ = _mask(mask, q)
     view, packs = WINDOW if tails is None else view, triton.cdiv(rows, 4)
     shape = Shape.of(key.codec)
-    split_kernel[(tiles, batch * heads, p.splits + 1)](
-        q, *q.stride()[:3], key.codes, *key.codes.stride()[:3], value.codes, *value.codes.stride()[:3],
-        exact[0], *exact[0].stride()[:3], exact[1], *exact[1].stride()[:3], windows[0], *windows[0].stride()[:2],
-        windows[1], *windows[1].stride()[:2], key.start, key.length, key.encoded,
-        key.encoded if tail_start is None else tail_start, key.codec.mean, key.codec.inverse, key.codec.codebook,
-        key.codec.inv_freq if shape.pairs else key.codec.mean, value.codec.codebook, mask_, *strides, scale, softcap,
-        part_out, part_top, part_mass, exact_out, scratch, heads, q_heads // heads, queries, exact[0].shape[2],
-        p.splits, **constants(key, value, p, view, causal, kind, bool(softcap), q.dtype, packs),
-        num_warps=p.warps, num_stages=1,
-    )  # fmt: skip
-    merge_kernel[(triton.cdiv(rows, _MERGE_ROWS), batch * heads)](
-        part_out, part_top, part_mass, exact_out, value.codec.inverse, value.codec.mean,
-        key.codec.mean if sink_logits is None else sink_logits, out, tiles * p.rows, heads, q_heads // heads, queries,
-        p.splits,
-        **merge_constants(value.codec, sink_logits is not None), num_warps=4, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        split_kernel[(tiles, batch * heads, p.splits + 1)](
+            q, *q.stride()[:3], key.codes, *key.codes.stride()[:3], value.codes, *value.codes.stride()[:3],
+            exact[0], *exact[0].stride()[:3], exact[1], *exact[1].stride()[:3], windows[0], *windows[0].stride()[:2],
+            windows[1], *windows[1].stride()[:2], key.start, key.length, key.encoded,
+            key.encoded if tail_start is None else tail_start, key.codec.mean, key.codec.inverse, key.codec.codebook,
+            key.codec.inv_freq if shape.pairs else key.codec.mean, value.codec.codebook, mask_, *strides, scale,
+            softcap, part_out, part_top, part_mass, exact_out, scratch, heads, q_heads // heads, queries,
+            exact[0].shape[2], p.splits, **constants(key, value, p, view, causal, kind, bool(softcap), q.dtype, packs),
+            num_warps=p.warps, num_stages=1,
+        )  # fmt: skip
+        merge_kernel[(triton.cdiv(rows, _MERGE_ROWS), batch * heads)](
+            part_out, part_top, part_mass, exact_out, value.codec.inverse, value.codec.mean,
+            key.codec.mean if sink_logits is None else sink_logits, out, tiles * p.rows, heads, q_heads // heads,
+            queries, p.splits, **merge_constants(value.codec, sink_logits is not None), num_warps=4, num_stages=1,
+        )  # fmt: skip
     return out
 
 
@@ -547,7 +547,7 @@ def constants(
         "BM": p.rows,
         "BT": p.tokens,
         "TABLES": p.tables,
-        "PACKS": packs,
+        "PACKS": packs if p.tables else 1,
         "LT": min(frame, _TABLE_TOKENS),
         "DTYPE": DTYPES[dtype],
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",

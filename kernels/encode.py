@@ -45,7 +45,7 @@ def encode_kernel(
     SINKS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Codes of one group of T vectors of a row and head: of ``x``, or of the slots that are due to leave the window."""
-    tile, bh, g = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, bh, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
     t = tile * T + tl.arange(0, T)
     low = 0
@@ -53,7 +53,7 @@ def encode_kernel(
     if APPEND:
         first = tl.load(slots).to(tl.int32)
         low = tl.minimum(tl.load(encoded_), first)
-        due = tl.minimum(encoded_tokens(first + tokens, RECENT, BLOCK), CAPACITY) - low
+        due = encoded_tokens(tl.minimum(first + tokens, CAPACITY), RECENT, BLOCK) - low
     else:
         due = tokens
     if tile * T < due:
@@ -64,12 +64,12 @@ def encode_kernel(
             new = slot >= first
             # Tokens from before this call are in the window, the others are new.
             old_at = bh // HEADS * window_b + h * window_h + (SINKS + slot % RING) * D
-            new_at = (slot - first) * x_t
-            base = b.to(tl.int64) * x_b + h * x_h
+            new_at = (slot - first).to(tl.int64) * x_t
+            base = b * x_b + h * x_h
         else:
             slot = t
             place = tl.load(position + b * tokens + t, mask=held, other=0).to(tl.int32)
-            base = b.to(tl.int64) * x_b + h * x_h
+            base = b * x_b + h * x_h
         i, j = tl.arange(0, BP), tl.arange(0, BR)
         first_of = i * 2 if INTERLEAVED else i
         second_of = i * 2 + 1 if INTERLEAVED else i + PAIRS
@@ -80,7 +80,7 @@ def encode_kernel(
             c = _row(x + base, window, new_at, old_at, new, held, second_of, in_pair)
             r = _row(x + base, window, new_at, old_at, new, held, rest_of, in_rest)
         else:
-            row_of = x + base + t[:, None] * x_t
+            row_of = x + base + t[:, None].to(tl.int64) * x_t
             a = tl.load(row_of + first_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
             c = tl.load(row_of + second_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
             r = tl.load(row_of + rest_of[None, :], mask=held[:, None] & in_rest[None, :], other=0).to(tl.float32)
@@ -115,7 +115,7 @@ def encode_kernel(
         word = tl.arange(0, 256)
         stages = tl.cdiv(N - g, G)
         for stage in range(stages):
-            table = book + (h * N + stage * G + g).to(tl.int64) * (256 * W)
+            table = book + (h * N + stage * G + g) * (256 * W)
             words = tl.load(table + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
             product = _exact_dot(residual, words)
             wide = words.to(tl.float32)
@@ -154,7 +154,7 @@ def encode_kernel(
         best = k[None, :] == tl.argmin(cost, 1)[:, None]
         early = tl.sum(tl.where(best, early, 0), 1)
         late = tl.sum(tl.where(best, late, 0), 1)
-        to = out + b.to(tl.int64) * out_b + h.to(tl.int64) * out_h + slot * out_t + g
+        to = out + b * out_b + h * out_h + slot.to(tl.int64) * out_t + g
         for stage in range(stages):
             path = tl.where(stage < 8, early, late)
             code = (path >> (8 * (stage % 8))) & 255
@@ -173,32 +173,33 @@ def _row(x, window, new_at, old_at, new, held, index, inside):
 
 @triton.jit
 def write_kernel(
-    x, x_b, x_h, x_t, tokens, window, window_b, window_h, slots, start, length, encoded, HEADS,
+    x, x_b, x_h, x_t, tokens, window, window_b, window_h, slots, start, length, encoded, HEADS, CAPACITY,
     D: tl.constexpr, BD: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr,
     BLOCK: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """New vectors into the ring and the sinks; then the counters. Runs after the encoding, which reads both."""
-    tile, bh = tl.program_id(0), tl.program_id(1)
+    tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // HEADS, bh % HEADS
     first = tl.load(slots).to(tl.int32)
     d = tl.arange(0, BD)
-    source = x + b.to(tl.int64) * x_b + h * x_h
-    target = window + b.to(tl.int64) * window_b + h * window_h
+    source = x + b * x_b + h * x_h
+    target = window + b * window_b + h * window_h
     t = tl.maximum(tokens - RING, 0) + tile * T + tl.arange(0, T)
     inside = (t < tokens)[:, None] & (d < D)[None, :]
-    v = tl.load(source + t[:, None] * x_t + d[None, :], mask=inside, other=0)
+    v = tl.load(source + t[:, None].to(tl.int64) * x_t + d[None, :], mask=inside, other=0)
     tl.store(target + (SINKS + (first + t) % RING)[:, None] * D + d[None, :], v, mask=inside)
     if tile == 0:
         if SINKS:
             i = tl.arange(0, BS)
             at = tl.load(start + 2 * b + 1) + i - first
             is_new = ((i < SINKS) & (at >= 0) & (at < tokens))[:, None] & (d < D)[None, :]
-            sinks = tl.load(source + at[:, None] * x_t + d[None, :], mask=is_new, other=0)
+            sinks = tl.load(source + at[:, None].to(tl.int64) * x_t + d[None, :], mask=is_new, other=0)
             tl.store(target + i[:, None] * D + d[None, :], sinks, mask=is_new)
         if bh == 0:
             was = tl.minimum(tl.load(encoded), first)
-            tl.store(encoded, tl.maximum(was, encoded_tokens(first + tokens, RECENT, BLOCK)))
-            tl.store(length, first + tokens)
+            last = tl.minimum(first + tokens, CAPACITY)  # a write past the end was not checked for, and is dropped
+            tl.store(encoded, tl.maximum(was, encoded_tokens(last, RECENT, BLOCK)))
+            tl.store(length, last)
 
 
 def constants(codec: Codec) -> dict[str, Any]:
@@ -220,12 +221,13 @@ def _launch(codec: Codec, x: Tensor, position: Tensor, out: Tensor, kv: Packed |
         ints["APPEND"] = True
         window, start, encoded = kv.window, kv.start, kv.encoded
     grid = (triton.cdiv(due, _TILE), batch * heads, codec.layout.groups)
-    encode_kernel[grid](
-        x, *x.stride()[:3], position, tokens, out, *out.stride()[:3], window, *window.stride()[:2], slots, start,
-        encoded, codec.mean, codec.transform, codec.codebook,
-        codec.inv_freq if codec.inv_freq.numel() else codec.mean, heads, out.shape[2], **constants(codec), **ints,
-        num_warps=8, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        encode_kernel[grid](
+            x, *x.stride()[:3], position, tokens, out, *out.stride()[:3], window, *window.stride()[:2], slots, start,
+            encoded, codec.mean, codec.transform, codec.codebook,
+            codec.inv_freq if codec.inv_freq.numel() else codec.mean, heads, out.shape[2], **constants(codec), **ints,
+            num_warps=8, num_stages=1,
+        )  # fmt: skip
 
 
 def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
@@ -245,10 +247,11 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
     x = x if x.stride(3) == 1 else x.contiguous()
     _launch(kv.codec, x, slots, kv.codes, kv, n + kv.block_tokens - 1)
     grid = (triton.cdiv(min(n, kv.ring), _TILE), batch * heads)
-    write_kernel[grid](
-        x, *x.stride()[:3], n, kv.window, *kv.window.stride()[:2], slots, kv.start, kv.length, kv.encoded, heads,
-        **write_constants(kv), num_warps=4, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        write_kernel[grid](
+            x, *x.stride()[:3], n, kv.window, *kv.window.stride()[:2], slots, kv.start, kv.length, kv.encoded, heads,
+            kv.codes.shape[2], **write_constants(kv), num_warps=4, num_stages=1,
+        )  # fmt: skip
 
 
 def write_constants(kv: Packed) -> dict[str, Any]:

@@ -332,3 +332,31 @@ def test_ahead_of_time_inductor(tmp_path, repeat):
     for i in range(20):
         ids, slots = torch.full((2, 1), i), torch.tensor([20 + i])
         torch.testing.assert_close(step(ids, slots), model(ids, slots, *caches), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_buffers_of_a_static_cache_are_static_inputs(llama):
+    """CUDA graphs are captured only where what a graph mutates is known to stay at its address."""
+    dynamo.reset()
+    model, books = llama
+    prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
+    found = []
+
+    def backend(graph, inputs):
+        def compiler(inner, inner_inputs):
+            context = torch._guards.TracingContext.try_get()
+            found.append((len(inner_inputs), set(context.fw_metadata.static_input_indices)))
+            return inner
+
+        return torch._dynamo.backends.common.aot_autograd(fw_compiler=compiler, inference_compiler=compiler)(
+            graph, inputs
+        )
+
+    with quantized(model, SMALL, books):
+        cache = new_cache(model, max_cache_len=64)
+        model(prompt, past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(torch.tensor([1, 0]))
+        step = torch.compile(model.forward, fullgraph=True, backend=backend, dynamic=False)
+        step(prompt[:, :1].clone(), position_ids=torch.full((2, 1), 20), past_key_values=cache, use_cache=True)
+    (inputs, static), parts = found[-1], 11
+    assert inputs > len(static) >= 2 * 2 * parts  # keys and values of two layers

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
-from torchgsrq import reference
+from torchgsrq import ops, reference
 from torchgsrq.attention import Incoming
 from torchgsrq.codec import Codebooks, LayerCodec
 from torchgsrq.config import GSRQConfig
@@ -44,7 +44,9 @@ class GSRQLayer(CacheLayerMixin):
         self.codec = codec
         self.config = config
         self.max_cache_len = max_cache_len
-        self.is_compileable = max_cache_len is not None
+        # transformers compiles with CUDA graphs, which only the kernels can be captured in.
+        captured = not torch.cuda.is_available() or ops.has_gpu_kernels(codec.key, codec.value)
+        self.is_compileable = max_cache_len is not None and captured
         self.is_empty = True
         self.row_start: Tensor | None = None
         # The length, kept beside the buffers: traced code must not read their inner tensors. A tensor where the
@@ -72,10 +74,15 @@ class GSRQLayer(CacheLayerMixin):
             setattr(self, name, buffer)
         if self.max_cache_len is not None:
             self.cumulative_length = self.cumulative_length.to(self.device)
-            if not torch.compiler.is_compiling():
-                for tensor in (*self.keys.parts[:5], *self.values.parts[:5], self.cumulative_length):
-                    torch._dynamo.mark_static_address(tensor)
+        self._hold(self.keys, self.values)
         self.is_initialized = True
+
+    def _hold(self, keys: GSRQTensor, values: GSRQTensor) -> None:
+        """Take these buffers. Those of a fixed capacity stay where they are, which CUDA graphs want to know."""
+        self.keys, self.values = keys, values
+        if self.max_cache_len is not None and not torch.compiler.is_compiling():
+            for tensor in (keys, values, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Append, and return what attention reads: the buffers, with what the new queries see exactly if they
@@ -118,18 +125,18 @@ class GSRQLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Move what the layer owns to the CPU; the tables stay."""
         if self.is_initialized:
-            self.keys, self.values = self.keys.held_on("cpu"), self.values.held_on("cpu")
+            self._hold(self.keys.held_on("cpu"), self.values.held_on("cpu"))
 
     def prefetch(self) -> None:
         """Bring it back."""
         if self.is_initialized and self.keys.device != self.device:
-            self.keys, self.values = self.keys.held_on(self.device), self.values.held_on(self.device)
+            self._hold(self.keys.held_on(self.device), self.values.held_on(self.device))
 
     def _reserve(self, tokens: int) -> None:
         capacity = self.keys.shape[2]
         if tokens > capacity:
             capacity = _round_up(max(tokens, capacity + capacity // 8))
-            self.keys, self.values = self.keys.grown(capacity), self.values.grown(capacity)
+            self._hold(self.keys.grown(capacity), self.values.grown(capacity))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Width and offset of the mask of the next step."""
@@ -193,7 +200,7 @@ class GSRQLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows."""
         if self.is_initialized:
-            self.keys, self.values = self.keys.select_rows(indices), self.values.select_rows(indices)
+            self._hold(self.keys.select_rows(indices), self.values.select_rows(indices))
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that this layer owns, by name."""
@@ -209,6 +216,7 @@ class GSRQLayer(CacheLayerMixin):
             layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
             buffer = GSRQTensor([codes[:, :, :capacity].contiguous(), *rest, *codec.tensors], layout)
             setattr(self, name, buffer.grown(capacity))
+        self._hold(self.keys, self.values)
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized, self.is_empty = True, length == 0
         self._set_length(length)

@@ -210,6 +210,12 @@ def _triton() -> Any:
     return SimpleNamespace(attention=attention, encode=encode)
 
 
+def has_gpu_kernels(key: Codec, value: Codec) -> bool:
+    """Whether caches with these codecs run on GPUs in Triton kernels, all the way."""
+    kernels = _triton()
+    return bool(kernels) and kernels.attention.supports(key, value) and all(map(kernels.encode.supports, (key, value)))
+
+
 def gpu_encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
     """`encode` on a GPU."""
     _check_vectors(x, position, layout, values=not _capturing())

@@ -49,6 +49,7 @@ class GSRQTensor(Tensor):
     start: Tensor
     length: Tensor
     encoded: Tensor
+    codebook: Tensor
     integers: tuple[int, ...]
     head_repeat: int
     read_only: bool
@@ -273,7 +274,8 @@ def _copy_(kv: GSRQTensor, source: Tensor, non_blocking: bool = False) -> GSRQTe
     if isinstance(source, GSRQTensor):
         if source.integers != kv.integers or source.codes.shape != kv.codes.shape:
             raise ValueError(f"cannot copy {source!r} into {kv!r}: their codecs or shapes differ")
-        if not torch.compiler.is_compiling() and not torch.equal(source.codec.codebook, kv.codec.codebook):
+        same = source.codebook is kv.codebook or torch.compiler.is_compiling()
+        if not same and not torch.equal(source.codebook, kv.codebook):
             raise ValueError(f"cannot copy {source!r} into {kv!r}: their codebooks differ")
         for name in PARTS:
             getattr(kv, name).copy_(getattr(source, name), non_blocking)
