@@ -372,7 +372,8 @@ class Bench:
             at = torch.full((batch, 1), context + i, device=self.device)
             step(ids, position_ids=at, past_key_values=cache, use_cache=True)
 
-        skipped = torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+        counters = torch._dynamo.utils.counters["inductor"]
+        skipped = counters["cudagraph_skips"]
         try:
             for i in range(4):
                 run(i)
@@ -382,12 +383,12 @@ class Bench:
                 run(i)
             torch.cuda.synchronize()
             seconds = time.perf_counter() - begin
+            if counters["cudagraph_skips"] > skipped:
+                raise RuntimeError("the step was not captured in a CUDA graph")
+            return 32 * batch / seconds
         finally:
             torch._dynamo.reset()
             self.free()
-        if torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] > skipped:
-            raise RuntimeError("the step was not captured in a CUDA graph")
-        return 32 * batch / seconds
 
     def without_mask(self, model: Any) -> None:
         """SDPA on grouped queries: with a static cache transformers would pass a mask, and repeat keys and values."""
