@@ -15,6 +15,7 @@ from torchgsrq.reference import Packed
 
 from .common import Shape, encoded_tokens, floor_div, turn
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TILE = 16  # vectors of a program: with their candidates, the rows of one product
 _STAGES = 16  # codes of a path that a program keeps, one byte each of two 64-bit words
 

@@ -89,6 +89,17 @@ def buffers(
     return key, value, g
 
 
+def mask_of(kind, q, length, g):
+    """A mask of a kind, for queries [2, heads, queries, dim]."""
+    heads, queries = q.shape[1:3]
+    if kind == "bool":
+        return torch.rand(2, 1, queries, length + 3, generator=g) < 0.7
+    if kind == "additive":
+        hidden = torch.rand(length, generator=g) < 0.3
+        return torch.randn(1, 1, queries, length, generator=g).masked_fill(hidden, -torch.inf)
+    return torch.rand(2, heads, queries, length, generator=g) < 0.7 if kind == "heads" else None
+
+
 def test_the_kernels_run():
     """Where there is a compiler they build and load; else the tests below would compare the reference with itself."""
     assert use_kernels()
@@ -120,15 +131,7 @@ def test_attention(
         dim, length, bits, preset, frame=frame, pad=pad, seed=seed, gains=gains, interleaved=interleaved
     )
     q = torch.randn(2, 2 * group, queries, dim, generator=g)
-    mask = None
-    if masked == "bool":
-        mask = torch.rand(2, 1, queries, length + 3, generator=g) < 0.7
-    elif masked == "additive":
-        hidden = torch.rand(length, generator=g) < 0.3
-        mask = torch.randn(1, 1, queries, length, generator=g).masked_fill(hidden, -torch.inf)
-    elif masked == "heads":
-        mask = torch.rand(2, 2 * group, queries, length, generator=g) < 0.7
-    logits = torch.randn(2 * group, generator=g) if sink else None
+    mask, logits = mask_of(masked, q, length, g), torch.randn(2 * group, generator=g) if sink else None
     arguments = (q, key, value, mask, causal, softcap, logits)
     close(run(*arguments), specified(*arguments))
 

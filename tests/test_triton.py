@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import make_codec, make_pair
-from tests.test_kernels import CODECS, buffers, distance, specified
+from tests.test_kernels import CODECS, buffers, distance, mask_of, specified
 from torchgsrq import GSRQConfig, ops, reference
 from torchgsrq.layout import Layout
 from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
@@ -76,15 +76,7 @@ def test_attention(
     queries = min(queries, length)
     key, value, g = buffers(dim, length, bits, preset, frame=frame, pad=pad, seed=seed, interleaved=interleaved)
     q = torch.randn(2, 2 * group, queries, dim, generator=g)
-    mask = None
-    if masked == "bool":
-        mask = torch.rand(2, 1, queries, length + 3, generator=g) < 0.7
-    elif masked == "additive":
-        hidden = torch.rand(length, generator=g) < 0.3
-        mask = torch.randn(1, 1, queries, length, generator=g).masked_fill(hidden, -torch.inf)
-    elif masked == "heads":
-        mask = torch.rand(2, 2 * group, queries, length, generator=g) < 0.7
-    logits = torch.randn(2 * group, generator=g) if sink else None
+    mask, logits = mask_of(masked, q, length, g), torch.randn(2 * group, generator=g) if sink else None
     plan = attention.Plan(16 if group * queries <= 16 else 32, 16 if frame == 16 else 64, splits, False, 8)
     arguments = (q, key, value, mask, causal, softcap, logits)
     close(run(*arguments, plan=plan), specified(*arguments))
@@ -247,8 +239,9 @@ def test_codecs_without_a_kernel():
 
 
 @pytest.mark.parametrize("gains", [False, True])
-def test_the_ops_of_a_gpu(gains):
+def test_the_ops_of_a_gpu(gains, monkeypatch):
     """What torch calls on a GPU: the kernels, or the reference where a codec has none."""
+    monkeypatch.setattr(ops, "_on_gpu", lambda x: True)
     key, value, g = buffers(16, 40, gains=gains)
     buffers_ = [b.grown(60).to(DEVICE) for b in (key, value)]
     x, q = (torch.randn(2, heads, 9, 16, generator=g).to(DEVICE) for heads in (2, 4))
@@ -259,19 +252,19 @@ def test_the_ops_of_a_gpu(gains):
         b.length.fill_(43)
         codes, window, start, length, encoded, *tables = a.parts
         layout = list(a.integers)
-        ops.gpu_check_append(a.parts, layout, x, slots)
-        ops.gpu_append_(codes, window, length, encoded, start, tables, layout, x, slots)
+        ops.check_append(a.parts, layout, x, slots)
+        ops.append_(codes, window, length, encoded, start, tables, layout, x, slots)
         reference.append_(b.packed, x, slots)
         assert int(a.length) == int(b.length) == 52
         torch.testing.assert_close(a.dequantize(), b.dequantize(), rtol=1e-4, atol=1e-4)
     rest = (None, 0.25, LAST_ALIGNED, 0.0, None, None, None, None, WINDOW)
     sides = [argument for b in got for argument in (b.parts, list(b.integers))]
     facts = dict(scale=0.25, causal=LAST_ALIGNED)
-    close(ops.gpu_attention(q, *sides, *rest).cpu(), reference.attention(q, *(b.packed for b in want), **facts).cpu())
+    close(ops.attention(q, *sides, *rest).cpu(), reference.attention(q, *(b.packed for b in want), **facts).cpu())
     codec = got[0].codec
-    codes = ops.gpu_encode(x, slots.expand(2, -1), codec.tensors, codec.integers)
+    codes = ops.encode(x, slots.expand(2, -1), codec.tensors, codec.integers)
     assert (codes == reference.encode(x, slots.expand(2, -1), codec)).float().mean() > 0.95
     with pytest.raises(ValueError, match="slots start at"):
-        ops.gpu_check_append(got[0].parts, list(got[0].integers), x, slots + 50)
+        ops.check_append(got[0].parts, list(got[0].integers), x, slots + 50)
     with pytest.raises(ValueError, match="this cache takes"):
-        ops.gpu_check_append(got[0].parts, list(got[0].integers), x[:, :1], slots)
+        ops.check_append(got[0].parts, list(got[0].integers), x[:, :1], slots)

@@ -63,8 +63,9 @@ def pack(kv: list[Tensor], layout: list[int]) -> Packed:
 
 def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
     """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 ``[b, h, n, codes]``."""
-    _check_vectors(x, position, layout)
-    return reference.encode(x, position, Codec.from_flat(codec, layout))
+    _check_vectors(x, position, layout, values=not _capturing())
+    codec_ = Codec.from_flat(codec, layout)
+    return (_kernel(x, "encode", codec_) or reference.encode)(x, position, codec_)
 
 
 def search(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
@@ -101,12 +102,21 @@ def append_(
     slots: Tensor,
 ) -> None:
     """Append vectors ``[b, h, n, d]`` at slots ``[n]`` in place (`reference.append_`)."""
-    reference.append_(pack([codes, window, start, length, encoded, *codec], layout), x, slots)
+    kv = [codes, window, start, length, encoded, *codec]
+    packed = pack(kv, layout)
+    kernel = _kernel(x, "append_", packed.codec)
+    if kernel:
+        check_append(kv, layout, x, slots)
+    (kernel or reference.append_)(packed, x, slots)
 
 
 def check_append(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
-    """Refuse what `append_` cannot write (`reference.check_append`)."""
-    reference.check_append(pack(kv, layout), x, slots)
+    """Refuse what `append_` cannot write (`reference.check_append`).
+
+    On a GPU the values of a single token are not read back: that would stall every step.
+    """
+    seen = not _on_gpu(x) or (slots.shape[0] > 1 and not _capturing())
+    reference.check_append(pack(kv, layout), x, slots, values=seen)
 
 
 def tail(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,9 +147,10 @@ def attention(
 ) -> Tensor:
     """Attention on the codes of a cache (`reference.attention`)."""
     k, v = pack(key, key_layout), pack(value, value_layout)
-    _check_query(q, k, v, mask)
+    kernel = _kernel(q, "attention", k.codec, v.codec)
+    _check_query(q, k, v, mask, lengths=kernel is None)
     tails = None if key_tail is None or value_tail is None else (key_tail, value_tail)
-    return reference.attention(
+    return (kernel or reference.attention)(
         q,
         k,
         v,
@@ -183,20 +194,15 @@ def _check_query(q: Tensor, key: Packed, value: Packed, mask: Tensor | None, len
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GPUs: the Triton kernels, and the reference for codecs that they do not read.
+# GPUs
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def _without_kernel(what: str) -> None:
-    """Called before the reference runs on a GPU."""
-    if _capturing():
-        raise RuntimeError(
-            f"{what} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, or more than 16 "
-            "residual stages) or without triton, and cannot be captured in a CUDA graph: choose another compile mode"
-        )
 
 
 @functools.cache
@@ -216,87 +222,30 @@ def has_gpu_kernels(key: Codec, value: Codec) -> bool:
     return bool(kernels) and kernels.attention.supports(key, value) and all(map(kernels.encode.supports, (key, value)))
 
 
-def gpu_encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    """`encode` on a GPU."""
-    _check_vectors(x, position, layout, values=not _capturing())
-    kernels, codec_ = _triton(), Codec.from_flat(codec, layout)
-    if kernels and kernels.encode.supports(codec_):
-        return kernels.encode.encode(x, position, codec_)
-    _without_kernel("encode")
-    return reference.encode(x, position, codec_)
+def _kernel(x: Tensor, name: str, *codecs: Codec) -> Callable[..., Any] | None:
+    """The Triton function of an op, if ``x`` is on a GPU and the kernels read such codecs.
 
-
-def gpu_check_append(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
-    """`check_append` on a GPU; the values of a single token are not read back, which would stall every step."""
-    reference.check_append(pack(kv, layout), x, slots, values=slots.shape[0] > 1 and not _capturing())
-
-
-def gpu_append_(
-    codes: Tensor,
-    window: Tensor,
-    length: Tensor,
-    encoded: Tensor,
-    start: Tensor,
-    codec: list[Tensor],
-    layout: list[int],
-    x: Tensor,
-    slots: Tensor,
-) -> None:
-    """`append_` on a GPU."""
-    kv = [codes, window, start, length, encoded, *codec]
-    kernels, packed = _triton(), pack(kv, layout)
-    if kernels and kernels.encode.supports(packed.codec):
-        gpu_check_append(kv, layout, x, slots)
-        kernels.encode.append_(packed, x, slots)
-    else:
-        _without_kernel("append_")
-        reference.append_(packed, x, slots)
-
-
-def gpu_attention(
-    q: Tensor,
-    key: list[Tensor],
-    key_layout: list[int],
-    value: list[Tensor],
-    value_layout: list[int],
-    mask: Tensor | None,
-    scale: float,
-    causal: int,
-    softcap: float,
-    sink_logits: Tensor | None,
-    key_tail: Tensor | None,
-    value_tail: Tensor | None,
-    tail_start: Tensor | None,
-    view: int,
-) -> Tensor:
-    """`attention` on a GPU."""
-    k, v = pack(key, key_layout), pack(value, value_layout)
-    kernels = _triton()
-    fits = kernels and kernels.attention.supports(k.codec, v.codec) and q.dtype in kernels.attention.DTYPES
-    if not fits:
-        _without_kernel("attention")
-    _check_query(q, k, v, mask, lengths=not fits)
-    tails = None if key_tail is None or value_tail is None else (key_tail, value_tail)
-    return (kernels.attention.attention if fits else reference.attention)(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=scale,
-        causal=causal,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        tails=tails,
-        tail_start=tail_start,
-        view=view,
-    )
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and the reference would run, which reads lengths on the host.
+    """
+    if not _on_gpu(x):
+        return None
+    module = getattr(_triton(), "attention" if name == "attention" else "encode", None)
+    if module is not None and module.supports(*codecs) and x.dtype in module.DTYPES:
+        return getattr(module, name)
+    if _capturing():
+        raise RuntimeError(
+            f"{name} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, or more than 16 "
+            "residual stages) or without triton, and cannot be captured in a CUDA graph: choose another compile mode"
+        )
+    return None
 
 
 def _subclass_only(*_: object) -> None:
     raise TypeError("the kv_ ops take a GSRQTensor; use torchgsrq::append_ and torchgsrq::attention on plain tensors")
 
 
-_REFERENCE = (encode, search, decode, append_, check_append, tail, dequantize, attention, nearest, sum_by_code)
+_FUNCTIONS = (encode, search, decode, append_, check_append, tail, dequantize, attention, nearest, sum_by_code)
 # These have a C++ kernel as well, in kernels/.
 _COMPILED = ("encode", "search", "append_", "check_append", "attention", "nearest", "sum_by_code")
 _cpu = torch.library.Library("torchgsrq", "IMPL")
@@ -331,15 +280,14 @@ def use_kernels() -> bool:
             log.warning("torchgsrq: the CPU kernels cannot be loaded, so the slower reference runs: %s", error)
             library = None
     if library is None:
-        for function in _REFERENCE:
+        for function in _FUNCTIONS:
             if function.__name__ in _COMPILED:
                 _cpu.impl(function.__name__, function, "CPU")
     return library is not None
 
 
-_GPU = {"encode": gpu_encode, "append_": gpu_append_, "check_append": gpu_check_append, "attention": gpu_attention}
-for _function in _REFERENCE:
-    _library.impl(_function.__name__, _GPU.get(_function.__name__, _function), "CUDA")
+for _function in _FUNCTIONS:
+    _library.impl(_function.__name__, _function, "CUDA")
     if _function.__name__ in _COMPILED:
         _cpu.impl(_function.__name__, _on_first_use(_function.__name__, _function), "CPU")
     else:
