@@ -56,7 +56,7 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
                     rows = q_heads // heads * queries
                     q = torch.zeros(2, q_heads, queries, dim, dtype=dtype)
                     for tables in (False, True) if half and rows <= 8 else (False,):
-                        p = attention.plan(k, v, rows, 1024, 2 * heads, 132, half)
+                        p = attention.plan(k, rows, 1024, 2 * heads, 132, half)
                         p = dataclasses.replace(p, tables=tables)
                         name = f"{dim} {layout} {bits:g} {DTYPES[dtype]} q{queries}{' tables' if tables else ''}"
                         yield "attention", name, functools.partial(_attend, q, cache, p)

@@ -133,7 +133,7 @@ class Bench:
             q = torch.randn(2, heads * group, queries, dim, device=self.device, dtype=dtype)
             want = reference.attention(q, key.packed, value.packed, **plain).double()
             rows = group * queries
-            p = kernel.plan(*codecs, rows, length, 2 * heads, count, half)
+            p = kernel.plan(codecs[0], rows, length, 2 * heads, count, half)
             for tables in (False, True) if half and rows <= 8 else (False,):
                 got = kernel.attention(q, key.packed, value.packed, **full, plan_=dataclasses.replace(p, tables=tables))
                 name = f"attention {dtype}".replace("torch.", "") + (" tables" if tables else "")
@@ -249,7 +249,7 @@ class Bench:
                     for _ in range(self.layers_for(int(full * bits / 16) + tables_size))
                 ]
                 codecs = (caches[0][0].codec, caches[0][1].codec)
-                p = kernel.plan(*codecs, q_heads // heads, length, batch * heads, count, True)
+                p = kernel.plan(codecs[0], q_heads // heads, length, batch * heads, count, True)
                 for tables in (False, True):
                     plan = dataclasses.replace(p, tables=tables)
                     taken = self.seconds(functools.partial(self.attend_all, q, caches, plan)) / len(caches)

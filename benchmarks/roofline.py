@@ -74,7 +74,7 @@ def decode_step(key: Codec, value: Codec, q_heads: int, batch: int, context: int
     k, v = Shape.of(key), Shape.of(value)
     heads = key.heads
     rows = q_heads // heads
-    p = attention.plan(key, value, rows, context, batch * heads, gpu.processors, True)
+    p = attention.plan(key, rows, context, batch * heads, gpu.processors, True)
     each = batch * heads  # KV heads of all rows
     tokens = each * context
     spans = max(context // p.splits, 1)

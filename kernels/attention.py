@@ -43,10 +43,10 @@ class Plan:
 
 _TABLE_ROWS = 8  # a table entry packs 4 queries; with more than two of them, decoding is as cheap
 _TABLE_TOKENS = 1024  # tokens looked up at a time: a table is stored once for so many
-_MERGE_ROWS = 16
+_MERGE_ROWS = 16  # query rows that a program of the merge takes
 
 
-def plan(key: Codec, value: Codec, rows: int, capacity: int, programs: int, processors: int, half: bool) -> Plan:
+def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, half: bool) -> Plan:
     """The plan for ``rows`` query rows per KV head and ``programs`` rows of the batch times KV heads."""
     # What registers hold without spilling: see benchmarks/cross_compile.py.
     wide = key.head_dim > 128
@@ -478,9 +478,7 @@ def attention(
         return out
     q = q if q.stride(3) == 1 else q.contiguous()
     rows = q_heads // heads * queries
-    p = plan_ or plan(
-        key.codec, value.codec, rows, capacity, batch * heads, processors(q.device), q.dtype != torch.float32
-    )
+    p = plan_ or plan(key.codec, rows, capacity, batch * heads, processors(q.device), q.dtype != torch.float32)
     tiles = triton.cdiv(rows, p.rows)
     places = batch * heads * tiles * p.rows
     part_out = q.new_empty((p.splits, places, value.codec.layout.dims), dtype=torch.float32)

@@ -223,8 +223,7 @@ def test_append(chunks, rewind, pad, dtype):
 )
 def test_plans(rows, capacity, programs, frame, half):
     """Iterations stay in one frame; tables only where whole frames keep every processor busy."""
-    key, value = make_codec(1, frame=frame), make_codec(1, pairs=0)
-    p = attention.plan(key, value, rows, capacity, programs, 132, half)
+    p = attention.plan(make_codec(1, frame=frame), rows, capacity, programs, 132, half)
     assert frame % p.tokens == 0 and p.tokens >= 16 and p.rows in (16, 32) and 1 <= p.splits <= 256
     assert not p.tables or (half and rows <= 8 and programs * (capacity // frame) >= 132 and frame >= 256)
     assert p.tables or not (half and rows <= 8 and frame >= 256 and programs * (capacity // frame) >= 132)
