@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import make_pair
+from torchgsrq import reference
 
 ops = torch.ops.torchgsrq
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -27,6 +28,11 @@ def test_encode_and_decode():
     x = torch.randn(2, 2, 7, 16)
     torch.library.opcheck(ops.encode.default, (x, at, codec.tensors, codec.integers), test_utils=TESTS)
     codes = ops.encode(x, at, codec.tensors, codec.integers)
+    y = reference.to_metric(x, at, codec)[:, :14]
+    torch.library.opcheck(ops.search.default, (y, codec.tensors, codec.integers), test_utils=TESTS)
+    assert torch.equal(ops.search(y, codec.tensors, codec.integers).view(2, 2, 7, -1).transpose(0, 1), codes)
+    with pytest.raises(ValueError, match="expected float32"):
+        ops.search(y[:, :, :-1], codec.tensors, codec.integers)
     torch.library.opcheck(
         ops.decode.default, (codes, at, codec.tensors, codec.integers, torch.float16), test_utils=TESTS
     )

@@ -79,7 +79,7 @@ def search(y: Tensor, codec: Codec) -> Tensor:
         for rows in range(0, y.shape[1], _ENCODE_ROWS):
             found = beam_search(part[:, rows : rows + _ENCODE_ROWS], tables, codec.beam)
             codes[:, rows : rows + _ENCODE_ROWS, group :: layout.groups] = found
-    return torch.cat([*head, codes], -1)[:, :n]
+    return torch.cat([*head, codes], -1)[:, :n].contiguous()
 
 
 def _mean_at(position: Tensor, codec: Codec) -> Tensor:
