@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchgsrq import Codec, GSRQConfig, GSRQTensor
+from torchgsrq.config import encoded_tokens
 from torchgsrq.layout import Layout, key_layout, value_layout
 
 MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-3-70B": (64, 8, 128)}  # heads, KV heads, dim
@@ -62,4 +63,4 @@ def fill(buffer: GSRQTensor, length: int, config: GSRQConfig) -> None:
     buffer.codes.random_(0, 256)
     buffer.window.normal_()
     buffer.length.fill_(length)
-    buffer.encoded.fill_(max(0, (length - config.recent_tokens) // config.block_tokens * config.block_tokens))
+    buffer.encoded.fill_(encoded_tokens(length, config.recent_tokens, config.block_tokens))

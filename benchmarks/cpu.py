@@ -32,14 +32,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import MODELS, fill, random_cache, random_codec, random_codecs
+from common import MODELS, fill, random_cache, random_codecs
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, new_cache, quantize_kv_
 from torchgsrq.codec import Codebooks, LayerCodec
 from torchgsrq.config import LAYOUTS
-from torchgsrq.layout import key_layout, value_layout
 from torchgsrq.ops import use_kernels
 
 SHAPES = {name: MODELS[name] for name in ("SmolLM2-135M", "Llama-3-8B")}
@@ -168,11 +167,7 @@ class Bench:
             text.num_key_value_heads,
             getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         )
-        layouts = (key_layout(dim, config.bits, config.layout), value_layout(dim, config.bits, config.layout))
-        layers = {
-            i: LayerCodec(random_codec(heads, layouts[0], config.key_frame), random_codec(heads, layouts[1], None))
-            for i in range(text.num_hidden_layers)
-        }
+        layers = {i: LayerCodec(*random_codecs(heads, dim, config)) for i in range(text.num_hidden_layers)}
         return Codebooks(layers, {"config": config.codec_fields(), "source": "random", "tokens": 0})
 
     def gsrq_cache(self, config: GSRQConfig, length: int) -> Any:
@@ -313,7 +308,7 @@ class Bench:
         """Peak memory of decode steps on 32k tokens: SmolLM2's 30 layers of caches, codebooks apart."""
         q_heads, heads, dim = SHAPES["SmolLM2-135M"]
         config, length, layers = GSRQConfig(), 32768, 30
-        tables = [random_codec(heads, key_layout(dim, 1), 512), random_codec(heads, value_layout(dim, 1), None)]
+        tables = random_codecs(heads, dim, config)
         q, x = torch.randn(1, q_heads, 1, dim), torch.randn(1, heads, 1, dim)
 
         def made(capacity: int) -> list[GSRQTensor]:

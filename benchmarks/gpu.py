@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import MODELS, random_cache, random_codecs
+from common import MODELS, fill, random_cache, random_codecs
 from split_kv import decode as split_kv
 from torch import Tensor
 from torchgsrq.kernels import attention as kernel
@@ -353,9 +353,7 @@ class Bench:
             layer.cumulative_length.fill_(context)
             if config is not None:
                 for kv in (layer.keys, layer.values):
-                    kv.codes.random_(0, 256)
-                    kv.length.fill_(context)
-                    kv.encoded.fill_((context - config.recent_tokens) // config.block_tokens * config.block_tokens)
+                    fill(kv, context, config)
         if config is not None:
             cache.rows_are_placed = True
         return cache

@@ -51,7 +51,7 @@ def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, h
     # What registers hold without spilling: see benchmarks/cross_compile.py.
     wide = key.head_dim > 128
     block = 32 if rows > 16 and half and not wide else 16
-    frame = key.frame if key.inv_freq.numel() else 1 << 20
+    frame = _frame(key)
     tokens = 64 if half else 16 if wide else 32
     while frame % tokens:
         tokens //= 2
@@ -63,6 +63,11 @@ def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, h
     if tables:
         splits = min(splits, triton.cdiv(capacity, frame) + 1)
     return Plan(block, tokens, splits, tables, 8)
+
+
+def _frame(key: Codec) -> int:
+    """Tokens of a frame; without RoPE, all there are."""
+    return key.frame if key.inv_freq.numel() else 1 << 20
 
 
 def supports(key: Codec, value: Codec) -> bool:
@@ -114,7 +119,7 @@ def _elements(q, row, base, index, live):
 @triton.jit
 def _exact(
     q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
-    b, h, r, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
+    b, h, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
     mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
     D: tl.constexpr, BD: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr, RING: tl.constexpr, VIEW: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
@@ -235,7 +240,7 @@ def _frame_scores(
 @triton.jit
 def _coded(
     q, base, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct, k_mean, k_inverse, k_book, k_freq, v_book,
-    b, h, tile, bh, split, rows, row, head, query, query_slot, place, total, coded, boundary, origin, first_sink,
+    b, h, tile, bh, split, row, head, query, query_slot, place, total, coded, boundary, origin, first_sink,
     past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, scratch, SPLITS,
     D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, INTERLEAVED: tl.constexpr,
     FRAME: tl.constexpr, KG: tl.constexpr, KGP: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, KN: tl.constexpr,
@@ -349,9 +354,8 @@ def split_kernel(
     """One split of the codes for a tile of query rows of a KV head; the last split does what is exact."""
     tile, bh, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
-    rows = GROUP * QUERIES
     r = tile * BM + tl.arange(0, BM)
-    row = r < rows
+    row = r < GROUP * QUERIES
     head, query = h * GROUP + r // QUERIES, r % QUERIES
     base = b * q_b + head * q_h + query * q_q
     length, encoded = tl.load(length_), tl.load(encoded_)
@@ -379,14 +383,14 @@ def split_kernel(
     if split == SPLITS:
         top, mass = _exact(
             q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
-            b, h, r, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
+            b, h, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
             mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
             D, BD, SINKS, BS, RING, VIEW, CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, PRECISION,
         )  # fmt: skip
     else:
         top, mass = _coded(
             q, base, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct, k_mean, k_inverse, k_book, k_freq, v_book,
-            b, h, tile, bh, split, rows, row, head, query, query_slot, place, total, coded, boundary, origin,
+            b, h, tile, bh, split, row, head, query, query_slot, place, total, coded, boundary, origin,
             first_sink, past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out,
             scratch, SPLITS, D, PAIRS, BP, BR, INTERLEAVED, FRAME, KG, KGP, KW, KWP, KN, VG, VGP, VW, VWP, VN,
             CAUSAL, MASK, SOFTCAP, BM, BT, TABLES, PACKS, LT, DTYPE, PRECISION,
@@ -484,14 +488,14 @@ def attention(
     part_out = q.new_empty((p.splits, places, value.codec.layout.dims), dtype=torch.float32)
     part_top, part_mass = q.new_empty((2, p.splits + 1, places), dtype=torch.float32)
     exact_out = q.new_empty((places, dim), dtype=torch.float32)
-    frame = key.codec.frame if key.codec.inv_freq.numel() else 1 << 20
-    wide = batch * heads * tiles * p.splits * 4 * triton.cdiv(rows, 4) * frame if p.tables else 1
+    packs = triton.cdiv(rows, 4) if p.tables else 1
+    wide = batch * heads * tiles * p.splits * 4 * packs * _frame(key.codec) if p.tables else 1
     scratch = q.new_empty(wide, dtype=torch.float32)
     exact = (key.window, value.window) if tails is None else tails
     exact = tuple(t if t.stride(3) == 1 else t.contiguous() for t in exact)
     windows = [t if t.stride(2) == dim and t.stride(3) == 1 else t.contiguous() for t in (key.window, value.window)]
     kind, strides, mask_ = _mask(mask, q)
-    view, packs = WINDOW if tails is None else view, triton.cdiv(rows, 4)
+    view = WINDOW if tails is None else view
     shape = Shape.of(key.codec)
     with torch.cuda.device_of(q):  # Triton launches on the current device
         split_kernel[(tiles, batch * heads, p.splits + 1)](
@@ -524,7 +528,7 @@ def constants(
     packs: int,
 ) -> dict[str, Any]:
     """The compile-time arguments of `split_kernel`; ``packs`` of 4 query rows share a table."""
-    frame = key.codec.frame if key.codec.inv_freq.numel() else 1 << 20
+    frame = _frame(key.codec)
     k, v = Shape.of(key.codec), Shape.of(value.codec)
     full = {f"K{name}": getattr(k, name.lower()) for name in ("G", "GP", "W", "WP", "N")}
     full |= {f"V{name}": getattr(v, name.lower()) for name in ("G", "GP", "W", "WP", "N")}
@@ -545,7 +549,7 @@ def constants(
         "BM": p.rows,
         "BT": p.tokens,
         "TABLES": p.tables,
-        "PACKS": packs if p.tables else 1,
+        "PACKS": packs,
         "LT": min(frame, _TABLE_TOKENS),
         "DTYPE": DTYPES[dtype],
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",

@@ -66,11 +66,10 @@ def encode_kernel(
             # Tokens from before this call are in the window, the others are new.
             old_at = bh // HEADS * window_b + h * window_h + (SINKS + slot % RING) * D
             new_at = (slot - first).to(tl.int64) * x_t
-            base = b * x_b + h * x_h
         else:
             slot = t
             place = tl.load(position + b * tokens + t, mask=held, other=0).to(tl.int32)
-            base = b * x_b + h * x_h
+        base = b * x_b + h * x_h
         i, j = tl.arange(0, BP), tl.arange(0, BR)
         first_of = i * 2 if INTERLEAVED else i
         second_of = i * 2 + 1 if INTERLEAVED else i + PAIRS
@@ -212,14 +211,18 @@ def constants(codec: Codec) -> dict[str, Any]:
     return {**sizes, **beam, "FRAME": codec.frame}
 
 
+def _window(kv: Packed) -> dict[str, int]:
+    """Sizes of a cache's window."""
+    return {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
+
+
 def _launch(codec: Codec, x: Tensor, position: Tensor, out: Tensor, kv: Packed | None, due: int) -> None:
     """Run `encode_kernel` for at most ``due`` tokens."""
     batch, heads, tokens, _ = x.shape
     ints = {"SINKS": 0, "RING": 1, "RECENT": 0, "BLOCK": 1, "APPEND": False}
     window, slots, start, encoded = x, position, position, position
     if kv is not None:
-        ints = {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
-        ints["APPEND"] = True
+        ints = {**_window(kv), "APPEND": True}
         window, start, encoded = kv.window, kv.start, kv.encoded
     grid = (triton.cdiv(due, _TILE), batch * heads, codec.layout.groups)
     with torch.cuda.device_of(x):  # Triton launches on the current device
@@ -257,7 +260,6 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
 
 def write_constants(kv: Packed) -> dict[str, Any]:
     """The compile-time arguments of `write_kernel`."""
-    ints = {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
     dim = kv.codec.head_dim
     wide = {"BD": triton.next_power_of_2(dim), "BS": triton.next_power_of_2(max(1, kv.sink_tokens))}
-    return {"D": dim, "T": _TILE, **wide, **ints}
+    return {"D": dim, "T": _TILE, **wide, **_window(kv)}
