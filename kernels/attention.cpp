@@ -57,6 +57,7 @@ struct Packed {
   const uint8_t* codes_of(int64_t b, int64_t h) const {
     return codes.const_data_ptr<uint8_t>() + b * codes.stride(0) + h * codes.stride(1);
   }
+  RowStart row(int64_t b) const { return RowStart(start, b); }
 };
 
 struct Call {
@@ -278,8 +279,8 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
   const int64_t key_bytes = c.key.codec.bytes(), value_bytes = c.value.codec.bytes();
   const int64_t key_gain = key_bytes - kt.codes, value_gain = value_bytes - vt.codes;
   const uint8_t *key_codes = c.key.codes_of(b, h), *value_codes = c.value.codes_of(b, h);
-  const int64_t origin = c.key.start.const_data_ptr<int32_t>()[2 * b];
-  const int64_t sink = c.key.start.const_data_ptr<int32_t>()[2 * b + 1];
+  const RowStart row = c.key.row(b);
+  const int64_t sink = row.sink();
   FrameTables<L> tables(c, q, h);
   MeanScores means(c, q, h);
   Buffer scores(kChunk * L), of_mean(kChunk * L), histogram;
@@ -291,11 +292,11 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
   for (const int64_t limit : c.code_limit) limited |= limit < c.coded;
 
   for (int64_t slot = first; slot < last;) {
-    const int64_t position = slot - origin;
+    const int64_t position = row.position(slot);
     int64_t end = std::min(last, slot + kChunk);
-    if (kt.pairs) end = std::min(end, slot + kt.frame - floor_mod(position, kt.frame));
+    if (kt.pairs) end = row.end_of_run(slot, std::min(end, slot + kt.frame - floor_mod(position, kt.frame)));
     const int64_t n = end - slot;
-    const float* table = tables.at(position, last - origin);
+    const float* table = tables.at(position, position + last - slot);
     timer.lap(kTables);
     means.at<L>(key_gain ? of_mean : scores, position, n);
     if (key_gain) scores.fill(n * L);
@@ -447,14 +448,16 @@ class KeyDecoder {
         frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs) {}
 
   void decode(float* out, int64_t first, int64_t n) {
-    const int64_t origin = c_.key.start.const_data_ptr<int32_t>()[2 * b_];
+    const RowStart row = c_.key.row(b_);
+    int64_t turned = std::numeric_limits<int64_t>::min(), framed = turned;
     add_codewords(c_.key, t_, b_, h_, first, n, sums_);
     product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + h_ * t_.dims * t_.padded, t_.padded, n, t_.padded, t_.dims);
     const int64_t pairs = t_.pairs;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t position = first + i - origin, turn = floor_mod(position, kRotate), place = floor_mod(position, t_.frame);
-      if (i == 0 || turn == 0) cos_sin(turn_cos_, turn_sin_, t_.inv_freq.data(), pairs, position - turn);
-      if (i == 0 || place == 0) cos_sin(frame_cos_, frame_sin_, t_.inv_freq.data(), pairs, position - place);
+      const int64_t position = row.position(first + i);
+      const int64_t turn = floor_mod(position, kRotate), place = floor_mod(position, t_.frame);
+      if (position - turn != turned) cos_sin(turn_cos_, turn_sin_, t_.inv_freq.data(), pairs, turned = position - turn);
+      if (position - place != framed) cos_sin(frame_cos_, frame_sin_, t_.inv_freq.data(), pairs, framed = position - place);
       const float* mean = t_.mean_rows + (h_ * kRotate + turn) * t_.padded;
       float* k = keys_ + i * t_.padded;
       const float *cf = frame_cos_, *sf = frame_sin_, *ct = turn_cos_, *st = turn_sin_;
@@ -486,7 +489,7 @@ void attend_by_blocks(
     const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q,
     Part part) {
   Timer timer;
-  const int64_t sink = c.key.start.const_data_ptr<int32_t>()[2 * b + 1];
+  const int64_t sink = c.key.row(b).sink();
   int64_t widest = 0;
   for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, c.code_limit[c.query_of(r)]);
   last = std::min(last, widest);
@@ -515,7 +518,7 @@ template <typename T>
 void attend_dense(
     const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* q, Part part) {
   Timer timer;
-  const int64_t sink = c.key.start.const_data_ptr<int32_t>()[2 * b + 1];
+  const int64_t sink = c.key.row(b).sink();
   const Packed* kv[2] = {&c.key, &c.value};
   Buffer plain, keys, values, scores(rows * kBlock);
   for (Buffer* buffer : {&plain, &keys, &values}) buffer->fill(kBlock * c.padded);

@@ -353,7 +353,6 @@ void append(
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const T* data = x.const_data_ptr<T>();
     T* held = window.mutable_data_ptr<T>();
-    const int32_t* starts = start.const_data_ptr<int32_t>();
     const auto window_of = [&](int64_t bh) { return held + bh / heads * window.stride(0) + bh % heads * window.stride(1); };
     if (now > was)
       at::parallel_for(0, batch * heads * stretches, 1, [&](int64_t begin, int64_t end) {
@@ -368,7 +367,7 @@ void append(
                 const int64_t slot = low + i;
                 return slot < first ? window_of(bh) + (sinks + slot % ring) * c.dim : data + (bh * n + slot - first) * c.dim;
               },
-              [&](int64_t i) { return low + i - starts[2 * b]; }, out);
+              [&, row = RowStart(start, b)](int64_t i) { return row.position(low + i); }, out);
         }
       });
     for (int64_t bh = 0; bh < batch * heads; ++bh) {
@@ -376,7 +375,7 @@ void append(
       for (int64_t slot = std::max(now, first); slot < first + n; ++slot)
         std::copy_n(data + (bh * n + slot - first) * c.dim, c.dim, rows + (sinks + slot % ring) * c.dim);
       for (int64_t i = 0; i < sinks; ++i) {
-        const int64_t slot = starts[2 * (bh / heads) + 1] + i;
+        const int64_t slot = RowStart(start, bh / heads).sink() + i;
         if (first <= slot && slot < first + n)
           std::copy_n(data + (bh * n + slot - first) * c.dim, c.dim, rows + i * c.dim);
       }

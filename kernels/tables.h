@@ -33,6 +33,26 @@ struct CodecView {
   }
 };
 
+// Where a row of a cache begins, and the position of each of its slots: see GSRQTensor.start in tensor.py.
+class RowStart {
+ public:
+  RowStart(const Tensor& start, int64_t b)
+      : at_(start.const_data_ptr<int32_t>() + b * start.stride(0)), placed_(start.size(1) > 2) {}
+  int64_t sink() const { return at_[1]; }
+  int64_t position(int64_t slot) const { return placed_ ? at_[2 + slot] : slot - at_[0]; }
+  // Where positions stop counting up with the slots, at the latest at `end`.
+  int64_t end_of_run(int64_t slot, int64_t end) const {
+    if (!placed_) return end;
+    int64_t next = slot + 1;
+    while (next < end && at_[2 + next] == at_[1 + next] + 1) ++next;
+    return next;
+  }
+
+ private:
+  const int32_t* at_;
+  bool placed_;
+};
+
 // "Canonical" is the order of a vector's elements that rotations are simple in: first elements of the RoPE pairs, second
 // elements, the rest. Rows are padded with zeros to whole vectors.
 struct Tables {
@@ -123,22 +143,24 @@ struct Tables {
 inline std::shared_ptr<Tables> tables_of(const CodecView& c) {
   using Weak = c10::weak_intrusive_ptr<c10::TensorImpl>;
   struct Entry {
-    Weak codebook, transform;
+    Weak codebook, transform, inv_freq;
     std::shared_ptr<Tables> tables;
+    bool gone() const { return codebook.expired() || transform.expired() || inv_freq.expired(); }
   };
   static std::mutex mutex;
   // Never destroyed: buffers go back to a pool of their thread, which is gone first when the process ends.
-  static auto& known = *new std::unordered_map<c10::TensorImpl*, Entry>();
+  static auto& known = *new std::unordered_multimap<c10::TensorImpl*, Entry>();
   const auto& codebook = c.codebook.getIntrusivePtr();
-  const auto& transform = c.transform.getIntrusivePtr();
+  const Weak transform(c.transform.getIntrusivePtr()), inv_freq(c.inv_freq.getIntrusivePtr());
   std::lock_guard<std::mutex> lock(mutex);
-  const auto found = known.find(codebook.get());
-  if (found != known.end() && !found->second.codebook.expired() && found->second.transform == Weak(transform) &&
-      found->second.tables->codes == c.codes)
-    return found->second.tables;
-  for (auto it = known.begin(); it != known.end();) it = it->second.codebook.expired() ? known.erase(it) : std::next(it);
+  const auto [begin, end] = known.equal_range(codebook.get());
+  for (auto it = begin; it != end; ++it) {
+    const Entry& e = it->second;
+    if (!e.gone() && e.transform == transform && e.inv_freq == inv_freq && e.tables->codes == c.codes) return e.tables;
+  }
+  for (auto it = known.begin(); it != known.end();) it = it->second.gone() ? known.erase(it) : std::next(it);
   auto tables = std::make_shared<Tables>(c);
-  known.insert_or_assign(codebook.get(), Entry{Weak(codebook), Weak(transform), tables});
+  known.emplace(codebook.get(), Entry{Weak(codebook), transform, inv_freq, tables});
   return tables;
 }
 

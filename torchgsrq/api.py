@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import os
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import Cache, StaticCache
 
 from torchgsrq import models
 from torchgsrq.attention import NAME
@@ -19,10 +21,11 @@ from torchgsrq.calibrate import cached_codebooks, quantizes
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import LayerInfo
+from torchgsrq.probe import check_attention
 
 log = logging.getLogger("torchgsrq")
 
-_CACHE_IMPLEMENTATIONS = (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static")
+_CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "static", "offloaded_static")
 
 
 @dataclass
@@ -31,15 +34,34 @@ class _State:
 
     config: GSRQConfig
     codebooks: Codebooks
+    layers: list[LayerInfo]
     attention: list[tuple[PreTrainedConfig, str]]
-    hook: Any
+    hooks: list[Any]
+    active: bool = True  # a shallow copy of a model shares this, and its layers
+
+    def new_cache(
+        self,
+        model: PreTrainedModel,
+        max_cache_len: int | None = None,
+        template: Cache | None = None,
+        config: GSRQConfig | None = None,
+    ) -> GSRQCache:
+        """An empty cache for a model that shares this state, or for one of its parts."""
+        rotaries = models.rotaries(model, self.layers)
+        about = models.text_config(model)
+        return GSRQCache(self.codebooks, config or self.config, about, max_cache_len, template, rotaries)
+
+
+def _state_of(model: nn.Module) -> _State | None:
+    state = getattr(model, "_gsrq", None)
+    return state if state is not None and state.active else None
 
 
 def quantize_kv_(
     model: PreTrainedModel,
-    config: GSRQConfig | None = None,
+    config: GSRQConfig | dict[str, Any] | None = None,
     *,
-    codebooks: Codebooks | None = None,
+    codebooks: Codebooks | str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> None:
     """Quantize a model's KV cache, in place. Weights are not touched; `dequantize_kv_` undoes it.
@@ -49,41 +71,72 @@ def quantize_kv_(
     first, on text that it writes itself.
 
     Args:
-        model: any transformers decoder that uses the attention interface.
-        config: see `GSRQConfig`.
-        codebooks: from `calibrate` or `Codebooks.load`. Of a higher rate, its first stages are used.
+        model: any transformers decoder that uses the attention interface; also one that `torch.compile` or PEFT wrapped.
+        config: a `GSRQConfig`, or its fields as a dict.
+        codebooks: from `calibrate`, or the path of their file. Of a higher rate, its first stages are used.
         progress: show bars while calibrating.
 
     Raises:
-        TypeError: not a transformers model.
-        ValueError: an unsupported architecture, a rate not offered for the head_dim, codebooks of
-            another model, or a model quantized already.
+        TypeError: not a transformers model, or a config or codebooks of another type.
+        ValueError: an unsupported architecture, a model with no layer to quantize, a rate not offered for the
+            head_dim, codebooks of another model, or a model quantized already.
     """
-    config = config or GSRQConfig()
+    config = GSRQConfig(**config) if isinstance(config, dict) else GSRQConfig() if config is None else config
+    if not isinstance(config, GSRQConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig or a dict of its fields")
+    codebooks = config.codebooks if codebooks is None else codebooks
+    if isinstance(codebooks, (str, os.PathLike)):
+        codebooks = Codebooks.load(codebooks)
+    if codebooks is not None and not isinstance(codebooks, Codebooks):
+        raise TypeError(f"codebooks is a {type(codebooks).__name__}; expected Codebooks or the path of their file")
     model = models.check_supported(model)
-    if hasattr(model, "_gsrq"):
-        raise ValueError(f"{type(model).__name__} is quantized already; call dequantize_kv_ first")
+    name = type(model).__name__
+    if _state_of(model):
+        raise ValueError(f"{name} is quantized already; call dequantize_kv_ first")
     layers = models.inspect_layers(model)
     if max(config.skip_layers, default=0) > max(info.index for info in layers):
         raise ValueError(f"skip_layers={config.skip_layers} names a layer that the model's {len(layers)} do not have")
-    if codebooks is None and config.codebooks is not None:
-        codebooks = Codebooks.load(config.codebooks)
     wanted = [info for info in layers if quantizes(info, config)]
-    if codebooks is None and wanted:
-        codebooks = cached_codebooks(model, config, progress)
-    books = _fitting(codebooks or Codebooks({}, {}), wanted, model, config).to(model.device)
+    if not wanted:
+        raise ValueError(f"{name} has no layer to quantize, so use it as it is (a window bounds its cache already):\n{_table(name, layers, Codebooks({}, {}))}")
+    if codebooks is None:
+        codebooks = cached_codebooks(model, config, progress, layers)
+    books = _fitting(codebooks, layers, wanted, model, config)
+    if all(p.device.type != "meta" for p in model.parameters()):  # else each cache layer brings its own to its device
+        books = books.to(model.device)
 
     before = [(c, c._attn_implementation) for c in models.attention_configs(model)]
     for part, _ in before:
         part._attn_implementation = NAME
-    decoder = model.get_decoder()
-    hook = decoder.register_forward_pre_hook(_GiveCache(decoder, books, config), with_kwargs=True)
-    model._gsrq = _State(config, books, before, hook)
-    if hasattr(model, "_prepare_cache_for_generation"):
-        model._prepare_cache_for_generation = MethodType(_prepare_cache_for_generation, model)
-    log.info("%s", describe(model, layers))
-    if not len(books):
-        log.warning("no layer of %s was quantized: see the table above", type(model).__name__)
+    state = _State(config, books, layers, before, [])
+    for module in models.on_the_way_to(model, models.decoder(model)):
+        hook = _GiveCache(module, state, module is models.decoder(model))
+        state.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    model._gsrq = state
+    # No bound method: those do not survive pickling.
+    model._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, model)
+    try:
+        check_attention(model, config, lambda small: state.new_cache(model, config=small))
+    except BaseException:
+        dequantize_kv_(model)
+        raise
+    log.info("%s", _table(name, layers, books))
+    unknown = [info.index for info in wanted if info.rope == models.UNKNOWN_ROPE]
+    if unknown:
+        log.warning(
+            "%s: no known rotation fits the keys of layers %s, so they are coded without frames, and errors grow at "
+            "positions beyond the %d tokens of a calibration window; compare with evaluate before you rely on it",
+            name,
+            ", ".join(map(str, unknown)),
+            1024,
+        )
+    followed = [info.index for info in wanted if info.rotary]
+    if followed:
+        log.warning(
+            "%s: RoPE frequencies depend on the length of the input; a cache takes those of its first forward, and "
+            "refuses to go on when they change",
+            name,
+        )
 
 
 def dequantize_kv_(model: PreTrainedModel) -> None:
@@ -92,27 +145,32 @@ def dequantize_kv_(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model is not quantized.
     """
-    state = getattr(model, "_gsrq", None)
+    model = models.unwrap(model)  # type: ignore[assignment]
+    state = _state_of(model)
     if state is None:
         raise ValueError(f"{type(model).__name__} is not quantized")
     for part, attention in state.attention:
         part._attn_implementation = attention
-    state.hook.remove()
+    for hook in state.hooks:
+        hook.remove()
+    state.active = False
     model.__dict__.pop("_prepare_cache_for_generation", None)
     del model._gsrq
 
 
 def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> GSRQCache:
     """An empty cache for a quantized model; of fixed capacity, for `torch.compile`, with ``max_cache_len``."""
-    state = getattr(model, "_gsrq", None)
+    model = models.unwrap(model)  # type: ignore[assignment]
+    state = _state_of(model)
     if state is None:
         raise ValueError(f"{type(model).__name__} is not quantized; call quantize_kv_ first")
-    return GSRQCache(state.codebooks, state.config, models.text_config(model), max_cache_len)
+    cache = state.new_cache(model, max_cache_len)
+    cache.model_dtype = model.dtype
+    return cache
 
 
-def describe(model: PreTrainedModel, layers: list[LayerInfo]) -> str:
-    """The table of what happens to every layer's cache, consecutive equal layers in one line."""
-    books = model._gsrq.codebooks
+def _table(name: str, layers: list[LayerInfo], books: Codebooks) -> str:
+    """What happens to every layer's cache, consecutive equal layers in one line."""
     rows: list[tuple[list[int], str]] = []
     for info in layers:
         if info.index in books:
@@ -120,6 +178,7 @@ def describe(model: PreTrainedModel, layers: list[LayerInfo]) -> str:
             rates = (8 * key.num_codes / info.head_dim, 8 * value.num_codes / info.head_dim)
             what = "quantized: keys {:g} bits, values {:g} bits".format(*rates)
             what += f", {info.kv_heads} heads of {info.head_dim}, RoPE {info.rope}"
+            what += ", changing with the length" if info.rotary else ""
             what += f", frames of {key.frame}" if key.frame > 1 else ""
         elif info.kind != "full_attention":
             what = f"kept in full precision: {info.kind} is bounded by its window"
@@ -130,15 +189,18 @@ def describe(model: PreTrainedModel, layers: list[LayerInfo]) -> str:
         else:
             rows.append(([info.index], what))
     lines = [f"  layers {r[0]}-{r[-1]}: {what}" if len(r) > 1 else f"  layer {r[0]}: {what}" for r, what in rows]
-    return "\n".join([f"KV cache of {type(model).__name__}", *lines])
+    return "\n".join([f"KV cache of {name}", *lines])
 
 
-def _fitting(books: Codebooks, wanted: list[LayerInfo], model: PreTrainedModel, config: GSRQConfig) -> Codebooks:
+def _fitting(
+    books: Codebooks, layers: list[LayerInfo], wanted: list[LayerInfo], model: PreTrainedModel, config: GSRQConfig
+) -> Codebooks:
     """The given codebooks, checked against the model and cut to the config's layers and rate."""
     owner = books.metadata.get("model")
-    if wanted and owner is not None and owner != models.fingerprint(model):
+    if owner is not None and not models.same_model(owner, models.fingerprint(model, layers)):
         raise ValueError(
-            f"the codebooks belong to another model (fingerprint {owner}, this one {models.fingerprint(model)})"
+            f"the codebooks belong to another model (a {owner['class']} with other keys and values than this "
+            f"{type(model).__name__}): calibrate this one"
         )
     for info in wanted:
         if info.index not in books:
@@ -152,55 +214,83 @@ def _fitting(books: Codebooks, wanted: list[LayerInfo], model: PreTrainedModel, 
                     f"the model has {info.kv_heads} of {info.head_dim}"
                 )
     cut = Codebooks({info.index: books[info.index] for info in wanted}, books.metadata)
-    if wanted:
-        key, value = cut[wanted[0].index]
-        have = (8 * key.num_codes / key.head_dim, 8 * value.num_codes / value.head_dim)
-        if have != (config.key_rate, config.value_rate):
-            cut = cut.at(config.key_rate, config.value_rate)
-        if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
-            cut = cut.with_beam(config.beam)
+    key, value = cut[wanted[0].index]
+    have = (8 * key.num_codes / key.head_dim, 8 * value.num_codes / value.head_dim)
+    if have != (config.key_rate, config.value_rate):
+        cut = cut.at(config.key_rate, config.value_rate)
+    if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
+        cut = cut.with_beam(config.beam)
     return cut
 
 
 class _GiveCache:
-    """A forward pre-hook of the decoder: give it a quantized cache where it would make its own, and tell a new
-    cache where its rows begin."""
+    """A forward pre-hook: give a module a quantized cache where it would make its own; in the decoder, tell it where
+    rows begin, and refuse what would not be quantized as asked.
 
-    def __init__(self, decoder: nn.Module, codebooks: Codebooks, config: GSRQConfig) -> None:
-        parameters = inspect.signature(decoder.forward).parameters.values()
+    Args:
+        module: of the model, on the way to its decoder.
+        state: of the model.
+        is_decoder: whether the module is the decoder itself, which sees masks and positions.
+    """
+
+    def __init__(self, module: nn.Module, state: _State, is_decoder: bool) -> None:
+        parameters = inspect.signature(module.forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-        self.codebooks, self.config = codebooks, config
+        self.state, self.is_decoder = state, is_decoder
+        self.warned = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
         if use_cache is None:
             use_cache = getattr(module.config, "use_cache", False)
-        if cache is None and use_cache and not module.training:
-            cache = kwargs["past_key_values"] = GSRQCache(self.codebooks, self.config, module.config)
-        if isinstance(cache, GSRQCache) and not cache.rows_are_placed:
-            tokens = kwargs.get("input_ids")
-            tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-            if isinstance(tokens, Tensor):
-                cache.place_rows(tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        if cache is None and module.training and measured and not self.warned:
+            log.warning("%s is in training mode, in which forwards run in full precision", type(module).__name__)
+            self.warned = True
+        if cache is None and not module.training and (use_cache or (measured and self.is_decoder)):
+            cache = self._new_cache(module)
+            kwargs["past_key_values"] = cache
+            kwargs["use_cache"] = True
+        if self.is_decoder and isinstance(cache, GSRQCache):
+            self._check(module, kwargs)
+            if not (torch.compiler.is_compiling() and cache.rows_are_placed):
+                tokens = kwargs.get("input_ids")
+                tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+                if isinstance(tokens, Tensor):
+                    cache.place_rows(tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         return (), kwargs
+
+    def _new_cache(self, module: nn.Module) -> GSRQCache:
+        return self.state.new_cache(module)  # type: ignore[arg-type]
+
+    def _check(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+        name = type(module).__name__
+        implementation = module.config._attn_implementation
+        if implementation != NAME:
+            raise ValueError(
+                f"the attention implementation of {name} was set to {implementation!r} after quantize_kv_, which cannot "
+                f"read a quantized cache: call dequantize_kv_ first, or set_attn_implementation({NAME!r})"
+            )
+        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            raise ValueError(
+                "output_attentions=True: attention on codes never forms the weights; call dequantize_kv_ first"
+            )
 
 
 def _prepare_cache_for_generation(
     self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
 ) -> None:
     """What transformers does, with quantized layers in the cache that it made."""
+    state = _state_of(self)
     kind = generation_config.cache_implementation
-    if kind not in _CACHE_IMPLEMENTATIONS:
-        raise ValueError(
-            f"cache_implementation={kind!r}: a model with a quantized KV cache takes one of {_CACHE_IMPLEMENTATIONS}"
-        )
+    if state is not None and kind not in _CACHE_IMPLEMENTATIONS:
+        allowed = ", ".join(repr(x) for x in _CACHE_IMPLEMENTATIONS)
+        raise ValueError(f"cache_implementation={kind!r}: a model with a quantized KV cache takes one of {allowed}")
     given = model_kwargs.get("past_key_values")
     type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kw)
     made = model_kwargs.get("past_key_values")
-    if made is None or made is given:
+    if state is None or made is None or made is given:
         return
-    state = self._gsrq
     capacity = max(layer.max_cache_len for layer in made.layers) if isinstance(made, StaticCache) else None
-    cache = GSRQCache(state.codebooks, state.config, models.text_config(self), capacity, template=made)
-    model_kwargs["past_key_values"] = cache
+    model_kwargs["past_key_values"] = state.new_cache(self, capacity, made)

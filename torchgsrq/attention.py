@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from torchgsrq import models, reference
-from torchgsrq.tensor import GSRQTensor
+from torchgsrq.tensor import GSRQTensor, without_gradient
 
 NAME = "gsrq"
 
@@ -36,12 +36,14 @@ _NEUTRAL = frozenset(
 
 
 class Incoming(NamedTuple):
-    """A quantized buffer and what its newest queries see in full precision (`reference.tail`)."""
+    """A quantized buffer and what its newest queries see in full precision (`reference.tail`); and the new keys and
+    values themselves if a gradient with respect to them could be asked for."""
 
     buffer: GSRQTensor
     tail: Tensor
     tail_start: Tensor
     view: int
+    graph: tuple[Tensor, ...] = ()
 
 
 def gsrq_attention(
@@ -91,13 +93,15 @@ def gsrq_attention(
     aligned = reference.LAST_ALIGNED if causal and attention_mask is None else reference.NOT_CAUSAL
     tails: tuple[Tensor | None, ...] = (None, None, None)
     view = reference.WINDOW
+    graph: tuple[Tensor, ...] = ()
     if isinstance(key, Incoming):
         assert isinstance(value, Incoming)
-        tails, view = (key.tail, value.tail, key.tail_start), key.view
+        tails, view, graph = (key.tail, value.tail, key.tail_start), key.view, key.graph
         key, value = key.buffer, value.buffer
     out = torch.ops.torchgsrq.kv_attention(
         query, key, value, attention_mask, scale, aligned, softcap or 0.0, s_aux, *tails, view
     )
+    out = without_gradient(out, query, *graph)
     return out.transpose(1, 2).contiguous(), None
 
 

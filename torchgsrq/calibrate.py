@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -50,10 +51,21 @@ class Statistics:
     value_weight: list[Tensor] = field(default_factory=list)
     query_metric: Tensor | float = 0.0
 
-    def add(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, softcap: float, sink_logits: Tensor | None) -> None:
-        """Add a batch of windows: q ``[b, q_heads, t, d]``, k and v ``[b, heads, t, d]``."""
+    def add(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        softcap: float,
+        sink_logits: Tensor | None,
+        inv_freq: Tensor | None = None,
+    ) -> None:
+        """Add a batch of windows: q ``[b, q_heads, t, d]``, k and v ``[b, heads, t, d]``, turned by the layer's RoPE
+        frequencies or, where these depend on the length, by ``inv_freq``."""
         q, k, v = q.float(), k.float(), v.float()
         info = self.info
+        inv_freq = info.inv_freq if inv_freq is None else inv_freq
         tokens = torch.arange(k.shape[2], device=k.device)
         asking = tokens[_QUERY_STRIDE - 1 :: _QUERY_STRIDE]
         some_q = q[:, :, asking].unflatten(1, (info.kv_heads, -1))  # [b, h, g, t/4, d]
@@ -74,10 +86,10 @@ class Statistics:
         spread = spread.sub_(out @ v[:, :, None].transpose(-1, -2), alpha=2).clamp_min_(0).mul_(p2)
         self.key_weight.append(spread.sum((2, 3)).transpose(0, 1).flatten(1))
         self.value_weight.append(p2.sum((2, 3)).transpose(0, 1).flatten(1))
-        flat_q = rotate(some_q, -asking, info.inv_freq, info.interleaved)
+        flat_q = rotate(some_q, -asking, inv_freq, info.interleaved)
         weighted = flat_q * spread.sum(-1, keepdim=True).sqrt()
         self.query_metric = self.query_metric + torch.einsum("bhgtd,bhgte->hde", weighted, flat_q)
-        self.keys.append(rotate(k, -tokens, info.inv_freq, info.interleaved).transpose(0, 1).flatten(1, 2))
+        self.keys.append(rotate(k, -tokens, inv_freq, info.interleaved).transpose(0, 1).flatten(1, 2))
         self.values.append(v.transpose(0, 1).flatten(1, 2))
         self.places.append(tokens.repeat(k.shape[0]))
 
@@ -99,7 +111,7 @@ def _deal(y: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     first, dealt to the groups in snake order, so that the variance is spread evenly."""
     heads, _, dim = y.shape
     if layout.groups == 1 and layout.dims == dim:
-        return torch.eye(dim, device=y.device).repeat(heads, 1, 1)
+        return torch.eye(dim, dtype=torch.float32, device=y.device).repeat(heads, 1, 1)
     covariance = (y * weight.unsqueeze(-1)).transpose(1, 2).double() @ y.double()
     vectors = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
     hands: list[list[int]] = [[] for _ in range(layout.groups)]
@@ -108,6 +120,13 @@ def _deal(y: Tensor, weight: Tensor, layout: Layout) -> Tensor:
         hands[seat if lap % 2 == 0 else layout.groups - 1 - seat].append(i)
     order = torch.tensor([i for hand in hands for i in hand], device=y.device)
     return vectors[..., order].transpose(1, 2).float()
+
+
+def _scale(y: Tensor) -> Tensor:
+    """A power of two per head near the root mean square of ``y [heads, n, d]``, so that codewords fit float16 whatever
+    the size of a model's values: ``[heads, 1, 1]``."""
+    size = y.double().square().mean((1, 2), keepdim=True).sqrt()
+    return torch.where(size > 0, size.clamp_min(1e-300).log2().floor().exp2(), 1.0).float()
 
 
 def _normalised(weight: Tensor, power: float) -> Tensor:
@@ -140,13 +159,14 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
     layout = key_layout(info.head_dim, config.key_rate, config.layout)
     deal = _deal(y, weight, layout)
     y = y @ deal.transpose(1, 2)
-    codebook = train_codebook(y, weight, layout, method=method, seed=config.seed)
+    scale = _scale(y)
+    codebook = train_codebook(y / scale, weight, layout, method=method, seed=config.seed)
     return Codec.build(
         layout,
         mean,
-        deal @ root,
+        deal @ root / scale,
         codebook,
-        inverse=torch.linalg.inv(root.double()) @ deal.transpose(1, 2).double(),
+        inverse=torch.linalg.inv(root.double()) @ deal.transpose(1, 2).double() * scale,
         inv_freq=info.inv_freq,
         frame=frame,
         interleaved=info.interleaved,
@@ -179,8 +199,11 @@ def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -
     layout = value_layout(stats.info.head_dim, config.value_rate, config.layout)
     deal = _deal(v, weight, layout)
     v = v @ deal.transpose(1, 2)
-    codebook = train_codebook(v, weight, layout, method=method, seed=config.seed + 1)
-    return Codec.build(layout, mean, deal, codebook, inverse=deal.transpose(1, 2), beam=config.beam)
+    scale = _scale(v)
+    codebook = train_codebook(v / scale, weight, layout, method=method, seed=config.seed + 1)
+    return Codec.build(
+        layout, mean, deal / scale, codebook, inverse=deal.transpose(1, 2) * scale, beam=config.beam
+    )
 
 
 def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCodec:
@@ -197,15 +220,17 @@ def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCod
     ):
         x, weight = torch.cat(vectors, 1), _normalised(torch.cat(weights, 1), 1).log1p()
         layout = replace(key_layout(info.head_dim, bits, "fast"), dims=info.head_dim)
-        codebook = train_codebook(x, weight, layout, method=method, seed=config.seed)
-        eye = torch.eye(info.head_dim, device=x.device).expand(info.kv_heads, -1, -1)
+        scale = _scale(x)
+        codebook = train_codebook(x / scale, weight, layout, method=method, seed=config.seed)
+        eye = torch.eye(info.head_dim, dtype=torch.float32, device=x.device).expand(info.kv_heads, -1, -1)
         is_key = vectors is stats.keys
         codecs.append(
             Codec.build(
                 layout,
                 x.new_zeros(info.kv_heads, info.head_dim),
-                eye,
+                eye / scale,
                 codebook,
+                inverse=eye * scale,
                 inv_freq=info.inv_freq if is_key else None,
                 interleaved=info.interleaved if is_key else False,
                 beam=1,
@@ -232,22 +257,38 @@ def token_windows(
 
     Returns:
         int64 ``[windows, window]``, about ``tokens`` tokens in all; fewer where the data is shorter.
+
+    Raises:
+        TypeError: an item of another kind. ValueError: no tokenizer, token ids that are no integers of the model's
+            vocabulary, or too few tokens.
     """
+    vocabulary = getattr(models.text_config(model), "vocab_size", None)
     pieces: list[Tensor] = []
     have = 0
     data = [data] if isinstance(data, (str, Tensor)) or hasattr(data, "keys") else data
-    for item in data:
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data is a {type(data).__name__}; expected strings, token tensors or batches")
+    for number, item in enumerate(data):
         if isinstance(item, str):
-            if tokenizer is None:
-                from transformers import AutoTokenizer
-
-                tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+            tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
             item = tokenizer(item, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
         elif hasattr(item, "keys"):
             mask, item = item.get("attention_mask"), torch.as_tensor(item["input_ids"])
             item = item if mask is None else item[torch.as_tensor(mask).bool()]
-        piece = torch.as_tensor(item).flatten().long()
-        pieces.append(piece)
+        try:
+            piece = torch.as_tensor(item).flatten()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"data[{number}] is a {type(item).__name__}; expected a string, token ids or a batch with input_ids"
+            ) from error
+        if piece.is_floating_point() or piece.is_complex() or piece.dtype == torch.bool:
+            raise ValueError(f"data[{number}] holds {piece.dtype}; token ids are integers")
+        if piece.numel() and (int(piece.min()) < 0 or (vocabulary and int(piece.max()) >= vocabulary)):
+            raise ValueError(
+                f"data[{number}] holds token ids from {int(piece.min())} to {int(piece.max())}; "
+                f"the model's vocabulary is 0 to {vocabulary - 1 if vocabulary else '...'}"
+            )
+        pieces.append(piece.long())
         have += piece.numel()
         if have >= tokens:
             break
@@ -258,6 +299,18 @@ def token_windows(
     return stream[: stream.numel() // window * window].view(-1, window)
 
 
+def _tokenizer_of(model: PreTrainedModel) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except Exception as error:  # whatever a hub, a folder or its files can raise
+        raise ValueError(
+            f"data holds strings, and no tokenizer was found for {type(model).__name__} "
+            f"(name_or_path={model.name_or_path!r}): pass tokenizer="
+        ) from error
+
+
 def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progress: bool) -> Tensor:
     """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch."""
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -265,7 +318,7 @@ def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progre
     config = models.text_config(model)
     start = next((t for t in (config.bos_token_id, config.eos_token_id, 0) if isinstance(t, int)), 0)
     rows = -(-tokens // window)
-    prompt = torch.full((rows, 1), start, device=model.get_input_embeddings().weight.device)
+    prompt = torch.full((rows, 1), start, device=models.input_device(model))
     with tqdm(total=window - 1, desc="writing calibration text", disable=not progress) as bar:
 
         class Tick(LogitsProcessor):
@@ -285,12 +338,18 @@ def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progre
         )
         with torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
             torch.manual_seed(seed)
-            return model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                generation_config=generation,
-                logits_processor=LogitsProcessorList([Tick()]),
-            )
+            try:
+                return model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=generation,
+                    logits_processor=LogitsProcessorList([Tick()]),
+                )
+            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+                raise ValueError(
+                    f"{type(model).__name__} could not write its own calibration text "
+                    f"({type(error).__name__}: {error}): call calibrate(model, config, data=...) with text"
+                ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,35 +388,53 @@ def calibrate(
     config = config or GSRQConfig()
     tokens = TOKENS if tokens is None else tokens
     model = models.check_supported(model)
+    if not isinstance(config, GSRQConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig")
+    if getattr(getattr(model, "_gsrq", None), "active", False):
+        raise ValueError(f"{type(model).__name__} is quantized; call dequantize_kv_ first, then calibrate")
     training = model.training
     model.eval()
+    device = models.input_device(model)
     try:
-        layers = {info.index: info for info in models.inspect_layers(model) if quantizes(info, config)}
-        for info in layers.values():
-            key_layout(info.head_dim, config.key_rate, config.layout)
-            value_layout(info.head_dim, config.value_rate, config.layout)
-            if info.rope == "not recognised":
-                log.warning("layer %d: no known RoPE fits its keys, so they are coded without frames", info.index)
-        facts = {"config": config.codec_fields(), "model": models.fingerprint(model)}
-        if not layers:
-            return Codebooks({}, {**facts, "source": "none", "tokens": 0})
-        if config.recipe == "universal":
-            info = next(iter(layers.values()))
-            books = Codebooks.universal(config, 1, info.kv_heads, info.head_dim)
-            return Codebooks(dict.fromkeys(layers, books[0]), {**books.metadata, **facts}).to(model.device)
-        window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", WINDOW))
-        if data is None:
-            windows, source = own_text(model, tokens, window // 2, config.seed, progress), "text the model wrote itself"
-            log.info(
-                "calibrating on %d tokens that the model wrote itself; real text of your own kind (data=) is better",
-                windows.numel(),
-            )
-        else:
-            windows, source = token_windows(model, data, tokens, window, tokenizer), "data"
-        trained = _train_layers(model, config, layers, windows, max_memory, progress)
-        return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
+        with torch.autocast(device.type, enabled=False):
+            return _calibrate(model, config, data, tokenizer, tokens, max_memory, progress)
     finally:
         model.train(training)
+
+
+def _calibrate(
+    model: PreTrainedModel,
+    config: GSRQConfig,
+    data: Iterable[Any] | None,
+    tokenizer: Any,
+    tokens: int,
+    max_memory: int,
+    progress: bool,
+) -> Codebooks:
+    found = models.inspect_layers(model)
+    layers = {info.index: info for info in found if quantizes(info, config)}
+    facts = {"config": config.codec_fields(), "model": models.fingerprint(model, found)}
+    if not layers:
+        return Codebooks({}, {**facts, "source": "none", "tokens": 0})
+    for info in layers.values():
+        key_layout(info.head_dim, config.key_rate, config.layout)
+        value_layout(info.head_dim, config.value_rate, config.layout)
+    if config.recipe == "universal":
+        shapes = {(info.kv_heads, info.head_dim) for info in layers.values()}
+        made = {shape: Codebooks.universal(config, 1, *shape)[0] for shape in shapes}
+        books = {i: made[info.kv_heads, info.head_dim] for i, info in layers.items()}
+        return Codebooks(books, {**facts, "source": "none", "tokens": 0})
+    window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", WINDOW))
+    if data is None:
+        windows, source = own_text(model, tokens, window // 2, config.seed, progress), "text the model wrote itself"
+        log.info(
+            "calibrating on %d tokens that the model wrote itself; real text of your own kind (data=) is better",
+            windows.numel(),
+        )
+    else:
+        windows, source = token_windows(model, data, tokens, window, tokenizer), "data"
+    trained = _train_layers(model, config, layers, windows, max_memory, progress)
+    return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
 
 
 def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
@@ -369,6 +446,7 @@ def collect_statistics(
     model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
 ) -> dict[int, Statistics]:
     """Read token windows ``[n, window]`` and keep what calibration needs of these layers."""
+    layers = list(layers)
     stats = {info.index: Statistics(info) for info in layers}
 
     def observer(
@@ -382,13 +460,14 @@ def collect_statistics(
         s_aux: Tensor | None = None,
     ) -> None:
         index = getattr(module, "layer_idx", None)
-        if index in stats:
-            stats[index].add(q, k, v, scaling, softcap, s_aux)
+        if index in stats and not getattr(module, "is_cross_attention", False):
+            stats[index].add(q, k, v, scaling, softcap, s_aux, rotary[index]() if index in rotary else None)
 
-    device = model.get_input_embeddings().weight.device
+    inner, device = models.decoder(model), models.input_device(model)
+    rotary = models.rotaries(model, layers)
     with torch.no_grad(), models.observed(model, observer):
         for window in tqdm(windows, desc="reading", disable=not progress):
-            model.base_model(input_ids=window[None].to(device), use_cache=False)
+            inner(input_ids=window[None].to(device), use_cache=False)
     return stats
 
 
@@ -428,15 +507,28 @@ def _chunks(layers: list[LayerInfo], tokens: int, max_memory: int) -> Iterable[l
         yield chunk
 
 
-def cached_codebooks(model: PreTrainedModel, config: GSRQConfig, progress: bool = True) -> Codebooks:
-    """The codebooks of the disk cache for this model and config, calibrated first if there are none."""
+def cached_codebooks(
+    model: PreTrainedModel, config: GSRQConfig, progress: bool = True, layers: list[LayerInfo] | None = None
+) -> Codebooks:
+    """The codebooks of the disk cache for this model and config, calibrated first if there are none.
+
+    A file that cannot be read is replaced, with a warning.
+    """
+    owner = models.fingerprint(model, layers or models.inspect_layers(model))
     skipped = "-skip" + "_".join(map(str, config.skip_layers)) if config.skip_layers else ""
-    name = f"{models.fingerprint(model)}-{config.codec_key()}{skipped}-v{VERSION}.safetensors"
-    path = cache_folder() / name
-    if path.exists():
-        log.info("using the codebooks cached at %s", path)
-        return Codebooks.load(path).to(model.device)
+    stem = f"{owner['shape']}-{config.codec_key()}{skipped}-v{VERSION}"
+    for path in sorted(cache_folder().glob(f"{stem}-*.safetensors")):
+        try:
+            books = Codebooks.load(path)
+            if models.same_model(books.metadata["model"], owner):
+                log.info("using the codebooks cached at %s", path)
+                return books
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log.warning("the codebooks cached at %s cannot be used and are learned again: %s", path, error)
+            path.unlink(missing_ok=True)
     books = calibrate(model, config, progress=progress)
+    which = hashlib.sha256(repr(owner["samples"]).encode()).hexdigest()[:12]
+    path = cache_folder() / f"{stem}-{which}.safetensors"
     books.save(path)
     log.info("codebooks cached at %s", path)
     return books

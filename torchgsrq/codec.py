@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ from torchgsrq.kmeans import train_codebook
 from torchgsrq.layout import CODEWORDS, Layout, num_codes
 
 FORMAT = "torchgsrq.codebooks"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ class Codec:
     beam: int = 4
     frame: int = 1
     _copies: dict[torch.device, Codec] = dataclasses.field(default_factory=dict, repr=False)
+    _turned: list[Codec] = dataclasses.field(default_factory=list, repr=False)
 
     @classmethod
     def build(
@@ -140,7 +142,18 @@ class Codec:
             )
         layout = dataclasses.replace(self.layout, codes=int(codes))
         codebook = self.codebook[:, : int(codes)].contiguous()
-        return dataclasses.replace(self, layout=layout, codebook=codebook, _copies={})
+        return dataclasses.replace(self, layout=layout, codebook=codebook, _copies={}, _turned=[])
+
+    def with_frequencies(self, inv_freq: Tensor) -> Codec:
+        """The same codec for keys that a model turned by other RoPE frequencies; the last few are kept."""
+        for known in self._turned:
+            if torch.equal(known.inv_freq, inv_freq.to(known.inv_freq.device)):
+                return known
+        turned = dataclasses.replace(
+            self, inv_freq=inv_freq.detach().to(self.inv_freq, copy=True), _copies={}, _turned=[]
+        )
+        self._turned[:] = [turned, *self._turned[:1]]
+        return turned
 
     def to(self, device: torch.device | str) -> Codec:
         """The same codec on a device; made once for each."""
@@ -171,7 +184,7 @@ class Codebooks:
 
     Args:
         layers: layer index to `LayerCodec`; layers that stay in full precision are absent.
-        metadata: JSON-able facts: ``model`` (fingerprint), ``config`` (what was asked), ``source``,
+        metadata: JSON-able facts: ``model`` (`models.fingerprint`), ``config`` (what was asked), ``source``,
             ``tokens``.
     """
 
@@ -215,13 +228,13 @@ class Codebooks:
             codes = num_codes(head_dim, bits) - 1
             if codes < 1:
                 raise ValueError(f"bits={bits} leaves no byte for the shape of a vector of head_dim={head_dim}")
-            x = torch.randn(1, 8192, head_dim, generator=torch.Generator().manual_seed(config.seed))
+            x = torch.randn(1, 8192, head_dim, dtype=torch.float32, generator=torch.Generator().manual_seed(config.seed))
             x = x / x.norm(dim=-1, keepdim=True)
             layout = Layout(head_dim, 1, codes)
-            codebook = train_codebook(x, torch.ones(1, 8192), layout, seed=config.seed, iterations=5)
-            gains = torch.exp2((torch.arange(CODEWORDS) - 128) / 8)
-            eye = torch.eye(head_dim).repeat(num_kv_heads, 1, 1)
-            mean = torch.zeros(num_kv_heads, head_dim)
+            codebook = train_codebook(x, torch.ones(1, 8192, dtype=torch.float32), layout, seed=config.seed, iterations=5)
+            gains = torch.exp2((torch.arange(CODEWORDS, dtype=torch.float32) - 128) / 8)
+            eye = torch.eye(head_dim, dtype=torch.float32).repeat(num_kv_heads, 1, 1)
+            mean = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32)
             codebook = codebook.repeat(num_kv_heads, 1, 1, 1)
             codecs[bits] = Codec.build(layout, mean, eye, codebook, inverse=eye, gains=gains, beam=config.beam)
         layer = LayerCodec(codecs[config.key_rate], codecs[config.value_rate])
@@ -230,11 +243,12 @@ class Codebooks:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all tables: codes of a cache mean something with these codebooks alone."""
+        """A hash of all tables: codes of a cache mean something with these codebooks alone. How the encoder searches
+        (the beam) changes nothing in what codes mean."""
         found = hashlib.sha256()
         for i, layer in self.layers.items():
             for codec in layer:
-                found.update(f"{i}{codec.integers}".encode())
+                found.update(f"{i}{codec.layout}{codec.interleaved}{codec.frame}".encode())
                 for tensor in codec.tensors:
                     found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
@@ -251,7 +265,7 @@ class Codebooks:
         if all(codec.beam == beam for layer in self.layers.values() for codec in layer):
             return self
         layers = {
-            i: LayerCodec(*(dataclasses.replace(c, beam=beam, _copies={}) for c in layer))
+            i: LayerCodec(*(dataclasses.replace(c, beam=beam, _copies={}, _turned=[]) for c in layer))
             for i, layer in self.layers.items()
         }
         return Codebooks(layers, self.metadata)
@@ -265,8 +279,13 @@ class Codebooks:
         """Write a safetensors file. Codewords are float16 (they are rounded to it when learned)."""
         tensors: dict[str, Tensor] = {}
         codecs: dict[str, dict[str, Any]] = {}
+        written: dict[int, str] = {}
         for i, layer in self.layers.items():
             for name, codec in layer._asdict().items():
+                if id(codec) in written:  # layers may share one
+                    codecs[f"{i}.{name}"] = {"same_as": written[id(codec)]}
+                    continue
+                written[id(codec)] = f"{i}.{name}"
                 tensors[f"{i}.{name}.codebook"] = codec.codebook
                 for part in ("mean", "transform", "inverse", "inv_freq", "gains"):
                     tensors[f"{i}.{name}.{part}"] = getattr(codec, part).clone().contiguous()
@@ -277,7 +296,7 @@ class Codebooks:
                     "beam": codec.beam,
                 }
         meta = {"format": FORMAT, "version": str(VERSION), "codecs": json.dumps(codecs)}
-        partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+        partial = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.partial"
         save_file(tensors, partial, {**meta, "metadata": json.dumps(self.metadata)})
         os.replace(partial, path)  # a killed process leaves no half-written file behind
 
@@ -300,10 +319,16 @@ class Codebooks:
                     )
                 if meta.get("version") != str(VERSION):
                     raise ValueError(
-                        f"{os.fspath(path)} has format version {meta.get('version')}; this torchgsrq reads {VERSION}"
+                        f"{os.fspath(path)} has format version {meta.get('version')}; this torchgsrq reads {VERSION}: "
+                        "calibrate again"
                     )
                 layers: dict[int, dict[str, Codec]] = {}
                 for name, facts in json.loads(meta["codecs"]).items():
+                    index, kind = name.split(".")
+                    if "same_as" in facts:
+                        other, which = facts["same_as"].split(".")
+                        layers.setdefault(int(index), {})[kind] = layers[int(other)][which]
+                        continue
                     parts = ("mean", "transform", "inverse", "codebook", "inv_freq", "gains")
                     t = {part: file.get_tensor(f"{name}.{part}") for part in parts}
                     _, codes, words, width = t["codebook"].shape
@@ -311,7 +336,6 @@ class Codebooks:
                     if words != CODEWORDS or dims != t["transform"].shape[-2]:
                         raise ValueError(f"{os.fspath(path)}: the tables of {name} do not fit together")
                     layout = Layout(t["mean"].shape[-1], facts["groups"], codes, dims)
-                    index, kind = name.split(".")
                     layers.setdefault(int(index), {})[kind] = Codec.build(
                         layout,
                         t["mean"],
@@ -325,6 +349,6 @@ class Codebooks:
                         beam=facts["beam"],
                     )
                 metadata = json.loads(meta["metadata"])
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{os.fspath(path)} is not a whole codebook file: {error}") from error
         return cls({i: LayerCodec(c["key"], c["value"]) for i, c in sorted(layers.items())}, metadata)

@@ -32,7 +32,8 @@ class GSRQConfig:
         recent_tokens: newest tokens, kept in full precision.
         block_tokens: tokens that leave the recent window and are encoded together.
         prefill: what a prompt attends to: ``"exact"``, its own full-precision keys and values, or
-            ``"quantized"``, what a token-by-token decode would have seen (use it to measure quality).
+            ``"quantized"``, what a token-by-token decode would have seen. Use that to measure quality: it holds for
+            forwards with ``use_cache=False`` too, which else are those of the full-precision model.
         skip_layers: indices of the layers that keep their full-precision cache.
         recipe: ``"gsrq"`` (default), ``"gsrq-paper"``, ``"kmeans"``, or ``"universal"`` (no data).
         beam: width of the encoder's beam search.
@@ -56,15 +57,19 @@ class GSRQConfig:
     recipe: str = "gsrq"
     beam: int = 4
     seed: int = 0
-    codebooks: str | None = None
+    codebooks: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("bits", "key_bits", "value_bits"):
             value = getattr(self, name)
             if value is None and name != "bits":
                 continue
-            if value not in BITS:
-                raise ValueError(f"{name}={value!r} is not offered; choose one of {', '.join(map(str, BITS))}")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in BITS:
+                more = isinstance(value, (int, float)) and value > max(BITS)
+                raise ValueError(
+                    f"{name}={value!r} is not offered; choose one of {', '.join(map(str, BITS))}"
+                    + (". This library is for 2 bits and fewer; for 4 or 8, transformers has QuantizedCache" if more else "")
+                )
         for name, allowed in (("layout", LAYOUTS), ("prefill", PREFILLS), ("recipe", RECIPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not offered; choose one of {', '.join(allowed)}")
@@ -74,10 +79,18 @@ class GSRQConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
-        layers = tuple(self.skip_layers)
-        if any(not isinstance(i, int) or i < 0 for i in layers):
+        skipped = self.skip_layers
+        layers = tuple(skipped) if isinstance(skipped, (tuple, list, set, frozenset, range)) else (None,)
+        if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
             raise ValueError(f"skip_layers={self.skip_layers!r} must hold layer indices, integers of at least 0")
-        object.__setattr__(self, "skip_layers", layers)
+        object.__setattr__(self, "skip_layers", tuple(sorted(set(layers))))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r} must be an integer")
+        if self.codebooks is not None and not isinstance(self.codebooks, (str, os.PathLike)):
+            raise TypeError(
+                f"codebooks is a {type(self.codebooks).__name__}; in a config it is the path of a file "
+                "(pass Codebooks to quantize_kv_ itself)"
+            )
 
     @property
     def key_rate(self) -> float:
@@ -111,7 +124,7 @@ class GSRQConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return asdict(self)
+        return {**asdict(self), "codebooks": None if self.codebooks is None else os.fspath(self.codebooks)}
 
 
 def encoded_tokens(length: int, recent_tokens: int, block_tokens: int) -> int:

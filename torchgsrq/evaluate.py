@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import random
 import time
@@ -74,9 +75,9 @@ def quality(
             sums[name][0] -= float(got[:-1].gather(1, targets).sum())
             sums[name][1] += float((full[:-1].exp() * (full[:-1] - got[:-1])).sum())
             sums[name][2] += float((full[:-1].argmax(-1) == got[:-1].argmax(-1)).sum())
-    perplexity = float(torch.tensor(full_nll / count).exp())
+    perplexity = math.exp(full_nll / count)
     return {
-        name: Quality(perplexity, float(torch.tensor(nll / count).exp()), kl / count, same / count)
+        name: Quality(perplexity, math.exp(nll / count), kl / count, same / count)
         for name, (nll, kl, same) in sums.items()
     }
 

@@ -61,7 +61,7 @@ def cluster(
     if method not in METHODS:
         raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
     x = x.float()
-    weight = torch.ones(x.shape[:2], device=x.device) if weight is None else weight.float()
+    weight = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device) if weight is None else weight.float()
     if x.shape[1] <= codewords:
         return torch.nn.functional.pad(x, (0, 0, 0, codewords - x.shape[1]))
 
@@ -179,7 +179,7 @@ def train_codebook(
         float32 rounded to float16, ``[heads, layout.codes, 256, layout.width]``.
     """
     heads = y.shape[0]
-    out = torch.zeros(heads, layout.codes, CODEWORDS, layout.width, device=y.device)
+    out = torch.zeros(heads, layout.codes, CODEWORDS, layout.width, dtype=torch.float32, device=y.device)
     residual = y.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3).contiguous()  # [h, g, n, w]
     for stage in range(layout.stages):
         groups = layout.groups_in(stage)

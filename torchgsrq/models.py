@@ -1,18 +1,26 @@
-"""What a transformers decoder is made of: its attention layers, its RoPE, its fingerprint. Nothing is changed here."""
+"""What a transformers decoder is made of: its attention layers, its RoPE, which model it is. Nothing is changed here."""
 
 from __future__ import annotations
 
 import hashlib
+import inspect
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from torchgsrq.rope import rotate
+
+NO_ROPE, UNKNOWN_ROPE = "none", "not recognised"
+_SAMPLE = 8  # elements of a layer's keys, and of its values, that tell models apart
+_SAME_MODEL = 0.1  # relative difference of samples below which they are of one model: dtypes and LoRA stay below
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,11 @@ class LayerInfo:
     Attributes:
         index: its ``layer_idx``. kind: ``"full_attention"``, ``"sliding_attention"``, ...
         q_heads, kv_heads, head_dim: its shape. inv_freq: RoPE frequencies, empty where it has none that
-            was recognised. interleaved: RoPE pairs are neighbours. rope: one word for the report.
+            was recognised; negative where it turns the other way. interleaved: RoPE pairs are neighbours.
+        rope: one word for the report.
+        rotary: where the frequencies depend on the length of the input, the buffer of the decoder that holds the
+            present ones, by its dotted name; empty where they are fixed.
+        sample: some elements of a fixed input's keys and values, by which `same_model` knows a model again.
     """
 
     index: int
@@ -33,11 +45,63 @@ class LayerInfo:
     inv_freq: Tensor
     interleaved: bool
     rope: str
+    rotary: str = ""
+    sample: tuple[float, ...] = field(default=(), repr=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of a model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside `torch.compile`'s wrapper or PEFT's, whose adapters sit in its own layers."""
+    while not isinstance(model, PreTrainedModel):
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            break
+    return model
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
     """The config of the decoder, also of a multimodal model."""
     return model.config.get_text_config(decoder=True)
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that turns token embeddings into hidden states and writes the KV cache, without images or a head."""
+    found = model
+    while True:
+        inner = found.get_decoder()
+        if inner is None or inner is found or not _takes_cache(inner):
+            return found
+        found = inner
+
+
+def on_the_way_to(model: PreTrainedModel, inner: nn.Module) -> list[nn.Module]:
+    """The modules from the model down to one of its parts that take a cache: any of them may make its own."""
+    name = next(name for name, module in model.named_modules() if module is inner)
+    parts = name.split(".") if name else []
+    above = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    return [module for module in above if _takes_cache(module)]
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return isinstance(module, nn.Module) and "past_key_values" in inspect.signature(module.forward).parameters
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where inputs belong; with weights that accelerate has put elsewhere, where it brings them to."""
+    for module in (model, *model.modules()):
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    held = (p.device for p in model.parameters() if p.device.type != "meta")
+    return next(held, torch.device("cpu"))
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
@@ -50,6 +114,10 @@ def layer_kinds(model: PreTrainedModel) -> list[str]:
         kind = "sliding_attention" if windowed else "chunked_attention" if chunked else "full_attention"
         kinds = [kind] * config.num_hidden_layers
     return list(kinds)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking on
 
 
 def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
@@ -77,32 +145,59 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 
 OBSERVED = "gsrq_observed"  # the attention implementation (attention.py) that calls `notify`
 Observer = Callable[..., None]
-_observers: list[Observer] = []
+_here = threading.local()  # the observers of this thread's forwards
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[type-arg]
+_locking = threading.Lock()
 
 
 @contextmanager
 def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
-    """Call ``observer(module, q, k, v, **kwargs)`` in every attention of the model's forwards."""
-    _observers.append(observer)
-    try:
-        with attention_implementation(model, OBSERVED):
+    """Call ``observer(module, q, k, v, **kwargs)`` in every attention of the model's forwards in this thread.
+
+    A second thread that wants to observe the same model waits.
+    """
+    with _locking:
+        lock = _locks.setdefault(model, threading.RLock())
+    observers = _here.__dict__.setdefault("observers", [])
+    with lock, attention_implementation(model, OBSERVED):
+        observers.append(observer)
+        try:
             yield
-    finally:
-        _observers.pop()
+        finally:
+            observers.pop()
 
 
 def notify(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> None:
-    """Tell the newest observer of an attention call."""
-    _observers[-1](module, q, k, v, **kwargs)
+    """Tell this thread's newest observer of an attention call."""
+    observers = _here.__dict__.get("observers")
+    if observers:
+        observers[-1](module, q, k, v, **kwargs)
+
+
+class _Recorder(DynamicCache):
+    """A cache that remembers what each of its slots was given."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.given: list[tuple[int, torch.Size, torch.Size]] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.given.append((layer_idx, key_states.shape, value_states.shape))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be quantized
 
 
 def check_supported(model: nn.Module) -> PreTrainedModel:
-    """Refuse, by name, what cannot be quantized.
+    """Refuse, by name, what cannot be quantized; what only a forward shows, `inspect_layers` refuses.
 
     Raises:
         TypeError: not a transformers decoder with the attention interface.
-        ValueError: an architecture whose cache is no plain keys and values per layer.
+        ValueError: an architecture whose cache is no plain keys and values per layer, or float64 weights.
     """
+    model = unwrap(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -120,7 +215,19 @@ def check_supported(model: nn.Module) -> PreTrainedModel:
         )
     if getattr(text_config(model), "num_kv_shared_layers", 0):
         raise ValueError(f"{name} shares keys and values between layers, which is not supported")
+    if model.dtype == torch.float64:
+        raise ValueError(f"{name} is float64; the cache holds float32, float16 or bfloat16: call model.float() first")
     return model
+
+
+@dataclass
+class _Seen:
+    """What one layer's attention was given at one position, and the RoPE frequencies of that forward."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rotary: dict[str, Tensor]
 
 
 @torch.no_grad()
@@ -129,79 +236,252 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
 
     A lone token attends to itself alone, so in a model whose only use of positions is RoPE its
     un-rotated key is the same at both. Which of the model's rotary frequencies, in either pairing,
-    comes nearest to that in a layer is that layer's RoPE.
+    comes nearest to that in a layer is that layer's RoPE. Where the frequencies depend on the length of
+    the input, the far position is one that still has those of short inputs, and two beyond the change show
+    whether the model's buffers can be followed there.
 
     Raises:
-        ValueError: a layer's keys and values differ in width (MLA) or do not divide the query heads.
+        ValueError: a layer's keys and values differ in width (MLA), do not divide the query heads, or are not what
+            the model caches; a model that writes no cache; RoPE that changes with the length and cannot be followed.
     """
+    name = type(model).__name__
     kinds = layer_kinds(model)
-    device = model.get_input_embeddings().weight.device
-    seen: dict[int, dict[int, tuple[Tensor, Tensor, Tensor]]] = {}
-    far = min(1025, getattr(text_config(model), "max_position_embeddings", 1026) - 1)
-    for position in (1, far):
+    most = getattr(text_config(model), "max_position_embeddings", None) or 1026
+    with _plain_precision(model):
+        near, cache = _probe(model, 1)
+        far, far_at = near, 1
+        for position in (1025, 513, 257, 129, 65, 33, 17, 9, 5, 2):
+            if position < most:
+                (far, _), far_at = _probe(model, position), position
+                if _same_frequencies(near, far):
+                    break
+        beyond: list[tuple[int, dict[int, _Seen]]] = []
+        if _depends_on_length(model):
+            beyond = [(p, _probe(model, p)[0]) for p in (2 * most + 64, 2 * most + 7)]
+            _probe(model, 1)  # puts the frequencies of short inputs back
+    if not near:
+        raise ValueError(f"{name}: no attention layer was seen in a forward, so there is nothing to quantize")
+    _check_cached(name, near, cache)
 
-        def observer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, at: int = position, **_: Any) -> None:
-            index = getattr(module, "layer_idx", None)
-            if index is not None and not getattr(module, "is_cross_attention", False):
-                seen.setdefault(index, {})[at] = (q, k, v)
-
-        token = torch.tensor([[_any_token(model)]], device=device)
-        with observed(model, observer):
-            model(input_ids=token, position_ids=torch.tensor([[position]], device=device), use_cache=False)
-    if not seen:
-        raise ValueError(
-            f"{type(model).__name__}: no attention layer was seen in a forward, so there is nothing to quantize"
-        )
-
-    frequencies = [
-        buffer.detach().float()
-        for name, buffer in model.named_buffers()
-        if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1
-    ]
+    has_rope = any(x.rotary for x in near.values())
     layers = []
-    for index in sorted(seen):
-        q, k, v = seen[index][1]
-        if k.shape != v.shape or q.shape[-1] != k.shape[-1]:
-            raise ValueError(
-                f"{type(model).__name__} layer {index}: keys are {k.shape[-1]} wide and values {v.shape[-1]} "
-                f"({k.shape[1]} and {v.shape[1]} heads); MLA and other unequal caches are not supported"
-            )
-        inv_freq, interleaved, rope = _find_rope({at: x[1] for at, x in seen[index].items()}, frequencies)
+    for index in sorted(near):
+        at = {1: near[index], far_at: far[index]}
+        x = near[index]
+        inv_freq, interleaved, rope, rotary = _find_rope(at)
+        if rope == UNKNOWN_ROPE and not has_rope:
+            rope = NO_ROPE
+        if rotary and beyond:
+            _check_followed(name, index, x, beyond, rotary, inv_freq, interleaved)
         kind = kinds[index] if index < len(kinds) else "full_attention"
-        layers.append(LayerInfo(index, kind, q.shape[1], k.shape[1], k.shape[-1], inv_freq, interleaved, rope))
+        layers.append(
+            LayerInfo(
+                index,
+                kind,
+                x.q.shape[1],
+                x.k.shape[1],
+                x.k.shape[-1],
+                inv_freq,
+                interleaved,
+                rope,
+                rotary if beyond else "",
+                tuple(float(f"{e:.4g}") for t in (x.k, x.v) for e in _some(t)),
+            )
+        )
     return layers
 
 
-def _any_token(model: PreTrainedModel) -> int:
-    """A token that is surely in the vocabulary and no padding."""
-    return min(3, text_config(model).vocab_size - 1)
+def _some(x: Tensor) -> list[float]:
+    flat = x.float().flatten()
+    return flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].tolist()
 
 
-def _find_rope(keys: dict[int, Tensor], frequencies: list[Tensor]) -> tuple[Tensor, bool, str]:
-    """The rotation that makes a token's keys at several positions most alike: frequencies, pairing, name."""
-    (_, one), *_ = keys.items()
-    none = one.new_zeros(0, dtype=torch.float32)
-    candidates = [(none, False, "none")]
-    for inv_freq in frequencies:
-        if 2 * inv_freq.numel() <= one.shape[-1]:
-            candidates.append((inv_freq.to(one.device), False, "half-split"))
-            candidates.append((inv_freq.to(one.device), True, "interleaved"))
+@contextmanager
+def _plain_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Run as the model is, whatever autocast is on around it."""
+    with torch.autocast(input_device(model).type, enabled=False):
+        yield
 
-    def difference(candidate: tuple[Tensor, bool, str]) -> float:
-        near, far = (rotate(x, torch.tensor(-at, device=x.device), *candidate[:2]) for at, x in keys.items())
+
+def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Recorder]:
+    """A forward of one token, always the same, at a position: what each layer's attention saw, and the cache."""
+    inner, device = decoder(model), input_device(model)
+    seen: dict[int, _Seen] = {}
+
+    def observer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> None:
+        index = getattr(module, "layer_idx", None)
+        if index is not None and not getattr(module, "is_cross_attention", False):
+            seen[index] = _Seen(q, k, v, {})
+
+    config = text_config(model)
+    cache = _Recorder(config)
+    arguments: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
+    if "position_ids" in inspect.signature(inner.forward).parameters:
+        arguments["position_ids"] = torch.tensor([[position]], device=device)
+    arguments.update(some_input(model, 1))
+    training = inner.training
+    inner.eval()
+    try:
+        with observed(model, observer):
+            inner(**arguments)
+    finally:
+        inner.train(training)
+    rotary = {
+        name: buffer.detach().float().clone()
+        for name, buffer in inner.named_buffers()
+        if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1
+    }
+    for layer in seen.values():
+        layer.rotary = rotary
+    return seen, cache
+
+
+def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
+    """Always the same input of a decoder, one row: made-up embeddings, or token ids where it takes nothing else."""
+    config, device = text_config(model), input_device(model)
+    if "inputs_embeds" not in inspect.signature(decoder(model).forward).parameters:
+        return {"input_ids": torch.arange(tokens, device=device)[None] % config.vocab_size}
+    width = getattr(config, "word_embed_proj_dim", None) or getattr(config, "embedding_size", None) or config.hidden_size
+    noise = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    return {"inputs_embeds": noise.to(device, model.dtype)[None]}
+
+
+def _same_frequencies(a: dict[int, _Seen], b: dict[int, _Seen]) -> bool:
+    return all(torch.equal(f, b[i].rotary[n]) for i, x in a.items() for n, f in x.rotary.items())
+
+
+def _depends_on_length(model: nn.Module) -> bool:
+    """Whether a rotary module recomputes its frequencies in the forward, as transformers' decorator does it."""
+    for module in model.modules():
+        types = getattr(module, "rope_type", None)
+        for one in types.values() if isinstance(types, dict) else [types]:
+            if isinstance(one, str) and ("dynamic" in one or one == "longrope"):
+                return True
+    return False
+
+
+def _check_cached(name: str, seen: dict[int, _Seen], cache: _Recorder) -> None:
+    """Whether attention reads just what the model puts into its cache, layer by layer."""
+    if not cache.given:
+        raise ValueError(f"{name} writes no KV cache in a forward with use_cache=True (an encoder?): nothing to quantize")
+    slots = Counter(index for index, *_ in cache.given)
+    if set(slots) != set(seen) or max(slots.values()) > 1:
+        raise ValueError(
+            f"{name} has {len(seen)} attention layers but fills {sum(slots.values())} entries of its cache in a "
+            "forward: models that use layers several times are not supported"
+        )
+    for index, keys, values in cache.given:
+        x = seen[index]
+        if keys != x.k.shape or values != x.v.shape:
+            raise ValueError(
+                f"{name} layer {index} caches keys {list(keys)} and values {list(values)} but attends to "
+                f"{list(x.k.shape)} and {list(x.v.shape)} [batch, heads, tokens, width]; MLA and other caches of "
+                "something else than what attention reads are not supported"
+            )
+        if x.k.shape != x.v.shape or x.q.shape[-1] != x.k.shape[-1] or x.q.shape[1] % x.k.shape[1]:
+            raise ValueError(
+                f"{name} layer {index}: queries {list(x.q.shape)}, keys {list(x.k.shape)}, values {list(x.v.shape)} "
+                "[batch, heads, tokens, width]; MLA and other unequal caches are not supported"
+            )
+
+
+def _find_rope(seen: dict[int, _Seen]) -> tuple[Tensor, bool, str, str]:
+    """The rotation that makes a token's keys at two positions most alike: frequencies, pairing, name, buffer."""
+    one = next(iter(seen.values()))
+    none = one.k.new_zeros(0, dtype=torch.float32)
+    candidates = [(none, False, NO_ROPE, "")]
+    for buffer, inv_freq in one.rotary.items():
+        if 2 * inv_freq.numel() <= one.k.shape[-1]:
+            for sign in (1, -1):
+                candidates.append((sign * inv_freq.to(none.device), False, "half-split", buffer))
+                candidates.append((sign * inv_freq.to(none.device), True, "interleaved", buffer))
+
+    def difference(candidate: tuple[Tensor, bool, str, str]) -> float:
+        near, far = (_unrotated(x.k, at, *candidate[:2]) for at, x in seen.items())
         return float((near - far).norm() / near.norm().clamp_min(1e-30))
 
     best = min(candidates, key=difference)
-    tolerance = 2e-2 if one.dtype in (torch.float16, torch.bfloat16) else 1e-3
-    return best if difference(best) <= tolerance else (none, False, "not recognised")
+    return best if difference(best) <= _tolerance(one.k.dtype) else (none, False, UNKNOWN_ROPE, "")
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """A short hash of a model's shape and a sample of its weights: which model codebooks belong to."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 16)][:16].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.bfloat16().view(torch.int16).numpy().tobytes())  # the same for any dtype of a model
-    return digest.hexdigest()[:16]
+def _unrotated(k: Tensor, position: int, inv_freq: Tensor, interleaved: bool) -> Tensor:
+    return rotate(k, torch.tensor(-position, device=k.device), inv_freq.to(k.device), interleaved)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
+def _check_followed(
+    name: str,
+    index: int,
+    near: _Seen,
+    beyond: list[tuple[int, dict[int, _Seen]]],
+    rotary: str,
+    inv_freq: Tensor,
+    interleaved: bool,
+) -> None:
+    """Whether keys of long inputs, turned back by the frequencies in the model's buffer, are those of short ones."""
+    want = _unrotated(near.k, 1, inv_freq, interleaved)
+    sign = -1 if bool((inv_freq < 0).any()) else 1
+    for position, seen in beyond:
+        got = _unrotated(seen[index].k, position, sign * seen[index].rotary[rotary], interleaved)
+        if float((got - want).norm() / want.norm().clamp_min(1e-30)) > _tolerance(near.k.dtype):
+            raise ValueError(
+                f"{name} layer {index}: RoPE changes with the length of the input, and at position {position} its keys "
+                f"do not follow the buffer {rotary}, so they could not be coded; use a fixed RoPE scaling"
+            )
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Where a layer's present RoPE frequencies are, for models that recompute them in the forward."""
+
+    module: weakref.ref[nn.Module]
+    buffer: str
+    sign: int
+
+    def __call__(self) -> Tensor:
+        """The frequencies of the forward that runs now, or of the last one."""
+        module = self.module()
+        assert module is not None, "the model is gone"
+        return self.sign * getattr(module, self.buffer).detach()
+
+
+def rotaries(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[int, Rotary]:
+    """Where the present RoPE frequencies of those layers are that have other ones for longer inputs."""
+    found = {}
+    for info in layers:
+        if info.rotary:
+            path, _, buffer = info.rotary.rpartition(".")
+            sign = -1 if bool((info.inv_freq < 0).any()) else 1
+            found[info.index] = Rotary(weakref.ref(decoder(model).get_submodule(path)), buffer, sign)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which model it is
+
+
+def fingerprint(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[str, Any]:
+    """Which model codebooks belong to: its shape, and samples of the keys and values of a fixed input.
+
+    The same for a model in another dtype, with resized token embeddings, offloaded weights, or adapters that do
+    nothing yet: just what shapes keys and values counts.
+    """
+    shape = [(x.index, x.q_heads, x.kv_heads, x.head_dim) for x in layers]
+    about = f"{text_config(model).model_type}{text_config(model).hidden_size}{shape}"
+    return {
+        "class": type(model).__name__,
+        "shape": hashlib.sha256(about.encode()).hexdigest()[:12],
+        "samples": [list(x.sample) for x in layers],
+    }
+
+
+def same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two fingerprints are of one model: most of their layers' samples are alike."""
+    if a["shape"] != b["shape"] or len(a["samples"]) != len(b["samples"]):
+        return False
+    x, y = (torch.tensor(f["samples"], dtype=torch.float64) for f in (a, b))
+    apart = (x - y).norm(dim=1) / torch.minimum(x.norm(dim=1), y.norm(dim=1)).clamp_min(1e-30)
+    return bool(apart.median() <= _SAME_MODEL)

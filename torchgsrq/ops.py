@@ -40,6 +40,7 @@ _SCHEMAS = {
     "check_append": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> ()",
     "nearest": "(Tensor x, Tensor centers) -> (Tensor, Tensor)",
     "sum_by_code": "(Tensor x, Tensor code, int codewords) -> Tensor",
+    "refuse_gradient": "(Tensor grad) -> Tensor",
     "kv_append_": "(Tensor(a!) kv, Tensor x, Tensor slots) -> ()",
     "kv_place_": "(Tensor(a!) kv, Tensor start) -> ()",
     "kv_tail": "(Tensor kv, Tensor x, Tensor slots) -> (Tensor, Tensor)",
@@ -104,7 +105,7 @@ def append_(
     """Append vectors ``[b, h, n, d]`` at slots ``[n]`` in place (`reference.append_`)."""
     kv = [codes, window, start, length, encoded, *codec]
     packed = pack(kv, layout)
-    kernel = _kernel(x, "append_", packed.codec)
+    kernel = _kernel(x, "append_", packed.codec, caches=(packed,))
     if kernel:
         check_append(kv, layout, x, slots)
     (kernel or reference.append_)(packed, x, slots)
@@ -147,7 +148,7 @@ def attention(
 ) -> Tensor:
     """Attention on the codes of a cache (`reference.attention`)."""
     k, v = pack(key, key_layout), pack(value, value_layout)
-    kernel = _kernel(q, "attention", k.codec, v.codec)
+    kernel = _kernel(q, "attention", k.codec, v.codec, caches=(k,))
     _check_query(q, k, v, mask, lengths=kernel is None)
     tails = None if key_tail is None or value_tail is None else (key_tail, value_tail)
     return (kernel or reference.attention)(
@@ -222,8 +223,8 @@ def has_gpu_kernels(key: Codec, value: Codec) -> bool:
     return bool(kernels) and kernels.attention.supports(key, value) and all(map(kernels.encode.supports, (key, value)))
 
 
-def _kernel(x: Tensor, name: str, *codecs: Codec) -> Callable[..., Any] | None:
-    """The Triton function of an op, if ``x`` is on a GPU and the kernels read such codecs.
+def _kernel(x: Tensor, name: str, *codecs: Codec, caches: tuple[Packed, ...] = ()) -> Callable[..., Any] | None:
+    """The Triton function of an op, if ``x`` is on a GPU and the kernels read such codecs and caches.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the reference would run, which reads lengths on the host.
@@ -231,21 +232,29 @@ def _kernel(x: Tensor, name: str, *codecs: Codec) -> Callable[..., Any] | None:
     if not _on_gpu(x):
         return None
     module = getattr(_triton(), "attention" if name == "attention" else "encode", None)
-    if module is not None and module.supports(*codecs) and x.dtype in module.DTYPES:
+    counted = all(kv.start.shape[1] == 2 for kv in caches)  # positions count up with the slots
+    if module is not None and counted and module.supports(*codecs) and x.dtype in module.DTYPES:
         return getattr(module, name)
     if _capturing():
         raise RuntimeError(
             f"{name} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, or more than 16 "
-            "residual stages) or without triton, and cannot be captured in a CUDA graph: choose another compile mode"
+            "residual stages), for positions that do not count up with the slots, or without triton, and cannot be captured in a CUDA graph: choose another compile mode"
         )
     return None
+
+
+def refuse_gradient(grad: Tensor) -> Tensor:
+    """The backward of attention on codes: an op, so that compiled graphs raise when it runs and not when it is traced."""
+    raise RuntimeError(
+        "attention on codes has no gradient: call model.train() or dequantize_kv_(model) to train, or torch.no_grad()"
+    )
 
 
 def _subclass_only(*_: object) -> None:
     raise TypeError("the kv_ ops take a GSRQTensor; use torchgsrq::append_ and torchgsrq::attention on plain tensors")
 
 
-_FUNCTIONS = (encode, search, decode, append_, check_append, tail, dequantize, attention, nearest, sum_by_code)
+_FUNCTIONS = (encode, search, decode, append_, check_append, tail, dequantize, attention, refuse_gradient, nearest, sum_by_code)
 # These have a C++ kernel as well, in kernels/.
 _COMPILED = ("encode", "search", "append_", "check_append", "attention", "nearest", "sum_by_code")
 _cpu = torch.library.Library("torchgsrq", "IMPL")
@@ -339,6 +348,11 @@ def _(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Te
 def _(kv: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
     codes, window = kv[:2]
     return codes.new_empty((*codes.shape[:3], window.shape[3]), dtype=dtype)
+
+
+@torch.library.register_fake("torchgsrq::refuse_gradient", lib=_library)
+def _(grad: Tensor) -> Tensor:
+    return torch.empty_like(grad)
 
 
 @torch.library.register_fake("torchgsrq::attention", lib=_library)

@@ -203,6 +203,8 @@ class Packed:
 
     def position(self, first: int, last: int) -> Tensor:
         """Positions of slots ``[first, last)`` in each row, ``[batch, last - first]``."""
+        if self.start.shape[1] > 2:
+            return self.start[:, 2 + first : 2 + last].long()
         return torch.arange(first, last, device=self.start.device) - self.start[:, :1]
 
 
@@ -365,9 +367,9 @@ def attention(
         seen = [encoded_tokens(length - queries + i + 1, key.recent_tokens, key.block_tokens) for i in range(queries)]
         boundary = torch.tensor(seen, device=device).clamp_min(int(tail_start))
 
-    top = torch.full((batch, heads, rows, 1), -torch.inf, device=device)
+    top = torch.full((batch, heads, rows, 1), -torch.inf, dtype=torch.float32, device=device)
     mass = torch.zeros_like(top)
-    out = torch.zeros(batch, heads, rows, head_dim, device=device)
+    out = torch.zeros(batch, heads, rows, head_dim, dtype=torch.float32, device=device)
 
     def absorb(scores: Tensor, slots: Tensor, allowed: Tensor, weigh: Callable[[Tensor], Tensor]) -> None:
         """Add slots: scores ``[b, h, rows, t]``, slots ``[b or 1, t]``, allowed ``[b or 1, q, t]``."""
@@ -477,7 +479,7 @@ def table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> T
     slices = torch.einsum("bhrfd,hde->bhrfe", turned, codec.inverse).unflatten(-1, (layout.groups, layout.width))
 
     frame = (frame - lowest)[:, None, None]
-    scores = torch.zeros(batch, heads, rows, n, device=qf.device)
+    scores = torch.zeros(batch, heads, rows, n, dtype=torch.float32, device=qf.device)
     gains = codec.gains.numel()
     for m in range(layout.codes):
         table = torch.einsum("bhrfw,hcw->bhrfc", slices[..., m % layout.groups, :], codec.codebook[:, m].float())
@@ -503,9 +505,9 @@ def histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
     layout = codec.layout
     gains = codec.gains.numel()
     weight = p * codec.gains[codes[..., 0].int()].unsqueeze(2) if gains else p
-    y = torch.zeros(batch, heads, rows, layout.groups, layout.width, device=p.device)
+    y = torch.zeros(batch, heads, rows, layout.groups, layout.width, dtype=torch.float32, device=p.device)
     for m in range(layout.codes):
         index = codes[:, :, None, :, m + bool(gains)].long().expand(-1, -1, rows, -1)
-        bins = torch.zeros(batch, heads, rows, CODEWORDS, device=p.device).scatter_add_(3, index, weight)
+        bins = torch.zeros(batch, heads, rows, CODEWORDS, dtype=torch.float32, device=p.device).scatter_add_(3, index, weight)
         y[..., m % layout.groups, :] += bins @ codec.codebook[:, m].float()
     return y.flatten(-2) @ codec.inverse.transpose(1, 2) + p.sum(-1, keepdim=True) * codec.mean.unsqueeze(1)

@@ -33,7 +33,8 @@ class GSRQTensor(Tensor):
         window: ``[batch, heads, sink_tokens + ring, head_dim]``: the first real tokens of each row, and a ring
             of the newest, in full precision.
         start: int32 ``[batch, 2]``: the slot of each row's position 0 (negative where positions begin above 0),
-            and the slot of its first real token (its left padding).
+            and the slot of its first real token (its left padding). ``[batch, 2 + capacity]`` where positions do not
+            count up with the slots (padding in the middle, images): then also the position of every slot.
         length, encoded: int32 ``[]``, tokens held, and tokens already turned into codes.
         mean_vector, transform, inverse, codebook, inv_freq, gains: the codec's tables (codec.py), shared.
 
@@ -95,8 +96,7 @@ class GSRQTensor(Tensor):
         Args:
             codec: ``codebooks[layer].key`` or ``.value``.
             config: sink, recent and block tokens; the defaults of `GSRQConfig` without it.
-            start: int ``[batch]``, left padding of each row, or ``[batch, 2]``, see the tensor attribute; zeros by
-                default.
+            start: int ``[batch]``, left padding of each row, or in full, see the tensor attribute; zeros by default.
 
         Raises:
             ValueError: the codec is for another head_dim or number of heads, or a size is negative.
@@ -121,8 +121,10 @@ class GSRQTensor(Tensor):
             *codec.tensors,
         ]
         if start is not None:
-            if start.shape not in ((batch,), (batch, 2)):
-                raise ValueError(f"start has shape {tuple(start.shape)}; expected [{batch}] or [{batch}, 2]")
+            if start.shape not in ((batch,), (batch, 2), (batch, 2 + capacity)):
+                raise ValueError(
+                    f"start has shape {tuple(start.shape)}; expected [{batch}], [{batch}, 2] or [{batch}, 2 + capacity]"
+                )
             start = start if start.ndim == 2 else start[:, None].expand(-1, 2)
             tensors[2] = start.to(device=device, dtype=torch.int32).clone()
         layout = (config.sink_tokens, config.recent_tokens, config.block_tokens, *codec.integers)
@@ -207,7 +209,24 @@ class GSRQTensor(Tensor):
         more = capacity - self.codes.shape[2]
         if more <= 0:
             return self
-        return _like(self, [F.pad(self.codes, (0, 0, 0, more)), *self.parts[1:]])
+        codes, window, start, *rest = self.parts
+        if start.shape[1] > 2:  # slots that no token was placed in count on
+            ahead = torch.arange(1, more + 1, dtype=start.dtype, device=start.device)
+            start = torch.cat((start, start[:, -1:] + ahead), 1)
+        return _like(self, [F.pad(codes, (0, 0, 0, more)), window, start, *rest])
+
+    def placed(self, start: Tensor) -> GSRQTensor:
+        """The same buffer with another ``start``, of which it takes a copy, as a part or in place."""
+        start = start.to(self.start.device, self.start.dtype)
+        if start.shape == self.start.shape:
+            gsrq.kv_place_(self, start)
+            return self
+        codes, window, _, *rest = self.parts
+        return _like(self, [codes, window, start.clone(), *rest])
+
+    def with_frequencies(self, inv_freq: Tensor) -> GSRQTensor:
+        """The same buffer with the frame rotation of other RoPE frequencies."""
+        return _like(self, [inv_freq if t is self.inv_freq else t for t in self.parts])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GSRQTensor:
         return _clone(self)  # the tables are shared
@@ -447,7 +466,25 @@ def _sdpa(
     causal = reference.UPPER_LEFT if is_causal else reference.NOT_CAUSAL
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attend = _attention if _made_in_graph((key, value)) else gsrq.kv_attention
-    return attend(query, key, value, attn_mask, scale, causal, 0.0, None, None, None, None, reference.WINDOW)
+    out = attend(query, key, value, attn_mask, scale, causal, 0.0, None, None, None, None, reference.WINDOW)
+    return without_gradient(out, query, key, value)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (gsrq.refuse_gradient(grads[0]), *[None] * (len(ctx.needs_input_grad) - 1))
+
+
+def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
+    """What attention on codes gave for these inputs: asked for a gradient, it raises instead of losing it silently."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return _WithoutGradient.apply(out, *inputs)  # type: ignore[no-any-return]
+    return out
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {

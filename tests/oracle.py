@@ -1,0 +1,123 @@
+"""What a quantized cache must do, by other means: the *unquantized* model on a cache that keeps every token exactly and
+hands out what the README says. Attention, masks, beams and crops are transformers' own; only the codec's reference is
+shared with what is tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from torchgsrq import Codebooks, GSRQConfig, reference
+
+
+class Oracle(DynamicCache):
+    """A cache for the unquantized model; `watch` it over a model first, so that it knows positions and padding."""
+
+    def __init__(self, books: Codebooks, config: GSRQConfig, model_config: Any) -> None:
+        super().__init__(config=model_config)
+        self.layers = [
+            OracleLayer(self, books[i], config) if i in books else layer for i, layer in enumerate(self.layers)
+        ]
+        self.positions: Tensor | None = None  # [rows, slots]
+        self.real: Tensor | None = None  # [rows, slots]
+
+    def see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the decoder: note each token's position, and whether it is padding."""
+        if kwargs.get("past_key_values") is not self:
+            return
+        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        rows, n = tokens.shape[:2]
+        past = self.get_seq_length()
+        positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if positions is None:
+            positions = torch.arange(past, past + n)[None]
+        if positions.ndim == 3:
+            positions = positions[-3]
+        real = torch.ones(rows, n, dtype=torch.bool) if mask is None else mask[:, past : past + n].bool()
+        positions = positions.expand(rows, n)
+        if past:
+            positions = torch.cat((self.positions, positions), 1)
+            real = torch.cat((self.real, real), 1)
+        self.positions, self.real = positions, real
+
+    def _rows(self, choose: Any) -> None:
+        if self.positions is not None:
+            self.positions, self.real = choose(self.positions), choose(self.real)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(lambda t: t[beam_idx])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda t: t[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self._rows(lambda t: t[:, : self.get_seq_length()])
+
+
+class OracleLayer(DynamicLayer):
+    """Keys and values as they were given (``keys``, ``values``) and as attention is shown them (``shown``)."""
+
+    def __init__(self, cache: Oracle, codecs: Any, config: GSRQConfig) -> None:
+        super().__init__()
+        self.cache, self.codecs, self.config = cache, codecs, config
+        self.coded = 0
+        self.shown: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        c, first, n = self.config, self.get_seq_length(), key_states.shape[2]
+        super().update(key_states, value_states)
+        new = [key_states, value_states]
+        self.shown = [torch.cat((a, b), 2) for a, b in zip(self.shown, new, strict=True)] if self.shown else new
+        before = [t.clone() for t in self.shown]
+        blocks = (first + n - c.recent_tokens) // c.block_tokens
+        was, self.coded = self.coded, max(self.coded, blocks * c.block_tokens)
+        slots = slice(was, self.coded)
+        real = self.cache.real.int()
+        start = torch.where(real.any(1), real.argmax(1), first + n)[:, None]
+        sink = (torch.arange(was, self.coded) >= start) & (torch.arange(was, self.coded) < start + c.sink_tokens)
+        position = self.cache.positions[:, slots]
+        shown = []
+        for t, codec in zip(self.shown, self.codecs, strict=True):
+            exact = t[:, :, slots]
+            decoded = reference.decode(reference.encode(exact, position, codec), position, codec, exact.dtype)
+            t = t.clone()
+            t[:, :, slots] = torch.where(sink[:, None, :, None], exact, decoded)
+            shown.append(t)
+        self.shown = shown
+        return tuple(before if n > 1 else shown)  # what became codes by this very prompt was exact to it
+
+    def _each(self, choose: Any) -> None:
+        self.shown = [choose(t) for t in self.shown]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._each(lambda t: t[beam_idx])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._each(lambda t: t[indices])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self._each(lambda t: t[:, :, : self.get_seq_length()])
+        self.coded = min(self.coded, self.get_seq_length())
+
+
+def watch(model: nn.Module, oracle: Oracle) -> Any:
+    """Let an oracle see the inputs of a model's decoder; returns the hook's handle."""
+    return model.get_decoder().register_forward_pre_hook(oracle.see, with_kwargs=True)

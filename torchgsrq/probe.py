@@ -1,0 +1,76 @@
+"""The safety net of quantize_kv_: whether a model reads a quantized cache as it reads a plain one, seen in forwards."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from torchgsrq import models
+from torchgsrq.cache import GSRQCache, GSRQLayer
+from torchgsrq.config import GSRQConfig
+
+_TOKENS = 8
+_WINDOWS = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens": 1, "prefill": "quantized"}
+
+
+@torch.no_grad()
+def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Callable[[GSRQConfig], GSRQCache]) -> None:
+    """Decode a token over a quantized cache, and over a plain cache that holds what the quantized one decodes to.
+
+    The plain forward runs in the model's own eager attention, so this finds every model whose attention does more to
+    keys and values than transformers' attention interface says.
+
+    Args:
+        model: quantized already.
+        config: of its cache.
+        make_cache: an empty cache of another config.
+
+    Raises:
+        ValueError: the forward fails, or the two differ by more than rounding; names the model.
+    """
+    name = type(model).__name__
+    inner = models.decoder(model)
+    training = inner.training
+    inner.eval()
+    try:
+        cache = make_cache(dataclasses.replace(config, **_WINDOWS))
+        x = models.some_input(model, _TOKENS)
+        _forward(inner, x, slice(0, _TOKENS - 1), cache)
+        kept = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, GSRQLayer)}
+        got = _forward(inner, x, slice(_TOKENS - 1, _TOKENS), cache)
+        twin = DynamicCache(config=models.text_config(model))
+        for i, layer in enumerate(cache.layers):
+            if isinstance(layer, GSRQLayer):
+                past = (buffer.dequantize()[:, :, : _TOKENS - 1] for buffer in (layer.keys, layer.values))
+                twin.layers[i].update(*past)
+            else:
+                twin.layers[i] = kept[i]
+        with models.attention_implementation(model, "eager"):
+            want = _forward(inner, x, slice(_TOKENS - 1, _TOKENS), twin)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"{name} is not supported: a forward over a quantized cache failed ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        inner.train(training)
+    apart = float((got - want).norm() / want.norm().clamp_min(1e-30))
+    if not apart <= (1e-3 if model.dtype == torch.float32 else 0.15):
+        raise ValueError(
+            f"{name} is not supported: over a quantized cache its hidden states differ by {apart:.1%} from those over the "
+            "same cache decoded, so its attention does more to keys and values than read them"
+        )
+
+
+def _forward(inner: PreTrainedModel, x: dict[str, Tensor], tokens: slice, cache: Any) -> Tensor:
+    arguments = {name: t[:, tokens] for name, t in x.items()}
+    if "position_ids" in inspect.signature(inner.forward).parameters:
+        arguments["position_ids"] = torch.arange(_TOKENS, device=next(iter(x.values())).device)[None, tokens]
+    out = inner(**arguments, past_key_values=cache, use_cache=True)
+    return (out[0] if isinstance(out, tuple) else next(iter(out.values()))).float()
