@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, StaticCache
 from torchgsrq import models
 from torchgsrq.attention import NAME
 from torchgsrq.cache import GSRQCache
-from torchgsrq.calibrate import cached_codebooks, quantizes
+from torchgsrq.calibrate import WINDOW, cached_codebooks, quantizes
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import LayerInfo
@@ -37,6 +37,7 @@ class _State:
     layers: list[LayerInfo]
     attention: list[tuple[PreTrainedConfig, str]]
     hooks: list[Any]
+    warned: bool = False  # of training mode
     active: bool = True  # a shallow copy of a model shares this, and its layers
 
     def new_cache(
@@ -128,7 +129,7 @@ def quantize_kv_(
             "positions beyond the %d tokens of a calibration window; compare with evaluate before you rely on it",
             name,
             ", ".join(map(str, unknown)),
-            1024,
+            WINDOW,
         )
     followed = [info.index for info in wanted if info.rotary]
     if followed:
@@ -237,7 +238,6 @@ class _GiveCache:
         parameters = inspect.signature(module.forward).parameters.values()
         self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
         self.state, self.is_decoder = state, is_decoder
-        self.warned = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -245,9 +245,9 @@ class _GiveCache:
         measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
         if use_cache is None:
             use_cache = getattr(module.config, "use_cache", False)
-        if cache is None and module.training and measured and not self.warned:
+        if cache is None and module.training and measured and not self.state.warned:
             log.warning("%s is in training mode, in which forwards run in full precision", type(module).__name__)
-            self.warned = True
+            self.state.warned = True
         if cache is None and not module.training and (use_cache or (measured and self.is_decoder)):
             cache = self._new_cache(module)
             kwargs["past_key_values"] = cache
@@ -279,16 +279,36 @@ class _GiveCache:
 
 
 def _prepare_cache_for_generation(
-    self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kw: Any
+    self: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
 ) -> None:
-    """What transformers does, with quantized layers in the cache that it made."""
+    """What transformers does, with quantized layers in the cache that it made.
+
+    Raises:
+        ValueError: a kind of cache that cannot be quantized, or RoPE that would change while tokens are generated.
+    """
     state = _state_of(self)
     kind = generation_config.cache_implementation
     if state is not None and kind not in _CACHE_IMPLEMENTATIONS:
         allowed = ", ".join(repr(x) for x in _CACHE_IMPLEMENTATIONS)
         raise ValueError(f"cache_implementation={kind!r}: a model with a quantized KV cache takes one of {allowed}")
+    mask = model_kwargs.get("attention_mask")
+    prompt = mask.shape[-1] if isinstance(mask, Tensor) else 0
+    for rotary in models.rotaries(self, state.layers).values() if state and generation_config.use_cache else ():
+        limit = rotary.changes_within(prompt, max_cache_length)
+        if limit is not None:
+            raise ValueError(
+                f"the text would grow from {prompt} to up to {max_cache_length + 1} tokens, and past {limit} this model's "
+                "RoPE changes, which a cache of codes cannot follow: generate fewer tokens, or choose a fixed RoPE scaling"
+            )
     given = model_kwargs.get("past_key_values")
-    type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kw)
+    type(self)._prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    )
     made = model_kwargs.get("past_key_values")
     if state is None or made is None or made is given:
         return

@@ -394,9 +394,8 @@ def calibrate(
         raise ValueError(f"{type(model).__name__} is quantized; call dequantize_kv_ first, then calibrate")
     training = model.training
     model.eval()
-    device = models.input_device(model)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with models.plain_precision(model):
             return _calibrate(model, config, data, tokenizer, tokens, max_memory, progress)
     finally:
         model.train(training)

@@ -247,7 +247,7 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
     name = type(model).__name__
     kinds = layer_kinds(model)
     most = getattr(text_config(model), "max_position_embeddings", None) or 1026
-    with _plain_precision(model):
+    with plain_precision(model):
         near, cache = _probe(model, 1)
         far, far_at = near, 1
         for position in (1025, 513, 257, 129, 65, 33, 17, 9, 5, 2):
@@ -297,9 +297,9 @@ def _some(x: Tensor) -> list[float]:
 
 
 @contextmanager
-def _plain_precision(model: PreTrainedModel) -> Iterator[None]:
-    """Run as the model is, whatever autocast is on around it."""
-    with torch.autocast(input_device(model).type, enabled=False):
+def plain_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Run in the model's own dtypes, whatever autocast is on around it, and outside of inference mode."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(input_device(model).type, enabled=False):
         yield
 
 
@@ -446,6 +446,20 @@ class Rotary:
         module = self.module()
         assert module is not None, "the model is gone"
         return self.sign * getattr(module, self.buffer).detach()
+
+    def changes_within(self, first: int, last: int) -> int | None:
+        """The number of tokens past which the frequencies change, if they do while a text grows from ``first`` to
+        ``last`` tokens."""
+        module = self.module()
+        types = getattr(module, "rope_type", "")
+        types = types.values() if isinstance(types, dict) else [types]
+        if any("dynamic" in t for t in types):  # each token past the limit changes them
+            limit = int(module.original_max_seq_len)  # type: ignore[union-attr,arg-type]
+            return limit if last > max(first, limit) else None
+        parameters = module.config.rope_parameters  # type: ignore[union-attr]
+        parts = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
+        switches = [p["original_max_position_embeddings"] for p in parts if "original_max_position_embeddings" in p]
+        return next((n for n in switches if first <= n < last), None)
 
 
 def rotaries(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[int, Rotary]:

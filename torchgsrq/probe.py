@@ -20,7 +20,6 @@ _TOKENS = 8
 _WINDOWS = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens": 1, "prefill": "quantized"}
 
 
-@torch.no_grad()
 def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Callable[[GSRQConfig], GSRQCache]) -> None:
     """Decode a token over a quantized cache, and over a plain cache that holds what the quantized one decodes to.
 
@@ -40,7 +39,23 @@ def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Call
     training = inner.training
     inner.eval()
     try:
-        cache = make_cache(dataclasses.replace(config, **_WINDOWS))
+        apart = _difference(model, inner, make_cache(dataclasses.replace(config, **_WINDOWS)))
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
+        raise ValueError(
+            f"{name} is not supported: a forward over a quantized cache failed ({type(error).__name__}: {error})"
+        ) from error
+    finally:
+        inner.train(training)
+    if not apart <= (1e-3 if model.dtype == torch.float32 else 0.15):
+        raise ValueError(
+            f"{name} is not supported: over a quantized cache its hidden states differ by {apart:.1%} from those over the "
+            "same cache decoded, so its attention does more to keys and values than read them"
+        )
+
+
+def _difference(model: PreTrainedModel, inner: PreTrainedModel, cache: GSRQCache) -> float:
+    """How far apart, relatively, the two are."""
+    with models.plain_precision(model):
         x = models.some_input(model, _TOKENS)
         _forward(inner, x, slice(0, _TOKENS - 1), cache)
         kept = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, GSRQLayer)}
@@ -54,18 +69,7 @@ def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Call
                 twin.layers[i] = kept[i]
         with models.attention_implementation(model, "eager"):
             want = _forward(inner, x, slice(_TOKENS - 1, _TOKENS), twin)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"{name} is not supported: a forward over a quantized cache failed ({type(error).__name__}: {error})"
-        ) from error
-    finally:
-        inner.train(training)
-    apart = float((got - want).norm() / want.norm().clamp_min(1e-30))
-    if not apart <= (1e-3 if model.dtype == torch.float32 else 0.15):
-        raise ValueError(
-            f"{name} is not supported: over a quantized cache its hidden states differ by {apart:.1%} from those over the "
-            "same cache decoded, so its attention does more to keys and values than read them"
-        )
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
 
 
 def _forward(inner: PreTrainedModel, x: dict[str, Tensor], tokens: slice, cache: Any) -> Tensor:

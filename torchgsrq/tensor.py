@@ -242,6 +242,11 @@ class GSRQTensor(Tensor):
         picked = [t.index_select(0, rows.to(t.device)) for t in (codes, window, start)]
         return _like(self, [*picked, length.clone(), encoded.clone(), *tables])
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """Bytes that this buffer owns; its shape and dtype would say those of full precision."""
+        return sum(self.nbytes_by_part().values())
+
     def nbytes_by_part(self) -> dict[str, int]:
         """Bytes of the storages that this buffer owns (not the shared tables), by part."""
         return {name: getattr(self, name).untyped_storage().nbytes() for name in PARTS}

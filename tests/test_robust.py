@@ -1,0 +1,610 @@
+"""What strangers' scripts do: it works, or it is refused by name where it is asked for, and nothing is half done."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import json
+import logging
+import pickle
+import sys
+import threading
+from itertools import product
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import DynamicCache
+
+from tests.conftest import SMALL, tiny_books, tiny_llama
+from tests.oracle import Oracle, watch
+from torchgsrq import Codebooks, GSRQCache, GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_
+from torchgsrq.config import BITS, LAYOUTS, PREFILLS, RECIPES
+from torchgsrq.evaluate import quantized
+
+PROMPT = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(3, 100, (512,), generator=torch.Generator().manual_seed(0))
+GREEDY = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path))
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt files
+
+
+def prompt_file(llama, path, config=SMALL):
+    model, books = llama
+    with quantized(model, config, books), torch.no_grad():
+        cache = new_cache(model)
+        model(PROMPT, past_key_values=cache, use_cache=True)
+        cache.save(path)
+    with safe_open(path, framework="pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def without(*names):
+    return lambda tensors, facts: [tensors.pop(k) for k in list(tensors) if k.startswith(names)]
+
+
+def changed(**tensors_or_facts):
+    def change(tensors, facts):
+        for name, make in tensors_or_facts.items():
+            name = name.replace("__", ".")
+            if name in facts:
+                facts[name] = make
+            else:
+                tensors[name] = make(tensors[name])
+
+    return change
+
+
+def named(name, make):
+    return lambda tensors, facts: tensors.update({name: make(tensors[name])})
+
+
+DAMAGES = {
+    "a layer": (without("1."), "layer 1 is missing, and should hold 40 tokens"),
+    "a tensor": (without("0.keys.window"), r"layer 0 has no keys\.window"),
+    "longer than said": (lambda t, f: f.update(lengths=[39, 39]), "layer 0 holds 40 tokens in its keys.*39"),
+    "longer than held": (lambda t, f: f.update(lengths=[400, 400]), "layer 0 holds 40 tokens in its keys.*400"),
+    "lengths that differ": (lambda t, f: f.update(lengths=[40, 0]), "layer 1 holds 40 tokens"),
+    "another batch": (named("0.values.codes", lambda t: t.repeat(2, 1, 1, 1)), r"layer 0 has values\.codes of.*\[4, 2"),
+    "another batch in all": (lambda t, f: f.update(rows=4), r"layer 0 has keys\.codes"),
+    "another type": (named("1.keys.codes", lambda t: t.float()), r"layer 1 has keys\.codes of torch.float32"),
+    "more codes than tokens": (named("0.keys.encoded", lambda t: t + 40), "layer 0 holds 40 tokens in its keys, 72"),
+    "a smaller window": (named("0.keys.window", lambda t: t[:, :, 1:].contiguous()), r"layer 0 has a keys\.window"),
+    "keys and values apart": (named("0.keys.encoded", lambda t: t - 4), r"layer 0 has keys\.codes"),
+    "no facts": (lambda t, f: f.clear(), "lengths"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_prompt_file_is_refused_whole(llama, tmp_path, damage):
+    model, books = llama
+    path = tmp_path / "prompt.safetensors"
+    tensors, meta = prompt_file(llama, path)
+    facts = json.loads(meta["facts"])
+    change, says = DAMAGES[damage]
+    change(tensors, facts)
+    save_file(tensors, path, {**meta, "facts": json.dumps(facts)})
+    cache = GSRQCache(books, SMALL, model.config)
+    with pytest.raises(ValueError, match="not a whole cache file.*" + says):
+        cache.load(path)
+    assert cache.is_empty and not any(layer.is_initialized for layer in cache.layers)
+
+
+def test_a_prompt_file_holds_what_is_used(llama, tmp_path):
+    """A cache of fixed capacity is saved as long as its text; a beam is no part of what codes mean."""
+    model, books = llama
+    tensors, _ = prompt_file(llama, tmp_path / "a")
+    with quantized(model, SMALL, books), torch.no_grad():
+        cache = new_cache(model, 20_000)
+        model(PROMPT, past_key_values=cache, use_cache=True)
+        cache.save(tmp_path / "b")
+    assert abs((tmp_path / "a").stat().st_size - (tmp_path / "b").stat().st_size) < 100
+    with quantized(model, dataclasses.replace(SMALL, beam=1), books):
+        new_cache(model).load(tmp_path / "b")
+
+
+@torch.no_grad()
+def test_a_prompt_file_of_another_dtype(llama, tmp_path):
+    """The window is taken over in the model's dtype; codes have none."""
+    model, books = llama
+    prompt_file(llama, tmp_path / "a", dataclasses.replace(SMALL, skip_layers=(1,)))
+    half = copy.deepcopy(model).bfloat16()
+    with quantized(half, dataclasses.replace(SMALL, skip_layers=(1,)), books):
+        cache = new_cache(half)
+        cache.load(tmp_path / "a")
+        assert cache.layers[0].keys.dtype == cache.layers[1].keys.dtype == torch.bfloat16
+        half(PROMPT[:, :1], past_key_values=cache, use_cache=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers of any size, dtypes and modes
+
+
+@pytest.mark.parametrize("recipe", ["gsrq", "gsrq-paper", "kmeans"])
+@pytest.mark.parametrize("size", [2.0**15, 20_000.0, 2.0**-20])
+@torch.no_grad()
+def test_values_of_any_size(size, recipe):
+    """Values times a factor that the output projection takes back: no code may change, no codeword overflow."""
+    config = dataclasses.replace(SMALL, recipe=recipe)
+    logits, codes = [], []
+    for factor in (1.0, size):
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight.mul_(factor)
+            layer.self_attn.o_proj.weight.div_(factor)
+        books = tiny_books(model, config)
+        assert all(torch.isfinite(t).all() for i in books for codec in books[i] for t in codec.tensors)
+        full = model(torch.cat((PROMPT, PROMPT[:, :1]), 1)).logits[:, -1:]
+        with quantized(model, config, books):
+            out = model(PROMPT, use_cache=True)
+            out = model(PROMPT[:, :1], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits)
+        codes.append(out.past_key_values.layers[0].values.codes)
+    if size != 20_000:
+        assert (codes[0] == codes[1]).float().mean() > 0.97
+        assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
+    else:  # other factors round, and clusters fall elsewhere: as good, if not the same
+        errors = [(x - full).square().mean() for x in logits]
+        assert errors[1] < 1.5 * errors[0]
+
+
+@torch.no_grad()
+def test_autocast(llama):
+    """Autocast gives float32 and bfloat16 in turn, to one cache; and to calibration, which takes no notice."""
+    model, books = llama
+    with torch.autocast("cpu", torch.bfloat16):
+        again = tiny_books(model)
+        assert torch.equal(again[1].key.codebook, books[1].key.codebook)
+        quantize_kv_(model, SMALL, codebooks=books)
+        out = model(PROMPT, use_cache=True)
+        model.generate(PROMPT, **GREEDY)
+    cache = out.past_key_values
+    want = copy.deepcopy(cache)
+    assert model(PROMPT[:, :1], past_key_values=cache, use_cache=True).logits.isfinite().all()  # and without
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(PROMPT[:, :1], past_key_values=want, use_cache=True).logits.isfinite().all()
+    dequantize_kv_(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_other_default_dtypes(llama, recipe, dtype):
+    model, _ = llama
+    config = dataclasses.replace(SMALL, recipe=recipe, bits=2)
+    want = tiny_books(model, config)
+    torch.set_default_dtype(dtype)
+    try:
+        books = tiny_books(model, config)
+        with quantized(model, config, books):
+            assert model.generate(PROMPT, **GREEDY).shape == (2, 52)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(want[0], books[0], strict=True):
+        assert torch.equal(a.codebook, b.codebook)
+
+
+def test_float64_models_are_refused(llama):
+    model, books = llama
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is float64.*model\.float\(\)"):
+        quantize_kv_(copy.deepcopy(model).double(), SMALL, codebooks=books)
+
+
+def test_a_cache_filled_in_inference_mode(llama):
+    """May be cropped, written, reordered, moved and reset outside of it."""
+    model, books = llama
+    quantize_kv_(model, SMALL, codebooks=books)
+    for fixed in (None, 128):
+        with torch.inference_mode():
+            cache = new_cache(model, fixed)
+            model(PROMPT, past_key_values=cache, use_cache=True)
+            model(PROMPT[:, :1], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(2)
+        with torch.no_grad():
+            cache.crop(-5)
+            cache.reorder_cache(torch.tensor([3, 0]))
+            model(PROMPT[:, :3], past_key_values=cache, use_cache=True)
+            assert int(cache.get_seq_length()) == 39
+            cache.layers[0].offload()
+            cache.layers[0].prefetch()
+            cache.reset()
+            model(PROMPT, past_key_values=cache, use_cache=True)
+    dequantize_kv_(model)
+
+
+def test_gradients_are_refused_and_not_lost(llama):
+    model, books = llama
+    quantize_kv_(model, SMALL, codebooks=books)
+    exact = model(PROMPT[:1], use_cache=True)  # an exact prefill is the full-precision model, gradient and all
+    exact.logits.sum().backward()
+    step = model(PROMPT[:1, :1], past_key_values=exact.past_key_values, use_cache=True)
+    with pytest.raises(RuntimeError, match="attention on codes has no gradient"):
+        step.logits.sum().backward()
+    model.requires_grad_(False)
+    for name in ("k_proj", "v_proj"):  # also where the query needs none
+        weight = getattr(model.model.layers[1].self_attn, name).weight.requires_grad_()
+        step = model(PROMPT[:1, :1], past_key_values=exact.past_key_values, use_cache=True)
+        with pytest.raises(RuntimeError, match="attention on codes has no gradient"):
+            step.logits.sum().backward()
+        weight.requires_grad_(False)
+    dequantize_kv_(model)
+    model.requires_grad_(True).zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies, threads, wrappers
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save", "copy"])
+@torch.no_grad()
+def test_copies_of_a_quantized_model_are_quantized(llama, how):
+    model = copy.deepcopy(llama[0])
+    quantize_kv_(model, SMALL, codebooks=llama[1])
+    want = model.generate(PROMPT, **GREEDY)
+    if how == "torch.save":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}[how](model)
+    out = other.generate(PROMPT, **GREEDY, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, GSRQCache) and torch.equal(out.sequences, want)
+    assert isinstance(other.generate(PROMPT, **GREEDY, cache_implementation="static", return_dict_in_generate=True).past_key_values, GSRQCache)
+    assert isinstance(other(PROMPT).past_key_values, GSRQCache)
+    dequantize_kv_(model)
+    for one in (model, other) if how == "copy" else (model,):  # a shallow copy shares everything
+        assert isinstance(one.generate(PROMPT, **GREEDY, return_dict_in_generate=True).past_key_values, DynamicCache)
+    if how != "copy":
+        assert isinstance(other(PROMPT).past_key_values, GSRQCache)
+        dequantize_kv_(other)
+        assert type(other(PROMPT).past_key_values) is DynamicCache
+
+
+def test_two_threads_calibrate_two_models(llama):
+    """Each sees its own model's keys and values only; and twice the same model, one after the other."""
+    other = tiny_llama(num_key_value_heads=1)
+    with torch.no_grad():
+        other.model.layers[0].self_attn.k_proj.weight.mul_(3)
+    wanted = [tiny_books(m) for m in (llama[0], other)]
+    got, errors = {}, []
+
+    def run(number, model):
+        try:
+            got[number] = tiny_books(model)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(i, m)) for i, m in enumerate((llama[0], other, llama[0], other))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    for i in range(4):
+        for layer in (0, 1):
+            for a, b in zip(got[i][layer], wanted[i % 2][layer], strict=True):
+                assert torch.equal(a.codebook, b.codebook)
+    assert llama[0].config._attn_implementation == "sdpa"
+
+
+class Adapter(nn.Module):
+    """The shape of a LoRA layer: the model's own, and a product that begins at zero."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A, self.lora_B = nn.Linear(layer.in_features, 2, bias=False), nn.Linear(2, layer.out_features, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+class Wrapper(nn.Module):
+    """The shape of PEFT's model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def get_base_model(self):
+        return self.model
+
+    def generate(self, *args, **kwargs):
+        return self.model.generate(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_adapters_and_wrappers(llama):
+    model = copy.deepcopy(llama[0])
+    for layer in model.model.layers:
+        layer.self_attn.v_proj = Adapter(layer.self_attn.v_proj)
+    wrapped = Wrapper(model)
+    quantize_kv_(wrapped, SMALL, codebooks=llama[1])
+    assert isinstance(wrapped.generate(PROMPT, **GREEDY, return_dict_in_generate=True).past_key_values, GSRQCache)
+    assert isinstance(new_cache(wrapped), GSRQCache)
+    dequantize_kv_(wrapped)
+    assert len(calibrate(wrapped, SMALL, TOKENS, progress=False)) == 2
+    quantize_kv_(torch.compile(model), SMALL, codebooks=llama[1])
+    assert isinstance(model(PROMPT).past_key_values, GSRQCache)
+
+
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "dispatch_model afterwards"])
+@torch.no_grad()
+def test_weights_that_accelerate_holds(llama, how, tmp_path):
+    from accelerate import cpu_offload, disk_offload, dispatch_model
+
+    want = copy.deepcopy(llama[0])
+    quantize_kv_(want, SMALL, codebooks=llama[1])
+    model = copy.deepcopy(llama[0])
+    device = torch.device("cpu")
+    if how == "dispatch_model afterwards":
+        quantize_kv_(model, SMALL, codebooks=llama[1])
+        dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    else:
+        model = cpu_offload(model, device) if how == "cpu_offload" else disk_offload(model, tmp_path, device)
+        assert any(p.device.type == "meta" for p in model.parameters())
+        books = calibrate(model, SMALL, TOKENS, tokens=512, progress=False)
+        assert torch.equal(books[1].value.codebook, llama[1][1].value.codebook)
+        quantize_kv_(model, SMALL, codebooks=llama[1])
+    got = model.generate(PROMPT, **GREEDY, return_dict_in_generate=True)
+    assert isinstance(got.past_key_values, GSRQCache)
+    assert torch.equal(got.sequences, want.generate(PROMPT, **GREEDY))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring the right thing
+
+
+@torch.no_grad()
+def test_no_forward_escapes_a_measurement(llama, caplog):
+    """With prefill="quantized" a forward without a cache sees what one with a cache sees; training mode says so once."""
+    model, books = llama
+    full = model(PROMPT, use_cache=False).logits
+    with quantized(model, dataclasses.replace(SMALL, prefill="quantized"), books):
+        want = model(PROMPT, use_cache=True).logits
+        assert torch.equal(model(PROMPT, use_cache=False).logits, want)
+        assert torch.equal(model.model(PROMPT, use_cache=False).last_hidden_state, model.model(PROMPT).last_hidden_state)
+        model.train()
+        with caplog.at_level(logging.WARNING, "torchgsrq"):
+            model(PROMPT, use_cache=False)
+            model(PROMPT, use_cache=False)
+        model.eval()
+        assert caplog.text.count("is in training mode, in which forwards run in full precision") == 1
+    assert (want - full).abs().max() > 1e-2
+    with quantized(model, SMALL, books):  # what a prefill is, exact
+        torch.testing.assert_close(model(PROMPT, use_cache=False).logits, full, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_attention_set_otherwise_afterwards(llama):
+    model, books = llama
+    quantize_kv_(model, SMALL, codebooks=books)
+    cache = model(PROMPT).past_key_values
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"LlamaModel was set to 'eager' after quantize_kv_.*set_attn_implementation"):
+        model.generate(PROMPT, **GREEDY)
+    with pytest.raises(ValueError, match="was set to 'eager'"):
+        model(PROMPT[:, :1], past_key_values=cache)
+    model.set_attn_implementation("gsrq")
+    model.generate(PROMPT, **GREEDY)
+    for arguments in ({"output_attentions": True}, {}):
+        model.config._output_attentions = not arguments
+        with pytest.raises(ValueError, match="output_attentions=True: attention on codes never forms the weights"):
+            model(PROMPT, **arguments)
+    model.config._output_attentions = False
+    dequantize_kv_(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is asked for
+
+
+FIELDS = [{"bits": b} for b in BITS if b * 32 % 8 == 0 and b > 0.25] + [
+    *({"recipe": r, "bits": b} for r, b in product(RECIPES, (2, 1))),
+    *({"layout": x} for x in LAYOUTS),
+    *({"prefill": x} for x in PREFILLS),
+    *({"beam": x} for x in (1, 2, 8)),
+    *({"frame": x} for x in (1, 16, 4096)),
+    {"sink_tokens": 0},
+    {"recent_tokens": 0},
+    {"block_tokens": 1},
+    {"key_bits": 2, "value_bits": 0.5},
+    {"skip_layers": [1]},
+    {"seed": 7},
+]
+
+
+@pytest.mark.parametrize("fields", FIELDS, ids=str)
+@torch.no_grad()
+def test_every_field_through_the_front_door(fields, folder):
+    """quantize_kv_ calibrates, keeps the codebooks, finds them again, and generate runs on codes."""
+    model = tiny_llama()
+    config = {"sink_tokens": 2, "recent_tokens": 8, "block_tokens": 4, "frame": 32, **fields}
+    small = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
+    calibrated = []
+    module = sys.modules["torchgsrq.calibrate"]
+    real, tokens = module.calibrate, TOKENS
+    module.calibrate = lambda *args, **kwargs: calibrated.append(1) or real(*args, tokens, tokens=512, **kwargs)
+    try:
+        quantize_kv_(model, config, progress=False)
+        out = model.generate(PROMPT, return_dict_in_generate=True, **small)
+        dequantize_kv_(model)
+        quantize_kv_(model, GSRQConfig(**config), progress=False)
+        again = model.generate(PROMPT, **small)
+    finally:
+        module.calibrate = real
+    assert len(calibrated) == 1 and torch.equal(out.sequences, again)
+    assert int(out.past_key_values.layers[0].keys.encoded) >= 32
+
+
+def test_a_damaged_file_in_the_disk_cache_is_replaced(folder, monkeypatch, caplog):
+    module = sys.modules["torchgsrq.calibrate"]
+    real = module.calibrate
+    monkeypatch.setattr(module, "calibrate", lambda *args, **kwargs: real(*args, TOKENS, tokens=512, **kwargs))
+    model = tiny_llama()
+    for damage in (lambda b: b[:-100], lambda b: b"", lambda b: b[:200] + b"\0" * (len(b) - 200)):
+        quantize_kv_(model, SMALL, progress=False)
+        dequantize_kv_(model)
+        (path,) = folder.glob("*.safetensors")
+        path.write_bytes(damage(path.read_bytes()))
+        with caplog.at_level(logging.WARNING, "torchgsrq"):
+            quantize_kv_(model, SMALL, progress=False)
+        assert "cannot be used and are learned again" in caplog.text
+        caplog.clear()
+        dequantize_kv_(model)
+        assert len(Codebooks.load(path)) == 2
+
+
+def test_what_config_and_codebooks_may_be(llama, tmp_path):
+    model, books = llama
+    books.save(tmp_path / "books.safetensors")
+    fields = {"sink_tokens": 2, "recent_tokens": 8, "block_tokens": 4, "frame": 32}
+    for config, given in (
+        (fields, tmp_path / "books.safetensors"),
+        (SMALL, str(tmp_path / "books.safetensors")),
+        ({**fields, "codebooks": tmp_path / "books.safetensors"}, None),
+    ):
+        quantize_kv_(model, config, codebooks=given)
+        dequantize_kv_(model)
+    for config, given, error, says in (
+        (1, books, TypeError, "config is a int; expected a GSRQConfig or a dict"),
+        (SMALL, 3, TypeError, "codebooks is a int; expected Codebooks or the path"),
+        ({"bit": 1}, books, TypeError, "bit"),
+        (SMALL, "nowhere", FileNotFoundError, "nowhere"),
+    ):
+        with pytest.raises(error, match=says):
+            quantize_kv_(model, config, codebooks=given)
+    for bits in (3, 4, 8):
+        with pytest.raises(ValueError, match=f"bits={bits} is not offered.*2 bits and fewer.*QuantizedCache"):
+            GSRQConfig(bits=bits)
+    for bits in (0, -1, True, "1", 0.7):
+        with pytest.raises(ValueError, match="is not offered"):
+            GSRQConfig(bits=bits)
+    with pytest.raises(TypeError, match="pass Codebooks to quantize_kv_ itself"):
+        GSRQConfig(codebooks=books)
+
+
+def test_bad_calibration_data_is_named(llama):
+    model, _ = llama
+    for data, error, says in (
+        (["some text"], ValueError, "no tokenizer was found for LlamaForCausalLM.*pass tokenizer="),
+        ([torch.full((600,), 128)], ValueError, r"data\[0\] holds token ids from 128 to 128.*0 to 127"),
+        ([TOKENS, -TOKENS], ValueError, r"data\[1\] holds token ids from -"),
+        ([torch.rand(600)], ValueError, r"data\[0\] holds torch.float32; token ids are integers"),
+        ([object()], TypeError, r"data\[0\] is a object; expected a string, token ids or a batch"),
+        (3, TypeError, "data is a int"),
+    ):
+        with pytest.raises(error, match=says):
+            calibrate(model, SMALL, data, tokens=1024, progress=False)
+    quantize_kv_(model, SMALL, codebooks=llama[1])
+    with pytest.raises(ValueError, match="LlamaForCausalLM is quantized; call dequantize_kv_ first"):
+        calibrate(model, SMALL, TOKENS)
+    dequantize_kv_(model)
+
+
+def test_models_that_cannot_write_say_so():
+    """A text model whose generate fails asks for data, and does not crash in the middle."""
+    model = tiny_llama()
+    model.generate = lambda *args, **kwargs: (_ for _ in ()).throw(ValueError("pixels, please"))
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM could not write.*pixels, please.*data="):
+        calibrate(model, SMALL, progress=False)
+
+
+@torch.no_grad()
+def test_nan_is_named_by_layer_and_row(llama):
+    model, books = llama
+    with quantized(model, SMALL, books):
+        cache = new_cache(model)
+        model(PROMPT, past_key_values=cache, use_cache=True)
+        bad = torch.zeros(2, 2, 1, 32)
+        bad[1, 0, 0, 3] = torch.inf
+        with pytest.raises(ValueError, match=r"layer 1, values, row\(s\) 1: x holds NaN or inf; nothing was written"):
+            cache.layers[1].update(torch.zeros(2, 2, 1, 32), bad)
+        assert cache.layers[1].get_seq_length() == 40
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers' Cache, as its own tests use it
+
+
+@torch.no_grad()
+def test_what_a_cache_does_like_transformers(llama, caplog):
+    model, books = llama
+
+    def filled():
+        with quantized(model, SMALL, books):
+            cache = new_cache(model)
+            model(PROMPT, past_key_values=cache, use_cache=True)
+        return cache
+
+    for rows in ([1, 0], (1, 0), torch.tensor([1, 0]), [True, False], torch.tensor([True, False])):
+        cache = filled()
+        was = cache.layers[0].keys.dequantize()
+        cache.batch_select_indices(rows)
+        assert torch.equal(cache.layers[0].keys.dequantize(), was[torch.as_tensor(rows)])
+    cache = filled()
+    cache.crop(-100)
+    assert cache.get_seq_length() == 0 and cache.is_empty
+    cache = filled()
+    cache.crop(0)
+    cache.crop(100)
+    assert cache.get_seq_length() == 40
+    cache.crop(30)
+    assert cache.get_seq_length() == 30
+    assert len(cache) == 2 and cache.batch_size == 2 and cache.get_max_length() == -1
+    assert cache.is_sliding == [False, False] and not cache.is_compileable and cache.is_initialized
+    assert cache.get_mask_sizes(3, 0) == (33, 0)
+    for use in (lambda: cache[0], lambda: list(cache), lambda: tuple(cache)):
+        with pytest.raises(TypeError, match=r"layers\[i\]\.keys\.dequantize\(\)"):
+            use()
+
+
+@torch.no_grad()
+def test_a_crop_into_the_padding_forgets_where_the_row_begins(llama):
+    model, books = llama
+    mask = torch.ones_like(PROMPT)
+    mask[1, :24] = 0
+
+    def run(cache):
+        model(PROMPT, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache)
+        cache.crop(-24)  # 16 are left: nothing of the second row
+        later = torch.ones(2, 40, dtype=torch.long)
+        later[1, :16] = 0
+        at = (later.cumsum(1) - 1).clamp_min(0)[:, 16:]
+        return model(PROMPT[:, 16:], attention_mask=later, position_ids=at, past_key_values=cache).logits
+
+    with quantized(model, SMALL, books):
+        got = run(new_cache(model))
+    oracle = Oracle(books, SMALL, model.config)
+    handle = watch(model, oracle)
+    want = run(oracle)
+    handle.remove()
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_kinds_of_caches_that_cannot_be_quantized(llama):
+    model, books = llama
+    with quantized(model, SMALL, books):
+        for kind in ("quantized", "dynamic_full", "paged"):
+            with pytest.raises(ValueError, match=f"{kind}"):
+                model.generate(PROMPT, max_new_tokens=2, cache_implementation=kind)
+
+
+def test_nbytes_of_a_buffer_is_what_it_owns(llama):
+    model, books = llama
+    with quantized(model, SMALL, books), torch.no_grad():
+        buffer = model(PROMPT).past_key_values.layers[0].keys
+    assert buffer.nbytes == sum(buffer.nbytes_by_part().values())
