@@ -76,11 +76,21 @@ def build(output: Path, scalar: bool = False, extra: tuple[str, ...] = ()) -> No
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{program} failed:\n{done.stderr[-4000:]}")
+    with open(partial, "ab") as file:  # a seal: loading half a library would kill the process
+        file.write(hashlib.sha256(partial.read_bytes()).digest())
     os.replace(partial, output)  # other processes may be building it too
 
 
+def is_whole(library: Path) -> bool:
+    """Whether a library is as `build` left it."""
+    if not library.exists():
+        return False
+    data = library.read_bytes()
+    return hashlib.sha256(data[:-32]).digest() == data[-32:]
+
+
 def cpu_library() -> Path | None:
-    """The shared library of the CPU kernels, built now if it is not on disk yet.
+    """The shared library of the CPU kernels, built now if it is not on disk yet, or damaged there.
 
     Returns:
         Its path, or None where it cannot be built or ``TORCHGSRQ_KERNELS=0`` asks for the reference.
@@ -92,7 +102,7 @@ def cpu_library() -> Path | None:
     try:
         facts = [torch.__version__, capability(), *((_FOLDER / name).read_text() for name in FILES)]
         path = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
-        if not path.exists():
+        if not is_whole(path):
             log.warning("torchgsrq: building the CPU kernels, once; this takes about a minute ...")
             build(path)
     except (RuntimeError, OSError) as error:

@@ -65,7 +65,9 @@ def assert_alike(got, want):
     """Logits are alike; a code that falls to the other side of a tie, where rounding differs, is forgiven."""
     got, want = (x if isinstance(x, torch.Tensor) else torch.stack(x.logits) for x in (got, want))
     off = (got - want).abs().amax(-1) > 1e-3
-    assert off.float().mean() < 0.03, f"{off.float().mean():.0%} of the logits differ, by up to {(got - want).abs().max():.3g}"
+    assert off.float().mean() < 0.03, (
+        f"{off.float().mean():.0%} of the logits differ, by up to {(got - want).abs().max():.3g}"
+    )
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole rows", "padded"])
@@ -84,7 +86,9 @@ def test_generation(llama, mode, padded):
 def test_assisted_generation(llama, how):
     """A token that became code while drafting stays code, in both."""
     model, books = llama
-    arguments = {"assistant_model": tiny_llama(num_hidden_layers=1)} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    arguments = (
+        {"assistant_model": tiny_llama(num_hidden_layers=1)} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    )
     ids = PROMPT[:1].repeat(1, 2)
     mask = torch.ones_like(ids)
     got, want = both(model, books, SMALL, lambda cache: generate(model, cache, arguments, ids, mask, 40))
@@ -121,7 +125,9 @@ def test_rows_that_have_not_begun_follow(llama, rows):
         mask, ids = PADDED[picked], PROMPT[picked]
         later = [model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=by_mask(mask)[:, a:b],
                        past_key_values=cache, use_cache=True).logits for a, b in ((16, 32), (32, 33), (33, 40))]  # fmt: skip
-        return torch.cat([first.flatten(0, 1)[:1, None], *later], 1) if False else torch.cat(later, 1)[mask[:, 16:].bool()]
+        return (
+            torch.cat([first.flatten(0, 1)[:1, None], *later], 1) if False else torch.cat(later, 1)[mask[:, 16:].bool()]
+        )
 
     got, want = both(model, books, SMALL, run)
     assert_alike(got, want)

@@ -14,6 +14,7 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -104,7 +105,7 @@ def test_a_damaged_prompt_file_is_refused_whole(llama, tmp_path, damage):
 def test_a_prompt_file_holds_what_is_used(llama, tmp_path):
     """A cache of fixed capacity is saved as long as its text; a beam is no part of what codes mean."""
     model, books = llama
-    tensors, _ = prompt_file(llama, tmp_path / "a")
+    prompt_file(llama, tmp_path / "a")
     with quantized(model, SMALL, books), torch.no_grad():
         cache = new_cache(model, 20_000)
         model(PROMPT, past_key_values=cache, use_cache=True)
@@ -257,10 +258,15 @@ def test_copies_of_a_quantized_model_are_quantized(llama, how):
         file.seek(0)
         other = torch.load(file, weights_only=False)
     else:
-        other = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}[how](model)
+        other = {"deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}[how](
+            model
+        )
     out = other.generate(PROMPT, **GREEDY, return_dict_in_generate=True)
     assert isinstance(out.past_key_values, GSRQCache) and torch.equal(out.sequences, want)
-    assert isinstance(other.generate(PROMPT, **GREEDY, cache_implementation="static", return_dict_in_generate=True).past_key_values, GSRQCache)
+    assert isinstance(
+        other.generate(PROMPT, **GREEDY, cache_implementation="static", return_dict_in_generate=True).past_key_values,
+        GSRQCache,
+    )
     assert isinstance(other(PROMPT).past_key_values, GSRQCache)
     dequantize_kv_(model)
     for one in (model, other) if how == "copy" else (model,):  # a shallow copy shares everything
@@ -304,7 +310,10 @@ class Adapter(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.base_layer = layer
-        self.lora_A, self.lora_B = nn.Linear(layer.in_features, 2, bias=False), nn.Linear(2, layer.out_features, bias=False)
+        self.lora_A, self.lora_B = (
+            nn.Linear(layer.in_features, 2, bias=False),
+            nn.Linear(2, layer.out_features, bias=False),
+        )
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
@@ -375,7 +384,9 @@ def test_no_forward_escapes_a_measurement(llama, caplog):
     with quantized(model, dataclasses.replace(SMALL, prefill="quantized"), books):
         want = model(PROMPT, use_cache=True).logits
         assert torch.equal(model(PROMPT, use_cache=False).logits, want)
-        assert torch.equal(model.model(PROMPT, use_cache=False).last_hidden_state, model.model(PROMPT).last_hidden_state)
+        assert torch.equal(
+            model.model(PROMPT, use_cache=False).last_hidden_state, model.model(PROMPT).last_hidden_state
+        )
         model.train()
         with caplog.at_level(logging.WARNING, "torchgsrq"):
             model(PROMPT, use_cache=False)
@@ -598,8 +609,12 @@ def test_a_crop_into_the_padding_forgets_where_the_row_begins(llama):
 def test_kinds_of_caches_that_cannot_be_quantized(llama):
     model, books = llama
     with quantized(model, SMALL, books):
-        for kind in ("quantized", "dynamic_full", "paged"):
-            with pytest.raises(ValueError, match=f"{kind}"):
+        for kind, says in (
+            ("quantized", "takes one of None, 'dynamic'"),
+            ("dynamic_full", ""),
+            ("paged", "generate_batch keeps"),
+        ):
+            with pytest.raises(ValueError, match=says):
                 model.generate(PROMPT, max_new_tokens=2, cache_implementation=kind)
 
 
@@ -608,3 +623,222 @@ def test_nbytes_of_a_buffer_is_what_it_owns(llama):
     with quantized(model, SMALL, books), torch.no_grad():
         buffer = model(PROMPT).past_key_values.layers[0].keys
     assert buffer.nbytes == sum(buffer.nbytes_by_part().values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures
+
+
+SMALL_MODEL = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}
+MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+REFUSED = {
+    "an encoder": ("BertLMHeadModel", "BertConfig", {}, "attends in both directions in layers 0, 1"),
+    "all sliding": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 16}, "has no layer to quantize.*layers 0-1: kept in full precision: sliding_attention"),
+    "all skipped": ("LlamaForCausalLM", "LlamaConfig", {}, "has no layer to quantize.*in skip_layers"),
+    "MLA": ("DeepseekV2ForCausalLM", "DeepseekV2Config", {**MLA, "n_routed_experts": 4, "num_key_value_heads": 4, "first_k_dense_replace": 2}, r"caches keys \[1, 1, 1, 16\].*attends to.*MLA"),
+    "values split": ("DiffLlamaForCausalLM", "DiffLlamaConfig", {}, "is not supported: a forward over a quantized cache failed"),
+    "keys transposed": ("DogeForCausalLM", "DogeConfig", {"sliding_window": None}, "is not supported: a forward over a quantized cache failed"),
+    "fewer heads cached": ("JetMoeForCausalLM", "JetMoeConfig", {"kv_channels": 32, "num_local_experts": 2}, r"caches keys \[1, 2, 1, 32\].*attends to"),
+    "layers used again": ("HrmTextForCausalLM", "HrmTextConfig", {}, "has 2 attention layers but fills 16 entries"),
+}  # fmt: skip
+
+
+def small_model(model, config, changes):
+    import inspect
+
+    kind = getattr(transformers, config)
+    known = set(inspect.signature(kind.__init__).parameters) | set(kind.attribute_map)
+    for base in kind.__mro__:
+        known |= set(inspect.get_annotations(base))
+    torch.manual_seed(0)
+    facts = {**{k: v for k, v in SMALL_MODEL.items() if k in known}, **changes}
+    return getattr(transformers, model)(kind(**facts)).eval()
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_quantized_is_refused_at_once(what):
+    """By quantize_kv_, by the model's name and with the reason; the model is as it was."""
+    name, kind, changes, says = REFUSED[what]
+    model = small_model(name, kind, changes)
+    before = model(PROMPT).logits
+    skip = (0, 1) if what == "all skipped" else ()
+    config = dataclasses.replace(SMALL, skip_layers=skip)
+    with pytest.raises(ValueError, match=f"(?s)^{name}.*{says}"):
+        quantize_kv_(model, config, codebooks=tiny_books(model) if "split" in what or "keys" in what else None)
+    assert torch.equal(model(PROMPT).logits, before)
+    assert type(model.generate(PROMPT, **GREEDY, return_dict_in_generate=True)["past_key_values"]) is not GSRQCache
+
+
+def test_the_probe_finds_attention_that_does_more(llama):
+    """An attention that reads something else than its cache, in a way that raises nothing."""
+    model = copy.deepcopy(llama[0])
+    module = model.model.layers[1].self_attn
+    attend = module.forward
+
+    def forward(hidden_states, *args, past_key_values=None, **kwargs):
+        cached = past_key_values is not None and past_key_values.get_seq_length(0) > 1
+        scale = 2.0 if cached and isinstance(past_key_values, GSRQCache) else 1.0
+        return attend(scale * hidden_states, *args, past_key_values=past_key_values, **kwargs)
+
+    module.forward = forward
+    with pytest.raises(ValueError, match=r"over a quantized cache its hidden states differ by \d+"):
+        quantize_kv_(model, SMALL, codebooks=llama[1])
+    assert not hasattr(model, "_gsrq")
+
+
+def vision_language_model(name):
+    t = transformers
+    text = {**SMALL_MODEL, "hidden_size": 128}
+    eyes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 8,
+    }
+    torch.manual_seed(0)
+    if name == "Qwen2.5-VL":
+        rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+        vision = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "patch_size": 8,
+                  "fullatt_block_indexes": [0], "out_hidden_size": 128}  # fmt: skip
+        model = t.Qwen2_5_VLForConditionalGeneration(
+            t.Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision, image_token_id=3,
+                               video_token_id=4, vision_start_token_id=101, vision_end_token_id=102)
+        )  # fmt: skip
+        with torch.no_grad():
+            for layer in model.model.language_model.layers:
+                layer.self_attn.k_proj.bias.normal_(std=8)  # as large as in the real ones
+        return model.eval()
+    if name == "SmolVLM":
+        config = t.SmolVLMConfig(
+            text_config={"model_type": "llama", **text}, vision_config=eyes, image_token_id=3, scale_factor=2
+        )
+        return t.SmolVLMForConditionalGeneration(config).eval()
+    if name == "Idefics 2":
+        resampler = {"hidden_size": 128, "resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2,
+                     "resampler_head_dim": 16, "num_key_value_heads": 2}  # fmt: skip
+        config = t.Idefics2Config(text_config={"model_type": "mistral", **text, "sliding_window": None}, vision_config=eyes,
+                                  perceiver_config=resampler, image_token_id=3)  # fmt: skip
+        return t.Idefics2ForConditionalGeneration(config).eval()
+    if name == "BLIP-2":
+        former = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+                  "encoder_hidden_size": 32, "vocab_size": 64}  # fmt: skip
+        opt = {"model_type": "opt", **text, "ffn_dim": 64, "word_embed_proj_dim": 128, "num_attention_heads": 4}
+        config = t.Blip2Config(
+            text_config=opt, vision_config=eyes, qformer_config=former, num_query_tokens=4, image_token_index=3
+        )
+        return t.Blip2ForConditionalGeneration(config).eval()
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "SmolVLM", "Idefics 2"])
+@torch.no_grad()
+def test_vision_language_models_on_text(name):
+    """Plain forwards are quantized, also where the class makes a cache of its own; a padded row equals the row alone."""
+    model = vision_language_model(name)
+    books = tiny_books(model)
+    ids, mask = PROMPT.clamp_min(5), torch.ones_like(PROMPT)
+    mask[1, :20] = 0
+    arguments = {
+        "max_new_tokens": 12,
+        "min_new_tokens": 12,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with quantized(model, dataclasses.replace(SMALL, block_tokens=1), books):
+        assert isinstance(model(input_ids=ids, use_cache=True).past_key_values, GSRQCache)
+        batch = model.generate(ids * mask, attention_mask=mask, **arguments)
+        alone = model.generate(ids[1:, 20:], attention_mask=mask[1:, 20:], **arguments)
+    assert isinstance(batch.past_key_values, GSRQCache)
+    for a, b in zip(batch.logits, alone.logits, strict=True):
+        torch.testing.assert_close(a[1], b[0], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_text_after_an_image_is_coded_at_its_position():
+    """An image of 64 tokens moves positions by 8: the frames of what follows begin 56 slots later than they would."""
+    model = vision_language_model("Qwen2.5-VL")
+    config = dataclasses.replace(SMALL, bits=2)
+    books = tiny_books(model, config)
+    ids = torch.randint(5, 100, (2, 120), generator=torch.Generator().manual_seed(3))
+    ids[:, 20], ids[:, 21:85], ids[:, 85] = 101, 3, 102
+    image = {"pixel_values": torch.randn(2 * 256, 3 * 2 * 8 * 8), "image_grid_thw": torch.tensor([[1, 16, 16]] * 2)}
+    image["mm_token_type_ids"] = (ids == 3).long()
+    with quantized(model, config, books):
+        cache, plain = new_cache(model), DynamicCache(config=model.config.get_text_config())
+        for one in (cache, plain):
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=one, use_cache=True, **image)
+        keys = cache.layers[0].keys
+        assert keys.start[0, 2:][[0, 20, 21, 60, 84, 85, 86, 119, 120]].tolist() == [0, 20, 21, 21, 21, 29, 30, 63, 64]
+        got, want = keys.dequantize()[:, :, :120], plain.layers[0].keys
+        text = {}
+        for where, (a, b) in {"before": (2, 21), "after": (85, int(keys.encoded))}.items():
+            text[where] = float((got - want)[:, :, a:b].square().sum() / want[:, :, a:b].square().sum()) if a else 0
+        assert text["after"] < 1.5 * text["before"]
+        arguments = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **image, **arguments)
+        assert out.past_key_values.layers[0].keys.start[0, 2:][[119, 120, 121]].tolist() == [63, 64, 65]
+
+
+@torch.no_grad()
+def test_a_model_that_wants_pixels():
+    """Its text decoder is probed and calibrated; generate, which calls that of the text model inside, is quantized."""
+    model = vision_language_model("BLIP-2")
+    quantize_kv_(model, SMALL, codebooks=tiny_books(model))
+    ids = PROMPT.clamp_min(5)
+    ids[:, 1:5] = 3
+    pixels = torch.randn(2, 3, 16, 16)
+    out = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=4, return_dict_in_generate=True)
+    assert isinstance(out.past_key_values, GSRQCache)
+    dequantize_kv_(model)
+    out = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=4, return_dict_in_generate=True)
+    assert type(out.past_key_values) is DynamicCache
+
+
+def test_what_else_is_refused_by_name(llama):
+    """Continuous batching keeps its own pages; torch.export takes no cache that is made inside."""
+    model, books = llama
+    with quantized(model, SMALL, books):
+        with pytest.raises(ValueError, match="generate_batch keeps keys and values in pages of its own"):
+            model.generate_batch(inputs=[[5, 6, 7]])
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match=r"torch.export of a forward that makes its own.*use_cache=False"),
+        ):
+            torch.export.export(model, (PROMPT,), {"use_cache": True}, strict=False)
+        with torch.no_grad():
+            torch.export.export(model, (PROMPT,), {"use_cache": False}, strict=False)
+    assert "generate_batch" not in model.__dict__
+
+
+@pytest.mark.slow
+def test_a_damaged_kernel_library_is_built_again(tmp_path):
+    import os
+    import subprocess
+
+    code = """
+import torch, sys
+from pathlib import Path
+from torchgsrq import kernels, ops
+path = kernels.cpu_library()
+path.write_bytes(path.read_bytes()[:5000])
+assert ops.use_kernels()
+"""
+    environment = {**os.environ, "TORCHGSRQ_CACHE": str(tmp_path), "TORCHGSRQ_KERNELS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

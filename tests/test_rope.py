@@ -157,5 +157,3 @@ def test_fixed_models_are_not_asked_for_their_frequencies(llama):
     model, books = llama
     with quantized(model, SMALL, books):
         assert all(layer.rotary is None for layer in new_cache(model).layers)
-
-

@@ -28,6 +28,16 @@ log = logging.getLogger("torchgsrq")
 _CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "static", "offloaded_static")
 
 
+_UNSUPPORTED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def _refuse(what: str, *_: Any, **__: Any) -> None:
+    raise ValueError(
+        f"{what} keeps keys and values in pages of its own, which are not quantized: call dequantize_kv_ first, or "
+        "generate"
+    )
+
+
 @dataclass
 class _State:
     """What `quantize_kv_` left on a model, and needs to undo it."""
@@ -37,6 +47,7 @@ class _State:
     layers: list[LayerInfo]
     attention: list[tuple[PreTrainedConfig, str]]
     hooks: list[Any]
+    generating: list[nn.Module]
     warned: bool = False  # of training mode
     active: bool = True  # a shallow copy of a model shares this, and its layers
 
@@ -72,7 +83,7 @@ def quantize_kv_(
     first, on text that it writes itself.
 
     Args:
-        model: any transformers decoder that uses the attention interface; also one that `torch.compile` or PEFT wrapped.
+        model: any transformers decoder that uses the attention interface, also if `torch.compile` or PEFT wrapped it.
         config: a `GSRQConfig`, or its fields as a dict.
         codebooks: from `calibrate`, or the path of their file. Of a higher rate, its first stages are used.
         progress: show bars while calibrating.
@@ -99,7 +110,10 @@ def quantize_kv_(
         raise ValueError(f"skip_layers={config.skip_layers} names a layer that the model's {len(layers)} do not have")
     wanted = [info for info in layers if quantizes(info, config)]
     if not wanted:
-        raise ValueError(f"{name} has no layer to quantize, so use it as it is (a window bounds its cache already):\n{_table(name, layers, Codebooks({}, {}))}")
+        raise ValueError(
+            f"{name} has no layer to quantize, so use it as it is (a window bounds its cache already):\n"
+            + _table(name, layers, Codebooks({}, {}))
+        )
     if codebooks is None:
         codebooks = cached_codebooks(model, config, progress, layers)
     books = _fitting(codebooks, layers, wanted, model, config)
@@ -109,13 +123,19 @@ def quantize_kv_(
     before = [(c, c._attn_implementation) for c in models.attention_configs(model)]
     for part, _ in before:
         part._attn_implementation = NAME
-    state = _State(config, books, layers, before, [])
-    for module in models.on_the_way_to(model, models.decoder(model)):
-        hook = _GiveCache(module, state, module is models.decoder(model))
-        state.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    state = _State(config, books, layers, before, [], [])
+    module: Any
+    for module in models.path_to_decoder(model):
+        if models.takes_cache(module):
+            hook = _GiveCache(module, state, module is models.decoder(model))
+            state.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if hasattr(module, "_prepare_cache_for_generation"):  # no bound method: those do not survive pickling
+            module._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, module, state)
+            state.generating.append(module)
     model._gsrq = state
-    # No bound method: those do not survive pickling.
-    model._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, model)
+    for what in _UNSUPPORTED:
+        if hasattr(model, what):
+            setattr(model, what, functools.partial(_refuse, what))
     try:
         check_attention(model, config, lambda small: state.new_cache(model, config=small))
     except BaseException:
@@ -146,7 +166,7 @@ def dequantize_kv_(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model is not quantized.
     """
-    model = models.unwrap(model)  # type: ignore[assignment]
+    model = models.unwrap(model)
     state = _state_of(model)
     if state is None:
         raise ValueError(f"{type(model).__name__} is not quantized")
@@ -155,13 +175,16 @@ def dequantize_kv_(model: PreTrainedModel) -> None:
     for hook in state.hooks:
         hook.remove()
     state.active = False
-    model.__dict__.pop("_prepare_cache_for_generation", None)
+    for what in _UNSUPPORTED:
+        model.__dict__.pop(what, None)
+    for module in state.generating:
+        module.__dict__.pop("_prepare_cache_for_generation", None)
     del model._gsrq
 
 
 def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> GSRQCache:
     """An empty cache for a quantized model; of fixed capacity, for `torch.compile`, with ``max_cache_len``."""
-    model = models.unwrap(model)  # type: ignore[assignment]
+    model = models.unwrap(model)
     state = _state_of(model)
     if state is None:
         raise ValueError(f"{type(model).__name__} is not quantized; call quantize_kv_ first")
@@ -249,6 +272,11 @@ class _GiveCache:
             log.warning("%s is in training mode, in which forwards run in full precision", type(module).__name__)
             self.state.warned = True
         if cache is None and not module.training and (use_cache or (measured and self.is_decoder)):
+            if torch.compiler.is_exporting():
+                raise ValueError(
+                    "torch.export of a forward that makes its own quantized cache is not supported: export with "
+                    "use_cache=False (and prefill='exact'), or a module of your own that takes GSRQTensors"
+                )
             cache = self._new_cache(module)
             kwargs["past_key_values"] = cache
             kwargs["use_cache"] = True
@@ -262,15 +290,15 @@ class _GiveCache:
         return (), kwargs
 
     def _new_cache(self, module: nn.Module) -> GSRQCache:
-        return self.state.new_cache(module)  # type: ignore[arg-type]
+        return self.state.new_cache(module)
 
-    def _check(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
+    def _check(self, module: Any, kwargs: dict[str, Any]) -> None:
         name = type(module).__name__
         implementation = module.config._attn_implementation
         if implementation != NAME:
             raise ValueError(
-                f"the attention implementation of {name} was set to {implementation!r} after quantize_kv_, which cannot "
-                f"read a quantized cache: call dequantize_kv_ first, or set_attn_implementation({NAME!r})"
+                f"the attention implementation of {name} was set to {implementation!r} after quantize_kv_, which "
+                f"cannot read a quantized cache: call dequantize_kv_ first, or set_attn_implementation({NAME!r})"
             )
         if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
             raise ValueError(
@@ -280,6 +308,7 @@ class _GiveCache:
 
 def _prepare_cache_for_generation(
     self: Any,
+    state: _State | None,
     generation_config: Any,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
@@ -291,7 +320,7 @@ def _prepare_cache_for_generation(
     Raises:
         ValueError: a kind of cache that cannot be quantized, or RoPE that would change while tokens are generated.
     """
-    state = _state_of(self)
+    state = state if state is not None and state.active else None
     kind = generation_config.cache_implementation
     if state is not None and kind not in _CACHE_IMPLEMENTATIONS:
         allowed = ", ".join(repr(x) for x in _CACHE_IMPLEMENTATIONS)
@@ -302,8 +331,9 @@ def _prepare_cache_for_generation(
         limit = rotary.changes_within(prompt, max_cache_length)
         if limit is not None:
             raise ValueError(
-                f"the text would grow from {prompt} to up to {max_cache_length + 1} tokens, and past {limit} this model's "
-                "RoPE changes, which a cache of codes cannot follow: generate fewer tokens, or choose a fixed RoPE scaling"
+                f"the text would grow from {prompt} to up to {max_cache_length + 1} tokens, and past {limit} this "
+                "model's RoPE changes, which a cache of codes cannot follow: generate fewer tokens, or choose a fixed "
+                "RoPE scaling"
             )
     given = model_kwargs.get("past_key_values")
     type(self)._prepare_cache_for_generation(

@@ -176,9 +176,9 @@ class GSRQLayer(CacheLayerMixin):
             return
         if not self.is_empty:
             raise ValueError(
-                f"layer {self.index}: the model's RoPE frequencies changed with the length of the input, while the cache "
-                f"holds {int(self.get_seq_length())} tokens that were turned by others; read the whole text with a new "
-                "cache, in one forward"
+                f"layer {self.index}: the model's RoPE frequencies changed with the length of the input, while the "
+                f"cache holds {int(self.get_seq_length())} tokens that were turned by others; read the whole text with a "
+                "new cache, in one forward"
             )
         turned = codec.with_frequencies(inv_freq).to(self.device)
         self._hold(self.keys.with_frequencies(turned.inv_freq), self.values)
@@ -191,7 +191,8 @@ class GSRQLayer(CacheLayerMixin):
         if self.is_initialized and start.shape[0] == self.keys.shape[0]:
             keys, values = self.keys, self.values
             self.keys, self.values = (
-                buffer.placed(_fitted(start, name, buffer.shape[2])) for name, buffer in (("keys", keys), ("values", values))
+                buffer.placed(_fitted(start, name, buffer.shape[2]))
+                for name, buffer in (("keys", keys), ("values", values))
             )
             if self.keys is not keys:
                 self._hold(self.keys, self.values)
@@ -308,7 +309,9 @@ class GSRQLayer(CacheLayerMixin):
                 return f"has a {name}.length or {name}.encoded that is no int32 number"
             coded = int(encoded)
             if int(held) != length or not 0 <= coded <= length or length - coded > c.recent_tokens + c.block_tokens:
-                return f"holds {int(held)} tokens in its {name}, {coded} of them in codes, where {length} are said to be"
+                return (
+                    f"holds {int(held)} tokens in its {name}, {coded} of them in codes, where {length} are said to be"
+                )
             if codes.dtype != torch.uint8 or codes.shape != (rows, codec.heads, coded, codec.num_codes):
                 return f"has {name}.codes of {codes.dtype} {list(codes.shape)}"
             if not window.is_floating_point() or window.shape != (rows, codec.heads, slots, codec.head_dim):
@@ -613,7 +616,7 @@ def _real_tokens(mask: Any, batch: int, width: int, device: torch.device) -> Ten
 
 
 def _positions(start: Tensor, first: int, last: int) -> Tensor:
-    """Positions of slots ``[first, last)``, ``[batch, last - first]``, by a `GSRQTensor.start` of any number of slots."""
+    """Positions of slots ``[first, last)``, ``[batch, last - first]``, by a `GSRQTensor.start` of any width."""
     slots = torch.arange(first, last, device=start.device)
     if start.shape[1] == 2:
         return slots - start[:, :1]

@@ -201,9 +201,7 @@ def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -
     v = v @ deal.transpose(1, 2)
     scale = _scale(v)
     codebook = train_codebook(v / scale, weight, layout, method=method, seed=config.seed + 1)
-    return Codec.build(
-        layout, mean, deal / scale, codebook, inverse=deal.transpose(1, 2) * scale, beam=config.beam
-    )
+    return Codec.build(layout, mean, deal / scale, codebook, inverse=deal.transpose(1, 2) * scale, beam=config.beam)
 
 
 def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCodec:

@@ -228,10 +228,14 @@ class Codebooks:
             codes = num_codes(head_dim, bits) - 1
             if codes < 1:
                 raise ValueError(f"bits={bits} leaves no byte for the shape of a vector of head_dim={head_dim}")
-            x = torch.randn(1, 8192, head_dim, dtype=torch.float32, generator=torch.Generator().manual_seed(config.seed))
+            x = torch.randn(
+                1, 8192, head_dim, dtype=torch.float32, generator=torch.Generator().manual_seed(config.seed)
+            )
             x = x / x.norm(dim=-1, keepdim=True)
             layout = Layout(head_dim, 1, codes)
-            codebook = train_codebook(x, torch.ones(1, 8192, dtype=torch.float32), layout, seed=config.seed, iterations=5)
+            codebook = train_codebook(
+                x, torch.ones(1, 8192, dtype=torch.float32), layout, seed=config.seed, iterations=5
+            )
             gains = torch.exp2((torch.arange(CODEWORDS, dtype=torch.float32) - 128) / 8)
             eye = torch.eye(head_dim, dtype=torch.float32).repeat(num_kv_heads, 1, 1)
             mean = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32)

@@ -68,7 +68,11 @@ class GSRQConfig:
                 more = isinstance(value, (int, float)) and value > max(BITS)
                 raise ValueError(
                     f"{name}={value!r} is not offered; choose one of {', '.join(map(str, BITS))}"
-                    + (". This library is for 2 bits and fewer; for 4 or 8, transformers has QuantizedCache" if more else "")
+                    + (
+                        ". This library is for 2 bits and fewer; for 4 or 8, transformers has QuantizedCache"
+                        if more
+                        else ""
+                    )
                 )
         for name, allowed in (("layout", LAYOUTS), ("prefill", PREFILLS), ("recipe", RECIPES)):
             if getattr(self, name) not in allowed:

@@ -1,4 +1,4 @@
-"""What a transformers decoder is made of: its attention layers, its RoPE, which model it is. Nothing is changed here."""
+"""What a transformers decoder is made of: its layers, its RoPE, which model it is. Nothing is changed here."""
 
 from __future__ import annotations
 
@@ -55,14 +55,15 @@ class LayerInfo:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside `torch.compile`'s wrapper or PEFT's, whose adapters sit in its own layers."""
-    while not isinstance(model, PreTrainedModel):
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
         else:
             break
-    return model
+    return inner
 
 
 def text_config(model: PreTrainedModel) -> PreTrainedConfig:
@@ -75,20 +76,21 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
     found = model
     while True:
         inner = found.get_decoder()
-        if inner is None or inner is found or not _takes_cache(inner):
+        if inner is None or inner is found or not takes_cache(inner):
             return found
         found = inner
 
 
-def on_the_way_to(model: PreTrainedModel, inner: nn.Module) -> list[nn.Module]:
-    """The modules from the model down to one of its parts that take a cache: any of them may make its own."""
+def path_to_decoder(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules from the model down to its decoder, both included: any of them may make a cache or generate."""
+    inner = decoder(model)
     name = next(name for name, module in model.named_modules() if module is inner)
     parts = name.split(".") if name else []
-    above = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-    return [module for module in above if _takes_cache(module)]
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
 
 
-def _takes_cache(module: nn.Module) -> bool:
+def takes_cache(module: nn.Module) -> bool:
+    """Whether a module's forward has ``past_key_values``."""
     return isinstance(module, nn.Module) and "past_key_values" in inspect.signature(module.forward).parameters
 
 
@@ -146,7 +148,7 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 OBSERVED = "gsrq_observed"  # the attention implementation (attention.py) that calls `notify`
 Observer = Callable[..., None]
 _here = threading.local()  # the observers of this thread's forwards
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()  # type: ignore[type-arg]
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locking = threading.Lock()
 
 
@@ -227,6 +229,7 @@ class _Seen:
     q: Tensor
     k: Tensor
     v: Tensor
+    causal: bool
     rotary: dict[str, Tensor]
 
 
@@ -311,7 +314,7 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Re
     def observer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> None:
         index = getattr(module, "layer_idx", None)
         if index is not None and not getattr(module, "is_cross_attention", False):
-            seen[index] = _Seen(q, k, v, {})
+            seen[index] = _Seen(q, k, v, getattr(module, "is_causal", True), {})
 
     config = text_config(model)
     cache = _Recorder(config)
@@ -324,6 +327,11 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Re
     try:
         with observed(model, observer):
             inner(**arguments)
+    except Exception as error:  # whatever a strange architecture raises
+        raise ValueError(
+            f"{type(model).__name__} is not supported: a forward of its decoder {type(inner).__name__} with one token "
+            f"failed ({type(error).__name__}: {error})"
+        ) from error
     finally:
         inner.train(training)
     rotary = {
@@ -341,7 +349,9 @@ def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
     config, device = text_config(model), input_device(model)
     if "inputs_embeds" not in inspect.signature(decoder(model).forward).parameters:
         return {"input_ids": torch.arange(tokens, device=device)[None] % config.vocab_size}
-    width = getattr(config, "word_embed_proj_dim", None) or getattr(config, "embedding_size", None) or config.hidden_size
+    width = (
+        getattr(config, "word_embed_proj_dim", None) or getattr(config, "embedding_size", None) or config.hidden_size
+    )
     noise = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     return {"inputs_embeds": noise.to(device, model.dtype)[None]}
 
@@ -362,8 +372,14 @@ def _depends_on_length(model: nn.Module) -> bool:
 
 def _check_cached(name: str, seen: dict[int, _Seen], cache: _Recorder) -> None:
     """Whether attention reads just what the model puts into its cache, layer by layer."""
+    both_ways = [index for index, x in seen.items() if not x.causal]
+    if both_ways:
+        raise ValueError(
+            f"{name} attends in both directions in layers {', '.join(map(str, both_ways))}: an encoder, which needs no "
+            "KV cache (to use it as a decoder, set is_decoder=True in its config)"
+        )
     if not cache.given:
-        raise ValueError(f"{name} writes no KV cache in a forward with use_cache=True (an encoder?): nothing to quantize")
+        raise ValueError(f"{name} writes no KV cache in a forward with use_cache=True: nothing to quantize")
     slots = Counter(index for index, *_ in cache.given)
     if set(slots) != set(seen) or max(slots.values()) > 1:
         raise ValueError(
@@ -450,13 +466,13 @@ class Rotary:
     def changes_within(self, first: int, last: int) -> int | None:
         """The number of tokens past which the frequencies change, if they do while a text grows from ``first`` to
         ``last`` tokens."""
-        module = self.module()
+        module: Any = self.module()
         types = getattr(module, "rope_type", "")
         types = types.values() if isinstance(types, dict) else [types]
         if any("dynamic" in t for t in types):  # each token past the limit changes them
-            limit = int(module.original_max_seq_len)  # type: ignore[union-attr,arg-type]
+            limit = int(module.original_max_seq_len)
             return limit if last > max(first, limit) else None
-        parameters = module.config.rope_parameters  # type: ignore[union-attr]
+        parameters = module.config.rope_parameters
         parts = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
         switches = [p["original_max_position_embeddings"] for p in parts if "original_max_position_embeddings" in p]
         return next((n for n in switches if first <= n < last), None)

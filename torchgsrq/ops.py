@@ -238,13 +238,14 @@ def _kernel(x: Tensor, name: str, *codecs: Codec, caches: tuple[Packed, ...] = (
     if _capturing():
         raise RuntimeError(
             f"{name} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, or more than 16 "
-            "residual stages), for positions that do not count up with the slots, or without triton, and cannot be captured in a CUDA graph: choose another compile mode"
+            "residual stages), for positions that do not count up with the slots, or without triton, and cannot be "
+            "captured in a CUDA graph: choose another compile mode"
         )
     return None
 
 
 def refuse_gradient(grad: Tensor) -> Tensor:
-    """The backward of attention on codes: an op, so that compiled graphs raise when it runs and not when it is traced."""
+    """The backward of attention on codes: an op, so that compiled graphs raise when it runs, not when it is traced."""
     raise RuntimeError(
         "attention on codes has no gradient: call model.train() or dequantize_kv_(model) to train, or torch.no_grad()"
     )
@@ -254,7 +255,19 @@ def _subclass_only(*_: object) -> None:
     raise TypeError("the kv_ ops take a GSRQTensor; use torchgsrq::append_ and torchgsrq::attention on plain tensors")
 
 
-_FUNCTIONS = (encode, search, decode, append_, check_append, tail, dequantize, attention, refuse_gradient, nearest, sum_by_code)
+_FUNCTIONS = (
+    encode,
+    search,
+    decode,
+    append_,
+    check_append,
+    tail,
+    dequantize,
+    attention,
+    refuse_gradient,
+    nearest,
+    sum_by_code,
+)
 # These have a C++ kernel as well, in kernels/.
 _COMPILED = ("encode", "search", "append_", "check_append", "attention", "nearest", "sum_by_code")
 _cpu = torch.library.Library("torchgsrq", "IMPL")

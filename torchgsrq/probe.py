@@ -17,7 +17,7 @@ from torchgsrq.cache import GSRQCache, GSRQLayer
 from torchgsrq.config import GSRQConfig
 
 _TOKENS = 8
-_WINDOWS = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens": 1, "prefill": "quantized"}
+_WINDOWS: dict[str, Any] = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens": 1, "prefill": "quantized"}
 
 
 def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Callable[[GSRQConfig], GSRQCache]) -> None:
@@ -48,8 +48,8 @@ def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Call
         inner.train(training)
     if not apart <= (1e-3 if model.dtype == torch.float32 else 0.15):
         raise ValueError(
-            f"{name} is not supported: over a quantized cache its hidden states differ by {apart:.1%} from those over the "
-            "same cache decoded, so its attention does more to keys and values than read them"
+            f"{name} is not supported: over a quantized cache its hidden states differ by {apart:.1%} from those over "
+            "the same cache decoded, so its attention does more to keys and values than read them"
         )
 
 
@@ -73,7 +73,7 @@ def _difference(model: PreTrainedModel, inner: PreTrainedModel, cache: GSRQCache
 
 
 def _forward(inner: PreTrainedModel, x: dict[str, Tensor], tokens: slice, cache: Any) -> Tensor:
-    arguments = {name: t[:, tokens] for name, t in x.items()}
+    arguments = {name: t[:, tokens].clone() for name, t in x.items()}  # some models scale their input in place
     if "position_ids" in inspect.signature(inner.forward).parameters:
         arguments["position_ids"] = torch.arange(_TOKENS, device=next(iter(x.values())).device)[None, tokens]
     out = inner(**arguments, past_key_values=cache, use_cache=True)

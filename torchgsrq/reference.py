@@ -508,6 +508,8 @@ def histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
     y = torch.zeros(batch, heads, rows, layout.groups, layout.width, dtype=torch.float32, device=p.device)
     for m in range(layout.codes):
         index = codes[:, :, None, :, m + bool(gains)].long().expand(-1, -1, rows, -1)
-        bins = torch.zeros(batch, heads, rows, CODEWORDS, dtype=torch.float32, device=p.device).scatter_add_(3, index, weight)
+        bins = torch.zeros(batch, heads, rows, CODEWORDS, dtype=torch.float32, device=p.device).scatter_add_(
+            3, index, weight
+        )
         y[..., m % layout.groups, :] += bins @ codec.codebook[:, m].float()
     return y.flatten(-2) @ codec.inverse.transpose(1, 2) + p.sum(-1, keepdim=True) * codec.mean.unsqueeze(1)

@@ -51,6 +51,7 @@ class GSRQTensor(Tensor):
     length: Tensor
     encoded: Tensor
     codebook: Tensor
+    inv_freq: Tensor
     integers: tuple[int, ...]
     head_repeat: int
     read_only: bool
@@ -488,7 +489,7 @@ class _WithoutGradient(torch.autograd.Function):
 def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
     """What attention on codes gave for these inputs: asked for a gradient, it raises instead of losing it silently."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return _WithoutGradient.apply(out, *inputs)  # type: ignore[no-any-return]
+        return _WithoutGradient.apply(out, *inputs)
     return out
 
 
