@@ -177,8 +177,8 @@ class GSRQLayer(CacheLayerMixin):
         if not self.is_empty:
             raise ValueError(
                 f"layer {self.index}: the model's RoPE frequencies changed with the length of the input, while the "
-                f"cache holds {int(self.get_seq_length())} tokens that were turned by others; read the whole text with a "
-                "new cache, in one forward"
+                f"cache holds {int(self.get_seq_length())} tokens that were turned by others; read the whole text with "
+                "a new cache, in one forward"
             )
         turned = codec.with_frequencies(inv_freq).to(self.device)
         self._hold(self.keys.with_frequencies(turned.inv_freq), self.values)
