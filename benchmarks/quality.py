@@ -39,10 +39,22 @@ SECTIONS = (
     "universal",
     "own",
     "beam",
+    "eta",
     "clustering",
     "passkey",
     "gsrq-paper",
 )
+
+
+def with_eta(books: Codebooks, key: int, value: int) -> Codebooks:
+    """The same codebooks, encoding for another loss."""
+    layers = {
+        i: LayerCodec(
+            *(dataclasses.replace(c, eta=e, _copies={}, _turned=[]) for c, e in zip(x, (key, value), strict=True))
+        )
+        for i, x in books.layers.items()
+    }
+    return Codebooks(layers, books.metadata)
 
 
 class Bench:
@@ -103,7 +115,9 @@ class Bench:
         config = dataclasses.replace(config, **PROTOCOL)
         found = evaluate.quality(self.model, self.windows, {"": (config, books)}, shift)[""]
         error = evaluate.key_error(self.model, self.windows[1], books, shift)
-        self.record(section, row, {**dataclasses.asdict(found), "key_error": error})
+        outputs = evaluate.output_error(self.model, self.windows[1], config, books)
+        facts = {"key_error": error, "output_error": sum(outputs.values()) / len(outputs)}
+        self.record(section, row, {**dataclasses.asdict(found), **facts})
 
     def each_rate(self, section: str, source: str = "text", **fields: Any) -> dict[float, Codebooks]:
         """A row for every rate, each with codebooks of its own."""
@@ -157,6 +171,12 @@ class Bench:
                 for bits, books in trained.items():
                     config = GSRQConfig(bits=bits, beam=beam)
                     self.score(section, f"{bits:g}, beam {beam}", config, books.with_beam(beam))
+        elif section == "eta":  # what the encoder minimises, keys and values each alone
+            for bits in self.bits:
+                config = GSRQConfig(bits=bits)
+                books = self.train(config)
+                for key, value in ((1, 1), (4, 1), (8, 1), (16, 1), (1, 2), (1, 4), (1, 8), (8, 4)):
+                    self.score(section, f"{bits:g}, keys {key}, values {value}", config, with_eta(books, key, value))
         elif section == "nested":
             config = GSRQConfig(bits=2)
             self.rates(section, config, self.train(config))

@@ -78,21 +78,27 @@ float squared_norm(const float* x, int64_t n) {
   return total;
 }
 
-// Beam search over the residual stages of one group, for up to kTile vectors.
+// Beam search over the residual stages of one group, for up to kTile vectors; if eta > 1, ranked by the loss
+// |e|^2 + (eta - 1) (e . y/|y|)^2 at the last stage, and followed by a sweep over the stages that only lowers it.
 class Search {
  public:
   Search(const CodecView& codec, const Tables& tables)
       : c_(codec), t_(tables), beam_(std::clamp<int64_t>(codec.beam, 1, kMaxBeam)),
         stages_(ceil_div(codec.codes, codec.groups)), stride_(round_up(codec.width, kWidth)),
-        residual_(kTile * beam_ * stride_), next_(kTile * beam_ * stride_), distance_(kTile * beam_ * kWords),
-        cost_(kTile * beam_), path_(kTile * beam_ * stages_), next_path_(beam_ * stages_) {}
+        extra_(static_cast<float>(codec.eta - 1)), residual_(kTile * beam_ * stride_), next_(kTile * beam_ * stride_),
+        distance_(kTile * std::max<int64_t>(beam_, 2) * kWords), along_(kTile * kWords), pair_(2 * kTile * stride_),
+        cost_(kTile * beam_), path_(kTile * beam_ * stages_), next_path_(beam_ * stages_) {
+    for (Buffer* rows : {&residual_, &next_, &pair_}) rows->fill(2 * kTile * beam_ * stride_);  // padded with zeros
+  }
 
   // y [n, ldy] of one head; codes of the group are written to out[i * bytes + stage * groups + group].
   void run(int64_t head, int64_t group, const float* y, int64_t ldy, int64_t n, uint8_t* out, int64_t bytes) {
     const int64_t width = t_.width;
     for (int64_t i = 0; i < n; ++i) {
       std::copy_n(y + i * ldy, width, residual_ + i * beam_ * stride_);
-      cost_[i * beam_] = squared_norm(y + i * ldy, width);
+      const float square = cost_[i * beam_] = squared_norm(y + i * ldy, width);
+      const float scale = square > 0 ? 1 / std::sqrt(square) : 0.f;
+      for (int64_t e = 0; e < width; ++e) unit(i)[e] = y[i * ldy + e] * scale;
     }
     int64_t alive = 1, stage = 0;  // candidates of every vector
     for (int64_t code = group; code < t_.codes; code += t_.groups, ++stage) {
@@ -104,18 +110,26 @@ class Search {
         product(distance_, kWords, residual_, stride_, 1, t_.columns_of(head, code), kWords, n * beam_, kWords, width);
       const at::Half* words = c_.words(head, code);
       const bool last = code + t_.groups >= t_.codes;
+      if (last && extra_ > 0)
+        product(along_, kWords, unit(0), stride_, 1, t_.columns_of(head, code), kWords, n, kWords, width);
       for (int64_t i = 0; i < n; ++i) {
         float* d = distance_ + i * (alive == 1 ? 1 : beam_) * kWords;
         const float* cost = &cost_[i * beam_];
         Vec low = to_distances(d, squares, cost[0], kWords);
         if (last) {  // the best of all is all that is needed
-          float least = reduce_min(low);
+          const float* residuals = residual_ + i * beam_ * stride_;
+          float least = kInf;
           int64_t of = 0;
-          for (int64_t b = 1; b < alive; ++b) {
-            const float one = reduce_min(to_distances(d + b * kWords, squares, cost[b], kWords));
+          for (int64_t b = 0; b < alive; ++b) {
+            if (b) low = to_distances(d + b * kWords, squares, cost[b], kWords);
+            if (extra_ > 0) low = add_alignment(d + b * kWords, dot(residuals + b * stride_, unit(i), width), along_ + i * kWords);
+            const float one = reduce_min(low);
             if (one < least) least = one, of = b;
           }
           const int64_t best = find(d + of * kWords, kWords, least);
+          if (extra_ > 0)
+            for (int64_t e = 0; e < width; ++e)
+              pair_[i * stride_ + e] = residuals[of * stride_ + e] - static_cast<float>(words[best * width + e]);
           for (int64_t s = 0; s < stage; ++s)
             out[i * bytes + s * t_.groups + group] = path_[(i * beam_ + of) * stages_ + s];
           out[i * bytes + stage * t_.groups + group] = static_cast<uint8_t>(best);
@@ -140,9 +154,43 @@ class Search {
       }
       alive = beam_;
     }
+    if (extra_ > 0 && stages_ > 1) sweep(head, group, n, out, bytes);
   }
 
  private:
+  float* unit(int64_t i) { return pair_ + (kTile + i) * stride_; }
+
+  // distances += (eta - 1) (s - along)^2, with s the part of the residual along the vector. Gives the lanes' minima.
+  Vec add_alignment(float* distances, float s, const float* along) const {
+    Vec low(kInf);
+    for (int64_t j = 0; j < kWords; j += kWidth) {
+      const Vec apart = Vec(s) - load(along + j);
+      const Vec d = at::vec::fmadd(Vec(extra_) * apart, apart, load(distances + j));
+      d.store(distances + j);
+      low = at::vec::minimum(low, d);
+    }
+    return low;
+  }
+
+  // Gives each stage in turn the codeword of least loss among the others; the final residuals are in pair_.
+  void sweep(int64_t head, int64_t group, int64_t n, uint8_t* out, int64_t bytes) {
+    const int64_t width = t_.width;
+    for (int64_t code = group; code < t_.codes; code += t_.groups) {
+      const at::Half* words = c_.words(head, code);
+      for (int64_t i = 0; i < n; ++i) add_to(pair_ + i * stride_, words + out[i * bytes + code] * width, width);
+      product(distance_, kWords, pair_, stride_, 1, t_.columns_of(head, code), kWords, n, kWords, width);
+      product(along_, kWords, unit(0), stride_, 1, t_.columns_of(head, code), kWords, n, kWords, width);
+      const float* squares = t_.squares + (head * t_.codes + code) * kWords;
+      for (int64_t i = 0; i < n; ++i) {
+        float *d = distance_ + i * kWords, *r = pair_ + i * stride_;
+        to_distances(d, squares, 0.f, kWords);
+        const int64_t best = find(d, kWords, reduce_min(add_alignment(d, dot(r, unit(i), width), along_ + i * kWords)));
+        out[i * bytes + code] = static_cast<uint8_t>(best);
+        for (int64_t e = 0; e < width; ++e) r[e] -= static_cast<float>(words[best * width + e]);
+      }
+    }
+  }
+
   // The picked candidates of vector i take the place of those that they extend.
   void advance(int64_t i, int64_t stage, const int64_t* pick, const at::Half* words) {
     float* next = next_;
@@ -176,7 +224,9 @@ class Search {
   const CodecView& c_;
   const Tables& t_;
   const int64_t beam_, stages_, stride_;
-  Buffer residual_, next_, distance_;
+  const float extra_;  // eta - 1
+  Buffer residual_, next_, distance_, along_;
+  Buffer pair_;  // [2, kTile, stride_]: final residuals, and the vectors themselves at length 1
   std::vector<float> cost_;
   std::vector<uint8_t> path_, next_path_;
 };

@@ -42,7 +42,7 @@ def encode_kernel(
     mean, transform, book, inv_freq, HEADS, CAPACITY,
     APPEND: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
     INTERLEAVED: tl.constexpr, FRAME: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    N: tl.constexpr, BEAM: tl.constexpr, NB: tl.constexpr, T: tl.constexpr,
+    N: tl.constexpr, BEAM: tl.constexpr, NB: tl.constexpr, T: tl.constexpr, ETA: tl.constexpr,
     SINKS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Codes of one group of T vectors of a row and head: of ``x``, or of the slots that are due to leave the window."""
@@ -109,6 +109,10 @@ def encode_kernel(
         # Beam search; row t * NB + k is candidate k of vector t, and candidate 0 stays the greedy path.
         k = tl.arange(0, NB)
         residual = tl.reshape(tl.broadcast_to(y[:, None, :], [T, NB, WP]), [T * NB, WP])
+        if ETA > 1:
+            size = tl.sqrt(tl.sum(y * y, 1))[:, None]
+            unit = y / tl.where(size > 0, size, 1.0)
+            units = tl.reshape(tl.broadcast_to(unit[:, None, :], [T, NB, WP]), [T * NB, WP])
         cost = tl.where(k[None, :] == 0, tl.sum(y * y, 1)[:, None], float("inf"))  # [T, NB]
         early = tl.zeros([T, NB], tl.int64)  # codes of stages 0 to 7, and 8 to 15
         late = tl.zeros([T, NB], tl.int64)
@@ -121,6 +125,13 @@ def encode_kernel(
             wide = words.to(tl.float32)
             total = tl.sum(wide * wide, 0)[None, :] - 2 * product
             total += tl.reshape(cost, [T * NB])[:, None]
+            if ETA > 1:  # noqa: SIM102 (this one is the compiler's)
+                if stage + 1 == stages:  # candidates are ranked by the loss
+                    along = tl.reshape(
+                        tl.broadcast_to(_exact_dot(unit, words)[:, None, :], [T, NB, 256]), [T * NB, 256]
+                    )
+                    apart = tl.sum(residual * units, 1)[:, None] - along
+                    total += (ETA - 1.0) * apart * apart
             parent = tl.zeros([T, NB], tl.int32)
             code = tl.zeros([T, NB], tl.int32)
             for rank in tl.static_range(BEAM):
@@ -151,9 +162,29 @@ def encode_kernel(
             shifted = code.to(tl.int64) << (8 * (stage % 8))
             early = tl.where(stage < 8, early | shifted, early)
             late = tl.where(stage < 8, late, late | shifted)
+        if ETA > 1:
+            apart = tl.sum(tl.reshape(residual * units, [T, NB, WP]), 2)
+            cost += (ETA - 1.0) * apart * apart
         best = k[None, :] == tl.argmin(cost, 1)[:, None]
         early = tl.sum(tl.where(best, early, 0), 1)
         late = tl.sum(tl.where(best, late, 0), 1)
+        if ETA > 1:
+            # A sweep gives each stage the codeword of least loss among the others.
+            rest = tl.sum(tl.where(best[:, :, None], tl.reshape(residual, [T, NB, WP]), 0.0), 1)
+            for stage in range(stages):
+                table = book + (h * N + stage * G + g) * (256 * W)
+                path = tl.where(stage < 8, early, late)
+                old = ((path >> (8 * (stage % 8))) & 255).to(tl.int32)
+                rest += tl.load(table + old[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
+                words = tl.load(table + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
+                wide = words.to(tl.float32)
+                loss = tl.sum(wide * wide, 0)[None, :] - 2 * _exact_dot(rest, words)
+                apart = tl.sum(rest * unit, 1)[:, None] - _exact_dot(unit, words)
+                code = tl.argmin(loss + (ETA - 1.0) * apart * apart, 1)
+                rest -= tl.load(table + code[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
+                changed = (old ^ code).to(tl.int64) << (8 * (stage % 8))
+                early = tl.where(stage < 8, early ^ changed, early)
+                late = tl.where(stage < 8, late, late ^ changed)
         to = out + b * out_b + h * out_h + slot.to(tl.int64) * out_t + g
         for stage in range(stages):
             path = tl.where(stage < 8, early, late)
@@ -207,7 +238,7 @@ def constants(codec: Codec) -> dict[str, Any]:
     s = Shape.of(codec)
     sizes = {"D": s.d, "G": s.g, "W": s.w, "WP": max(16, s.wp), "N": s.n, **s.rotary}
     width = codec.beam if codec.layout.stages > 1 else 1  # a single stage has nothing to look ahead to
-    beam = {"BEAM": width, "NB": triton.next_power_of_2(width), "T": _TILE}
+    beam = {"BEAM": width, "NB": triton.next_power_of_2(width), "T": _TILE, "ETA": codec.eta}
     return {**sizes, **beam, "FRAME": codec.frame}
 
 

@@ -16,14 +16,14 @@ constexpr int64_t kRotate = 256;  // positions that share one rotation of the qu
 // The codec as ops carry it: see Codec.tensors and Codec.integers in codec.py.
 struct CodecView {
   Tensor mean, transform, inverse, codebook, inv_freq, gains;
-  int64_t heads, dim, groups, codes, dims, width, beam, frame;
+  int64_t heads, dim, groups, codes, dims, width, beam, eta, frame;
   bool interleaved;
 
   CodecView(at::TensorList tensors, at::IntArrayRef integers)
       : mean(tensors[0].contiguous()), transform(tensors[1].contiguous()), inverse(tensors[2].contiguous()),
         codebook(tensors[3].contiguous()), inv_freq(tensors[4].contiguous()), gains(tensors[5].contiguous()),
         heads(mean.size(0)), dim(integers[0]), groups(integers[1]), codes(integers[2]), dims(integers[3]),
-        width(dims / groups), beam(integers[5]), frame(integers[6]), interleaved(integers[4] != 0) {}
+        width(dims / groups), beam(integers[5]), eta(integers[6]), frame(integers[7]), interleaved(integers[4] != 0) {}
 
   int64_t bytes() const { return codes + has_gains(); }
   bool has_gains() const { return gains.numel() > 0; }

@@ -35,6 +35,7 @@ def make_codec(
     pairs: int | None = None,
     interleaved: bool = False,
     beam: int = 4,
+    eta: int = 1,
     gains: bool = False,
     seed: int = 0,
 ) -> Codec:
@@ -56,6 +57,7 @@ def make_codec(
         interleaved=interleaved,
         gains=torch.exp2((torch.arange(256) - 128) / 8) if gains else None,
         beam=beam,
+        eta=eta,
     )
 
 

@@ -177,6 +177,7 @@ def test_far_positions():
     close(run(q, key, value), specified(q, key, value))
 
 
+@pytest.mark.parametrize("eta", [1, 8])
 @pytest.mark.parametrize("beam", [1, 2, 4, 7])
 @pytest.mark.parametrize("preset", CODECS)
 @given(
@@ -189,9 +190,9 @@ def test_far_positions():
     seed=st.integers(0, 99),
 )
 @settings(max_examples=8)
-def test_encode(preset, beam, dim, n, first, dtype, gains, interleaved, seed):
+def test_encode(preset, beam, eta, dim, n, first, dtype, gains, interleaved, seed):
     layout, _ = CODECS[preset](dim, 1.0)
-    codec = make_codec(2, layout=layout, frame=64, beam=beam, gains=gains, interleaved=interleaved)
+    codec = make_codec(2, layout=layout, frame=64, beam=beam, eta=eta, gains=gains, interleaved=interleaved)
     x = torch.randn(2, 2, n, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
     position = (torch.arange(n) + first).expand(2, -1)
     got = gsrq.encode(x, position, codec.tensors, codec.integers)
@@ -199,16 +200,27 @@ def test_encode(preset, beam, dim, n, first, dtype, gains, interleaved, seed):
     differ = (got != want).any(-1)
     # Sums in another order decide near-ties otherwise; then both must be as near to the input, in the metric.
     assert differ.sum() <= 2 + 0.03 * differ.numel()
+    # Another candidate kept, or another turn of the sweep, may end elsewhere, about as near.
     errors = [distance(x, c, position, codec)[differ] for c in (got, want)]
-    torch.testing.assert_close(errors[0], errors[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-3 if beam == eta == 1 else 0.3, atol=1e-5)
 
 
 def distance(x, codes, position, codec):
-    """Squared distance of a reconstruction in the codec's metric."""
+    """Loss of a reconstruction in the codec's metric: its squared error, and more of what lies along the vector."""
     place = position.remainder(codec.frame)
-    rest = x.float() - reference.decode(codes, position, codec)
-    turned = reference.rotate(rest, (place - position)[:, None], codec.inv_freq, codec.interleaved)
-    return (turned @ codec.transform.transpose(1, 2)).square().sum(-1)
+
+    def in_metric(v):
+        turned = reference.rotate(v, (place - position)[:, None], codec.inv_freq, codec.interleaved)
+        return (turned @ codec.transform.transpose(1, 2)).unflatten(-1, (codec.layout.groups, codec.layout.width))
+
+    error = in_metric(x.float() - reference.decode(codes, position, codec))
+    y = in_metric(x.float()) - in_metric(
+        reference.rotate(
+            reference._mean_at(place, codec), (position - place)[:, None], codec.inv_freq, codec.interleaved
+        )
+    )
+    y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return (error.square().sum(-1) + (codec.eta - 1) * (error * y).sum(-1).square()).sum(-1)
 
 
 @given(

@@ -26,6 +26,7 @@ log = logging.getLogger("torchgsrq")
 TOKENS = 16384  # of calibration text
 WINDOW = 1024  # tokens of a calibration sequence
 FAR = 32  # a query's nearer neighbours are in the recent window and do not count
+KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: README
 _QUERY_STRIDE = 4  # every 4th query is enough
 _ROTATIONS = 256  # relative offsets that the query metric is averaged over
 
@@ -171,6 +172,7 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
         frame=frame,
         interleaved=info.interleaved,
         beam=config.beam,
+        eta=KEY_ETA,
     )
 
 
@@ -201,7 +203,15 @@ def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -
     v = v @ deal.transpose(1, 2)
     scale = _scale(v)
     codebook = train_codebook(v / scale, weight, layout, method=method, seed=config.seed + 1)
-    return Codec.build(layout, mean, deal / scale, codebook, inverse=deal.transpose(1, 2) * scale, beam=config.beam)
+    return Codec.build(
+        layout,
+        mean,
+        deal / scale,
+        codebook,
+        inverse=deal.transpose(1, 2) * scale,
+        beam=config.beam,
+        eta=VALUE_ETA,
+    )
 
 
 def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCodec:

@@ -246,6 +246,7 @@ def evaluate_command(
     for name, (config, books) in candidates.items():
         row = {"recipe": config.recipe, "bits": config.bits, **dataclasses.asdict(found[name])}
         row["key_error"] = measures.key_error(llm, cuts[0], books.at(config.bits), shift)
+        row["output_error"] = measures.output_error(llm, cuts[0], config, books.at(config.bits))
         if passkey:
             row["passkey"] = measures.passkey(llm, tokenizer, document_text, context, passkey, (config, books))
         rows.append(row)
@@ -270,14 +271,16 @@ def evaluate_command(
         f"{facts['frame']}, {sinks} sinks, {recent} recent tokens, blocks of {block}",
         caption=measures.environment(),
     )
-    names = ["recipe", "bits", "perplexity", "KL, nats", "same next token", "key error"]
+    names = ["recipe", "bits", "perplexity", "KL, nats", "same next token", "key error", "output error"]
     for name in names + ["passkey"] * bool(passkey):
         table.add_column(name, justify="left" if name == "recipe" else "right")
-    full = ["full precision", f"{8 * llm.dtype.itemsize}", f"{rows[0]['ppl_full']:.3f}", "0", "100%", "0"]
+    full = ["full precision", f"{8 * llm.dtype.itemsize}", f"{rows[0]['ppl_full']:.3f}", "0", "100%", "0", "0"]
     table.add_row(*full, *([f"{full_passkey:.0%}"] if full_passkey is not None else []))
     for row in rows:
         cells = [row["recipe"], f"{row['bits']:g}", f"{row['ppl']:.3f}", f"{row['kl']:.4f}", f"{row['agreement']:.1%}"]
-        table.add_row(*cells, f"{row['key_error']:.4f}", *([f"{row['passkey']:.0%}"] if passkey else []))
+        outputs = row["output_error"].values()
+        cells += [f"{row['key_error']:.4f}", f"{sum(outputs) / len(outputs):.4f}"]
+        table.add_row(*cells, *([f"{row['passkey']:.0%}"] if passkey else []))
     Console(width=120).print(table)
 
 

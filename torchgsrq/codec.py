@@ -46,6 +46,7 @@ class Codec:
         layout: which code writes which slice.
         interleaved: RoPE pairs are ``(2i, 2i + 1)``.
         beam: width of the encoder's beam search.
+        eta: how much more the encoder minds an error along the vector than one across it; 1: equally.
         frame: tokens per anchored frame; 1 without RoPE.
     """
 
@@ -58,6 +59,7 @@ class Codec:
     gains: Tensor
     interleaved: bool = False
     beam: int = 4
+    eta: int = 1
     frame: int = 1
     _copies: dict[torch.device, Codec] = dataclasses.field(default_factory=dict, repr=False)
     _turned: list[Codec] = dataclasses.field(default_factory=list, repr=False)
@@ -76,6 +78,7 @@ class Codec:
         interleaved: bool = False,
         gains: Tensor | None = None,
         beam: int = 4,
+        eta: int = 1,
     ) -> Codec:
         """A codec from its mean ``[heads, head_dim]`` and its tables; ``inverse`` may be left out if it exists."""
         inv_freq = mean.new_zeros(0) if inv_freq is None else inv_freq.float().to(mean.device)
@@ -90,6 +93,7 @@ class Codec:
             mean.new_zeros(0) if gains is None else gains.float(),
             interleaved,
             beam,
+            eta,
             frame if inv_freq.numel() else 1,
         )
 
@@ -117,14 +121,13 @@ class Codec:
     def integers(self) -> list[int]:
         """The non-tensor attributes as integers, in the order of `from_flat`."""
         x = self.layout
-        return [x.head_dim, x.groups, x.codes, x.dims, int(self.interleaved), self.beam, self.frame]
+        return [x.head_dim, x.groups, x.codes, x.dims, int(self.interleaved), self.beam, self.eta, self.frame]
 
     @classmethod
     def from_flat(cls, tensors: list[Tensor], integers: list[int]) -> Codec:
         """A codec from what ops and tensor subclasses carry: `tensors` and `integers`."""
-        *layout, interleaved, beam, frame = integers
-        mean, transform, inverse, codebook, inv_freq, gains = tensors
-        return cls(Layout(*layout), mean, transform, inverse, codebook, inv_freq, gains, bool(interleaved), beam, frame)
+        *layout, interleaved, beam, eta, frame = integers
+        return cls(Layout(*layout), *tensors, bool(interleaved), beam, eta, frame)
 
     def at(self, bits: float) -> Codec:
         """The same codec at a lower rate: a prefix of its residual stages.
@@ -248,7 +251,7 @@ class Codebooks:
     @cached_property
     def digest(self) -> str:
         """A hash of all tables: codes of a cache mean something with these codebooks alone. How the encoder searches
-        (the beam) changes nothing in what codes mean."""
+        (beam and eta) changes nothing in what codes mean."""
         found = hashlib.sha256()
         for i, layer in self.layers.items():
             for codec in layer:
@@ -298,6 +301,7 @@ class Codebooks:
                     "frame": codec.frame,
                     "interleaved": codec.interleaved,
                     "beam": codec.beam,
+                    "eta": codec.eta,
                 }
         meta = {"format": FORMAT, "version": str(VERSION), "codecs": json.dumps(codecs)}
         partial = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.partial"
@@ -351,6 +355,7 @@ class Codebooks:
                         interleaved=facts["interleaved"],
                         gains=t["gains"],
                         beam=facts["beam"],
+                        eta=facts["eta"],
                     )
                 metadata = json.loads(meta["metadata"])
         except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:

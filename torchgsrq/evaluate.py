@@ -17,7 +17,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from torchgsrq import models, reference
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
+from torchgsrq.attention import dense_attention, gsrq_attention
+from torchgsrq.cache import GSRQLayer
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 
@@ -88,8 +91,6 @@ def key_error(model: PreTrainedModel, window: Tensor, codebooks: Codebooks, shif
 
     The keys are those of a full-precision forward, so that the error is of coding alone.
     """
-    from torchgsrq import models, reference
-
     errors: list[Tensor] = []
     ids = window.view(1, -1).to(model.device)
     positions = torch.arange(ids.shape[1], device=ids.device)[None] + shift
@@ -111,6 +112,39 @@ def key_error(model: PreTrainedModel, window: Tensor, codebooks: Codebooks, shif
     with models.observed(model, observer):
         model.base_model(ids, position_ids=positions, use_cache=False)
     return float(torch.stack(errors).mean())
+
+
+@torch.no_grad()
+def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, codebooks: Codebooks) -> dict[int, float]:
+    """Relative squared error of the attention output of each quantized layer, on real queries.
+
+    Every query sees what a token-by-token decode would, and the queries, keys and values are those of a full-precision
+    forward: so this is what quantizing a layer's cache does to that layer. Keys and values are judged by it: the error
+    of a key alone does not tell which part of it queries look at.
+
+    Args:
+        window: ``[n]`` tokens.
+
+    Returns:
+        layer to ``sum |o' - o|^2 / sum |o|^2``, over all heads and tokens.
+    """
+    small = dataclasses.replace(config, prefill="quantized")
+    errors = {}
+
+    def observer(module: Any, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Any) -> None:
+        index = getattr(module, "layer_idx", None)
+        if index not in codebooks:
+            return
+        keys, values = GSRQLayer(codebooks[index], small, index=index).update(k, v)
+        given = {"scaling": scaling, "softcap": softcap or None, "s_aux": s_aux}
+        exact, got = (attend(module, q, a, b, None, **given)[0].float() for attend, a, b in (
+            (dense_attention, k, v), (gsrq_attention, keys, values)
+        ))  # fmt: skip
+        errors[index] = float((got - exact).square().sum() / exact.square().sum())
+
+    with models.observed(model, observer):
+        models.decoder(model)(input_ids=window.view(1, -1).to(model.device), use_cache=False)
+    return errors
 
 
 def passkey_prompt(text_ids: Tensor, tokenizer: Any, tokens: int, seed: int) -> tuple[Tensor, str]:

@@ -35,7 +35,7 @@ NOT_CAUSAL, UPPER_LEFT, LAST_ALIGNED = 0, 1, 2
 
 
 def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
-    """Vectors to codes: greedy and beam search over the residual stages, the better of the two.
+    """Vectors to codes: a search over the residual stages of each group (`beam_search`).
 
     Args:
         x: ``[batch, heads, n, head_dim]``, post-RoPE keys or values.
@@ -77,7 +77,7 @@ def search(y: Tensor, codec: Codec) -> Tensor:
         part = y[..., layout.start(group) : layout.start(group) + layout.width]
         tables = codec.codebook[:, group :: layout.groups]
         for rows in range(0, y.shape[1], _ENCODE_ROWS):
-            found = beam_search(part[:, rows : rows + _ENCODE_ROWS], tables, codec.beam)
+            found = beam_search(part[:, rows : rows + _ENCODE_ROWS], tables, codec.beam, codec.eta)
             codes[:, rows : rows + _ENCODE_ROWS, group :: layout.groups] = found
     return torch.cat([*head, codes], -1)[:, :n].contiguous()
 
@@ -92,39 +92,66 @@ def _tiled_product(y: Tensor, matrix: Tensor) -> Tensor:
     return F.pad(y, (0, 0, 0, -y.shape[1] % _TILE)) @ matrix.transpose(1, 2)
 
 
-def beam_search(y: Tensor, tables: Tensor, beam: int) -> Tensor:
-    """Codes of one group. The first candidate is always the greedy path, so the result is never worse.
+def beam_search(y: Tensor, tables: Tensor, beam: int, eta: int = 1) -> Tensor:
+    """Codes of one group: of low loss ``|e|^2 + (eta - 1) (e . y/|y|)^2`` of the error e.
+
+    The queries that attend to a key are aligned with it, so that the part of an error along the vector costs attention
+    more than its size says (the anisotropic loss of ScaNN, arXiv 1908.10396).
+
+    A beam search ranks candidates by the plain error until the last stage, and by the loss there; then one sweep of
+    coordinate descent gives each stage the codeword of least loss among the others. The first candidate is always the
+    greedy path, so the result is never worse than it, in the loss.
 
     Args:
         y: ``[heads, n, width]`` float32, n a multiple of the tile. tables: ``[heads, stages, 256, width]``, any
-            floating dtype.
+            floating dtype. beam: candidates kept. eta: 1 for the plain squared error.
 
     Returns:
         uint8 ``[heads, n, stages]``.
     """
     heads, n, width = y.shape
     stages = tables.shape[1]
+    norm = y.norm(dim=-1, keepdim=True)
+    unit = (y / norm.masked_fill(norm == 0, 1)).unsqueeze(2)
     residual = y.unsqueeze(2)  # [heads, n, candidates, width]
     cost = residual.square().sum(-1)
     codes = torch.zeros(heads, n, 1, 0, dtype=torch.int64, device=y.device)
-    for stage in range(stages):
-        table = tables[:, stage].float()
+
+    def losses(residual: Tensor, table: Tensor, aligned: bool) -> Tensor:
+        """Loss of every codeword for every residual, less the residual's own square: [heads, n, candidates, 256]."""
         squares = table.square().sum(-1).unsqueeze(1)
         change = torch.baddbmm(squares, residual.flatten(1, 2), table.transpose(1, 2), alpha=-2)
         change = change.view(heads, n, -1, CODEWORDS)
+        if aligned and eta > 1:
+            along = (unit.squeeze(2) @ table.transpose(1, 2)).unsqueeze(2)
+            change += (eta - 1) * ((residual * unit).sum(-1, keepdim=True) - along).square()
+        return change
+
+    def words(table: Tensor, code: Tensor) -> Tensor:
+        return table.gather(1, code.flatten(1).unsqueeze(-1).expand(-1, -1, width)).view(heads, n, -1, width)
+
+    for stage in range(stages):
+        table = tables[:, stage].float()
+        last = stage + 1 == stages
+        change = losses(residual, table, last)
         pick = change[:, :, 0].argmin(-1, keepdim=True)  # candidate 0, greedily
-        if beam > 1:
+        if last:
+            pick = (change + cost.unsqueeze(-1)).flatten(2).argmin(-1, keepdim=True)
+        elif beam > 1:
             total = change.add_(cost.unsqueeze(-1)).flatten(2).scatter_(2, pick, torch.inf)
             others = total.topk(beam - 1, dim=-1, largest=False).indices
             pick = torch.cat((pick, others), -1)
         parent, code = pick // CODEWORDS, pick % CODEWORDS
-        word = table.gather(1, code.flatten(1).unsqueeze(-1).expand(-1, -1, width)).view(heads, n, -1, width)
-        residual = residual.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, width)) - word
+        residual = residual.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, width)) - words(table, code)
         cost = residual.square().sum(-1)
         before = codes.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, stage))
         codes = torch.cat((before, code.unsqueeze(-1)), -1)
-    best = cost.argmin(-1)[..., None, None].expand(-1, -1, 1, stages)
-    return codes.gather(2, best).squeeze(2).to(torch.uint8)
+    for stage in range(stages if eta > 1 and stages > 1 else 0):
+        table = tables[:, stage].float()
+        residual = residual + words(table, codes[..., stage])
+        codes[..., stage] = losses(residual, table, True).argmin(-1)
+        residual = residual - words(table, codes[..., stage])
+    return codes.squeeze(2).to(torch.uint8)
 
 
 def codeword_sum(codes: Tensor, codec: Codec) -> Tensor:
