@@ -33,7 +33,6 @@ SECTIONS = (
     "frame256",
     "frame1024",
     "nested",
-    "balanced",
     "fast",
     "kmeans",
     "universal",
@@ -163,7 +162,7 @@ class Bench:
             trained = self.each_rate(section, "own")
             if self.args.codebooks:
                 trained[self.bits[0]].save(self.args.codebooks)
-        elif section in ("balanced", "fast"):
+        elif section == "fast":
             self.each_rate(section, layout=section)
         elif section == "beam":
             trained = self.each_rate(section)

@@ -52,7 +52,9 @@ struct Packed {
 
   Packed(at::TensorList kv, at::IntArrayRef layout)
       : codes(kv[0]), window(kv[1]), start(kv[2]), length(kv[3]), encoded(kv[4]), codec(kv.slice(5), layout.slice(3)),
-        sinks(layout[0]), recent(layout[1]), block(layout[2]), ring(window.size(2) - layout[0]) {}
+        sinks(layout[0]), recent(layout[1]), block(layout[2]), ring(window.size(2) - layout[0]) {
+    check_start(start, codes);
+  }
 
   const uint8_t* codes_of(int64_t b, int64_t h) const {
     return codes.const_data_ptr<uint8_t>() + b * codes.stride(0) + h * codes.stride(1);

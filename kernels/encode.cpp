@@ -86,7 +86,7 @@ class Search {
       : c_(codec), t_(tables), beam_(std::clamp<int64_t>(codec.beam, 1, kMaxBeam)),
         stages_(ceil_div(codec.codes, codec.groups)), stride_(round_up(codec.width, kWidth)),
         extra_(static_cast<float>(codec.eta - 1)), residual_(kTile * beam_ * stride_), next_(kTile * beam_ * stride_),
-        distance_(kTile * std::max<int64_t>(beam_, 2) * kWords), along_(kTile * kWords), pair_(2 * kTile * stride_),
+        distance_(kTile * beam_ * kWords), along_(kTile * kWords), pair_(2 * kTile * stride_),
         cost_(kTile * beam_), path_(kTile * beam_ * stages_), next_path_(beam_ * stages_) {
     for (Buffer* rows : {&residual_, &next_, &pair_}) rows->fill(2 * kTile * beam_ * stride_);  // padded with zeros
   }
@@ -392,6 +392,7 @@ void append(
   const int64_t sinks = layout[0], recent = layout[1], block = layout[2];
   const CodecView c(codec, layout.slice(3));
   const int64_t first = check_append(codes, window, length, c, x_, slots);
+  check_start(start, codes);
   const int64_t batch = x_.size(0), heads = x_.size(1), n = x_.size(2), ring = window.size(2) - sinks;
   if (n == 0 || batch == 0) return;
   const Tensor x = x_.contiguous();

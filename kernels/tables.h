@@ -53,6 +53,13 @@ class RowStart {
   bool placed_;
 };
 
+inline void check_start(const Tensor& start, const Tensor& codes) {
+  TORCH_CHECK_VALUE(
+      start.dim() == 2 && start.size(0) == codes.size(0) && start.stride(1) == 1 &&
+          (start.size(1) == 2 || start.size(1) >= 2 + codes.size(2)),
+      "start has shape ", start.sizes(), "; expected [", codes.size(0), ", 2] or [", codes.size(0), ", 2 + capacity]");
+}
+
 // "Canonical" is the order of a vector's elements that rotations are simple in: first elements of the RoPE pairs, second
 // elements, the rest. Rows are padded with zeros to whole vectors.
 struct Tables {

@@ -20,7 +20,7 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
     [
         ("bits", 3, "2, 1.5, 1, 0.75, 0.5, 0.375, 0.25"),
         ("key_bits", 0.3, "key_bits=0.3"),
-        ("layout", "small", "quality, balanced, fast"),
+        ("layout", "small", "quality, fast"),
         ("prefill", "fast", "exact, quantized"),
         ("recipe", "pq", "gsrq, gsrq-paper, kmeans, universal"),
         ("frame", 0, "at least 1"),
@@ -45,7 +45,7 @@ def test_config_is_frozen_and_rates_default_to_bits():
 
 
 def test_frames_follow_the_layout():
-    assert [GSRQConfig(layout=x).key_frame for x in ("quality", "balanced", "fast")] == [512, 1024, 1024]
+    assert [GSRQConfig(layout=x).key_frame for x in ("quality", "fast")] == [512, 1024]
     assert GSRQConfig(layout="fast", frame=64).key_frame == 64
     assert GSRQConfig(frame=512).codec_key() == GSRQConfig().codec_key()
 
@@ -59,7 +59,7 @@ def test_codec_key_follows_what_changes_the_codebooks_only():
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("preset", ["quality", "balanced", "fast"])
+@pytest.mark.parametrize("preset", ["quality", "fast"])
 def test_layouts_cover_the_head_at_the_rate(head_dim, bits, preset):
     if bits not in rates(head_dim):
         with pytest.raises(ValueError, match=rf"bits={bits} is not offered for head_dim={head_dim}; choose one of 2"):
@@ -81,9 +81,8 @@ def test_presets():
     assert value_layout(64, 1) == Layout(64, 1, 8)
     assert value_layout(128, 0.25) == Layout(128, 2, 4)
     assert key_layout(64, 1, "fast") == Layout(64, 2, 8, 48)
-    assert value_layout(64, 1, "fast") == Layout(64, 8, 8)
-    assert key_layout(64, 1, "balanced") == key_layout(64, 1, "fast")
-    assert value_layout(64, 1, "balanced") == value_layout(64, 1)
+    assert value_layout(64, 1, "fast") == Layout(64, 4, 8)
+    assert value_layout(64, 0.5, "fast") == Layout(64, 2, 4)
     assert num_codes(96, 0.75) == 9
 
 

@@ -118,16 +118,14 @@ def test_rows_that_have_not_begun_follow(llama, rows):
     model, books = llama
 
     def run(cache):
-        first = model(PROMPT[:, :16], attention_mask=PADDED[:, :16], position_ids=by_mask(PADDED)[:, :16],
-                      past_key_values=cache, use_cache=True).logits  # fmt: skip
+        model(PROMPT[:, :16], attention_mask=PADDED[:, :16], position_ids=by_mask(PADDED)[:, :16],
+              past_key_values=cache, use_cache=True)  # fmt: skip
         cache.batch_select_indices(torch.tensor(rows) if isinstance(cache, Oracle) else rows)
         picked = torch.tensor(rows)
         mask, ids = PADDED[picked], PROMPT[picked]
         later = [model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=by_mask(mask)[:, a:b],
                        past_key_values=cache, use_cache=True).logits for a, b in ((16, 32), (32, 33), (33, 40))]  # fmt: skip
-        return (
-            torch.cat([first.flatten(0, 1)[:1, None], *later], 1) if False else torch.cat(later, 1)[mask[:, 16:].bool()]
-        )
+        return torch.cat(later, 1)[mask[:, 16:].bool()]
 
     got, want = both(model, books, SMALL, run)
     assert_alike(got, want)
@@ -190,6 +188,70 @@ def test_positions_of_a_gap_follow_every_operation(llama):
 
     got, want = both(model, books, SMALL, run)
     assert_alike(got, want)
+
+
+@torch.no_grad()
+def test_a_gap_beyond_the_capacity(llama):
+    """A chunk that makes the buffers grow, with padding in what is new."""
+    model, books = llama
+    ids = torch.randint(3, 100, (2, 300), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[1, 258:270] = 0
+
+    def run(cache):
+        cut = [model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=by_mask(mask)[:, a:b],
+                     past_key_values=cache, use_cache=True).logits for a, b in ((0, 250), (250, 300))]  # fmt: skip
+        return torch.cat(cut, 1)[mask.bool()]
+
+    got, want = both(model, books, SMALL, run)
+    assert_alike(got, want)
+    with quantized(model, SMALL, books):
+        cache = new_cache(model)
+        run(cache)
+        assert cache.layers[0].keys.start[1, 272:302].tolist() == [*range(258, 288)]
+
+
+FORMS = {
+    "one row for all": lambda mask: mask[:1],
+    "shorter than the text": lambda mask: mask[:, :-2],
+    "of four dimensions": lambda mask: (
+        torch.ones(40, 40, dtype=torch.bool).tril()[None, None] & mask[:, None, None].bool()
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_forms_of_masks(llama, form):
+    """What transformers takes, the cache takes."""
+    model, books = llama
+    mask = torch.ones(2, 40, dtype=torch.long)
+    if form == "of four dimensions":
+        mask[1, :9] = 0
+    with quantized(model, SMALL, books):
+        cache = model(
+            PROMPT[:2], attention_mask=FORMS[form](mask), position_ids=by_mask(mask), use_cache=True
+        ).past_key_values
+    assert cache.layers[0].keys.start[:, :2].tolist() == [[0, 0], [9, 9] if form == "of four dimensions" else [0, 0]]
+
+
+@torch.no_grad()
+def test_after_a_forward_that_failed(llama):
+    """Where rows began in it is forgotten."""
+    model, books = llama
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[1, :20] = 0
+    with quantized(model, SMALL, books):
+        cache = new_cache(model)
+        with pytest.raises(ValueError, match="layer 0, keys, row"):
+            model(
+                inputs_embeds=torch.full((2, 40, 64), torch.nan),
+                attention_mask=mask,
+                position_ids=by_mask(mask),
+                past_key_values=cache,
+            )
+        model(PROMPT[:1], past_key_values=cache, use_cache=True)
+        assert cache.layers[0].keys.start.tolist() == [[0, 0]]
 
 
 @torch.no_grad()

@@ -242,6 +242,19 @@ def test_gradients_are_refused_and_not_lost(llama):
     model.requires_grad_(True).zero_grad(set_to_none=True)
 
 
+def test_a_compiled_backward_is_refused_too(llama):
+    """When it runs, not when it is traced; a compiler must not drop the refusal with the gradient."""
+    model, books = llama
+    quantize_kv_(model, SMALL, codebooks=books)
+    cache = model(PROMPT[:1], use_cache=True).past_key_values
+    step = torch.compile(model.forward, backend="aot_eager")
+    out = step(PROMPT[:1, :1], past_key_values=cache, use_cache=True)
+    with pytest.raises(RuntimeError, match="attention on codes has no gradient"):
+        out.logits.sum().backward()
+    dequantize_kv_(model)
+    model.zero_grad(set_to_none=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Copies, threads, wrappers
 

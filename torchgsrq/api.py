@@ -31,7 +31,9 @@ _CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "static", "offloaded_sta
 _UNSUPPORTED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
-def _refuse(what: str, *_: Any, **__: Any) -> None:
+def _refuse(what: str, model: PreTrainedModel, state: _State, *args: Any, **kwargs: Any) -> Any:
+    if not state.active:  # a shallow copy was dequantized
+        return getattr(type(model), what)(model, *args, **kwargs)
     raise ValueError(
         f"{what} keeps keys and values in pages of its own, which are not quantized: call dequantize_kv_ first, or "
         "generate"
@@ -135,7 +137,7 @@ def quantize_kv_(
     model._gsrq = state
     for what in _UNSUPPORTED:
         if hasattr(model, what):
-            setattr(model, what, functools.partial(_refuse, what))
+            setattr(model, what, functools.partial(_refuse, what, model, state))
     try:
         check_attention(model, config, lambda small: state.new_cache(model, config=small))
     except BaseException:
@@ -189,7 +191,7 @@ def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> GSRQC
     if state is None:
         raise ValueError(f"{type(model).__name__} is not quantized; call quantize_kv_ first")
     cache = state.new_cache(model, max_cache_len)
-    cache.model_dtype = model.dtype
+    cache.model_dtype, cache.model_device = model.dtype, models.input_device(model)
     return cache
 
 

@@ -77,6 +77,7 @@ class GSRQLayer(CacheLayerMixin):
         self.config = config
         self.max_cache_len = max_cache_len
         self.index, self.rotary = index, rotary
+        self._followed: Tensor | None = None  # the frequencies that the buffers are known to have
         # transformers compiles with CUDA graphs, which only the kernels can be captured in.
         captured = not torch.cuda.is_available() or ops.has_gpu_kernels(codec.key, codec.value)
         self.is_compileable = max_cache_len is not None and captured and rotary is None
@@ -130,6 +131,9 @@ class GSRQLayer(CacheLayerMixin):
         other_batch = self.is_initialized and key_states.shape[0] != self.keys.shape[0]
         if not self.is_initialized or (other_batch and self.is_empty and self.max_cache_len is None):
             self.lazy_initialization(key_states, value_states)
+        if self.keys.device != key_states.device:  # loaded from a file, or offloaded
+            self.device = key_states.device
+            self.prefetch()
         if self.rotary is not None:
             self._follow(self.rotary())
         # Autocast gives keys and values of several dtypes, and other ones than outside of it.
@@ -171,8 +175,10 @@ class GSRQLayer(CacheLayerMixin):
     @_owned
     def _follow(self, inv_freq: Tensor) -> None:
         """Code keys in frames of the frequencies that the model uses now."""
-        codec = self.codec.key
+        if inv_freq is self._followed:
+            return
         if torch.equal(self.keys.inv_freq, inv_freq.to(self.keys.inv_freq)):
+            self._followed = inv_freq
             return
         if not self.is_empty:
             raise ValueError(
@@ -180,8 +186,9 @@ class GSRQLayer(CacheLayerMixin):
                 f"cache holds {int(self.get_seq_length())} tokens that were turned by others; read the whole text with "
                 "a new cache, in one forward"
             )
-        turned = codec.with_frequencies(inv_freq).to(self.device)
-        self._hold(self.keys.with_frequencies(turned.inv_freq), self.values)
+        turned = self.codec.key.with_frequencies(inv_freq).inv_freq.to(self.device)
+        self._hold(self.keys.with_frequencies(turned), self.values)
+        self._followed = inv_freq
 
     @_owned
     def set_row_start(self, start: Tensor) -> None:
@@ -214,7 +221,10 @@ class GSRQLayer(CacheLayerMixin):
         capacity = self.keys.shape[2]
         if tokens > capacity:
             capacity = _round_up(max(tokens, capacity + capacity // 8))
-            self._hold(self.keys.grown(capacity), self.values.grown(capacity))
+            keys, start = self.keys.grown(capacity), self.row_start
+            if start is not None and start.shape[1] > 2:  # it may know slots beyond the old capacity
+                keys = keys.placed(_fitted(start, "keys", capacity))
+            self._hold(keys, self.values.grown(capacity))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Width and offset of the mask of the next step."""
@@ -290,7 +300,8 @@ class GSRQLayer(CacheLayerMixin):
         """The tensors that this layer owns, by name, without slots that no token has used."""
         held, coded = int(self.keys.length), int(self.keys.encoded)
         used = {"codes": lambda t: t[:, :, :coded], "start": lambda t: t[:, : 2 + held]}
-        return {
+        frequencies = {} if self.rotary is None else {"keys.inv_freq": self.keys.inv_freq}
+        return frequencies | {
             f"{name}.{part}": used.get(part, lambda t: t)(getattr(buffer, part))
             for name, buffer in (("keys", self.keys), ("values", self.values))
             for part in PARTS
@@ -299,6 +310,11 @@ class GSRQLayer(CacheLayerMixin):
     def check_state(self, state: dict[str, Tensor], length: int, rows: int) -> str | None:
         """What is wrong with a file's tensors for this layer, if anything: `state` of ``length`` tokens in ``rows``."""
         c = self.config
+        inv_freq = state.get("keys.inv_freq")
+        if (inv_freq is None) != (self.rotary is None):
+            return "was written for RoPE that " + ("is fixed" if inv_freq is None else "depends on the length")
+        if inv_freq is not None and (inv_freq.shape != self.codec.key.inv_freq.shape or not inv_freq.isfinite().all()):
+            return f"has a keys.inv_freq of {list(inv_freq.shape)}"
         for name, codec in (("keys", self.codec.key), ("values", self.codec.value)):
             want = {f"{name}.{part}" for part in PARTS}
             if not want <= set(state):
@@ -327,7 +343,10 @@ class GSRQLayer(CacheLayerMixin):
         """Take over what `state` gave, of a layer of any capacity that held ``length`` tokens (`check_state`)."""
         c = self.config
         capacity = _round_up(length) if self.max_cache_len is None else self.max_cache_len
-        for name, codec in (("keys", self.codec.key), ("values", self.codec.value)):
+        key = self.codec.key
+        if "keys.inv_freq" in state:
+            key = key.with_frequencies(state["keys.inv_freq"])
+        for name, codec in (("keys", key), ("values", self.codec.value)):
             codes, window, start, *counters = (state[f"{name}.{part}"].to(codec.mean.device) for part in PARTS)
             codes = F.pad(codes, (0, 0, 0, capacity - codes.shape[2]))
             if start.shape[1] > 2:
@@ -391,6 +410,7 @@ class GSRQCache(Cache):
         super().__init__(layers, offloading=template.offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.codebooks, self.config = codebooks, config
         self.model_dtype: torch.dtype | None = None  # what `load` converts to, where it is known
+        self.model_device: torch.device | None = None
         self.rows_are_placed = False
 
     def __iter__(self) -> Any:
@@ -445,7 +465,7 @@ class GSRQCache(Cache):
         positions = slots[None] if position_ids is None else position_ids.to(tokens.device)
         real = _real_tokens(attention_mask, batch, past + n, tokens.device)
         start = None if layers[0].row_start is None or not past else layers[0].row_start.to(tokens.device)
-        changed = not self.rows_are_placed
+        changed = not self.rows_are_placed or not past  # also after a first forward that failed
         if changed:
             first = torch.where(real.any(1), real.int().argmax(1), past + n)
             at = (first - past).clamp(0, n - 1)[:, None]
@@ -459,7 +479,7 @@ class GSRQCache(Cache):
         if start is not None and not traced:
             new = real[:, past:]
             off = (positions - _positions(start, past, past + n)) * new
-            if bool(off.any()):
+            if bool(off.any()):  # read back from a GPU, which has just been waited for: the token is known
                 last = past + n - 1 - new.flip(1).int().argmax(1)  # the last real token; later ones count on from it
                 ahead = positions.expand(batch, -1).gather(1, (last - past)[:, None]) + (past + n - last)[:, None]
                 known = _positions(start, 0, past)
@@ -581,7 +601,10 @@ class GSRQCache(Cache):
             if isinstance(layer, GSRQLayer):
                 layer.set_state(state, length, self.model_dtype)
             else:
-                layer.update(*(state[x].to(self.model_dtype or state[x].dtype) for x in ("keys", "values")))
+                keys, values = (
+                    state[x].to(self.model_device, self.model_dtype or state[x].dtype) for x in ("keys", "values")
+                )
+                layer.update(keys, values)
                 if isinstance(getattr(layer, "cumulative_length", None), int):
                     layer.cumulative_length = length  # a sliding window saw more tokens than it holds
         self.rows_are_placed = longest > 0
@@ -607,11 +630,10 @@ def _real_tokens(mask: Any, batch: int, width: int, device: torch.device) -> Ten
     """Which slots hold real tokens, bool ``[batch, width]``: from a 2-D mask, what the newest query sees by a 4-D one
     (or that of full attention), or all."""
     mask = mask.get("full_attention") if isinstance(mask, dict) else mask
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        seen = mask[:, 0, -1, :width]
-        return (seen if seen.dtype == torch.bool else seen > -1).expand(batch, -1)
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask[:, :width].bool()
+    if isinstance(mask, Tensor) and mask.ndim in (2, 4):
+        seen = mask.to(device)[:, :width] if mask.ndim == 2 else mask.to(device)[:, 0, -1, :width]
+        seen = seen.bool() if mask.ndim == 2 else seen if seen.dtype == torch.bool else seen > -1
+        return F.pad(seen, (0, width - seen.shape[1])).expand(batch, -1)
     return torch.ones(batch, width, dtype=torch.bool, device=device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable
@@ -66,7 +67,7 @@ class Statistics:
         frequencies or, where these depend on the length, by ``inv_freq``."""
         q, k, v = q.float(), k.float(), v.float()
         info = self.info
-        inv_freq = info.inv_freq if inv_freq is None else inv_freq
+        inv_freq = info.inv_freq if inv_freq is None else inv_freq.to(k.device)
         tokens = torch.arange(k.shape[2], device=k.device)
         asking = tokens[_QUERY_STRIDE - 1 :: _QUERY_STRIDE]
         some_q = q[:, :, asking].unflatten(1, (info.kv_heads, -1))  # [b, h, g, t/4, d]
@@ -400,13 +401,8 @@ def calibrate(
         raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig")
     if getattr(getattr(model, "_gsrq", None), "active", False):
         raise ValueError(f"{type(model).__name__} is quantized; call dequantize_kv_ first, then calibrate")
-    training = model.training
-    model.eval()
-    try:
-        with models.plain_precision(model):
-            return _calibrate(model, config, data, tokenizer, tokens, max_memory, progress)
-    finally:
-        model.train(training)
+    with models.plain_precision(model), models.evaluating(model):
+        return _calibrate(model, config, data, tokenizer, tokens, max_memory, progress)
 
 
 def _calibrate(
@@ -431,7 +427,7 @@ def _calibrate(
         made = {shape: Codebooks.universal(config, 1, *shape)[0] for shape in shapes}
         books = {i: made[info.kv_heads, info.head_dim] for i, info in layers.items()}
         return Codebooks(books, {**facts, "source": "none", "tokens": 0})
-    window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", WINDOW))
+    window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", None) or WINDOW)
     if data is None:
         windows, source = own_text(model, tokens, window // 2, config.seed, progress), "text the model wrote itself"
         log.info(
@@ -496,7 +492,7 @@ def _train_layers(
 
 def rope_span(model: PreTrainedModel) -> int:
     """How far apart a query and a key can be: the context that the model supports."""
-    return getattr(models.text_config(model), "max_position_embeddings", 8192)
+    return getattr(models.text_config(model), "max_position_embeddings", None) or 8192
 
 
 def _chunks(layers: list[LayerInfo], tokens: int, max_memory: int) -> Iterable[list[LayerInfo]]:
@@ -532,7 +528,8 @@ def cached_codebooks(
                 return books
         except (ValueError, KeyError, TypeError, OSError) as error:
             log.warning("the codebooks cached at %s cannot be used and are learned again: %s", path, error)
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
     books = calibrate(model, config, progress=progress)
     which = hashlib.sha256(repr(owner["samples"]).encode()).hexdigest()[:12]
     path = cache_folder() / f"{stem}-{which}.safetensors"

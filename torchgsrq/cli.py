@@ -30,7 +30,7 @@ TextFile = Annotated[Path | None, typer.Option("--text", help="a text file; the 
 Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element; may be repeated")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
 Seed = Annotated[int, typer.Option("--seed")]
-Layout = Annotated[str, typer.Option("--layout", help="quality, balanced or fast")]
+Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
 Books = Annotated[Path | None, typer.Option("--codebooks", help="a file of codebooks; else cached or calibrated")]
 
 

@@ -127,7 +127,9 @@ class Codec:
     def from_flat(cls, tensors: list[Tensor], integers: list[int]) -> Codec:
         """A codec from what ops and tensor subclasses carry: `tensors` and `integers`."""
         *layout, interleaved, beam, eta, frame = integers
-        return cls(Layout(*layout), *tensors, bool(interleaved), beam, eta, frame)
+        mean, transform, inverse, codebook, inv_freq, gains = tensors
+        shape = Layout(*layout)
+        return cls(shape, mean, transform, inverse, codebook, inv_freq, gains, bool(interleaved), beam, eta, frame)
 
     def at(self, bits: float) -> Codec:
         """The same codec at a lower rate: a prefix of its residual stages.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
-LAYOUTS = ("quality", "balanced", "fast")
+LAYOUTS = ("quality", "fast")
 PREFILLS = ("exact", "quantized")
 RECIPES = ("gsrq", "gsrq-paper", "kmeans", "universal")
 
@@ -24,10 +24,9 @@ class GSRQConfig:
         bits: bits per element of keys and values, one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
         key_bits: bits per key element; defaults to ``bits``.
         value_bits: bits per value element; defaults to ``bits``.
-        layout: ``"quality"`` (codes of whole heads), ``"balanced"`` (keys in groups: smaller tables, cheap on CPUs) or
-            ``"fast"`` (values in small groups too: what GPUs gather fastest).
+        layout: ``"quality"`` (codes of whole heads) or ``"fast"`` (of small groups: smaller tables, a cheaper encoder).
         frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512 with
-            ``layout="quality"`` and 1024 with the others.
+            ``layout="quality"`` and 1024 with ``"fast"``.
         sink_tokens: first real tokens of each row, kept in full precision.
         recent_tokens: newest tokens, kept in full precision.
         block_tokens: tokens that leave the recent window and are encoded together.

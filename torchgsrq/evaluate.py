@@ -132,7 +132,7 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
     errors = {}
 
     def observer(module: Any, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Any) -> None:
-        index = getattr(module, "layer_idx", None)
+        index: int = getattr(module, "layer_idx", -1)
         if index not in codebooks:
             return
         keys, values = GSRQLayer(codebooks[index], small, index=index).update(k, v)

@@ -90,12 +90,6 @@ def _grouped(head_dim: int, codes: int, width: int, part: float = 1) -> Layout:
     return Layout(head_dim, 1, codes)
 
 
-def _one_stage(head_dim: int, codes: int) -> Layout:
-    """As many groups as there are codes, or the most that divide the head."""
-    fits = [g for g in range(1, codes + 1) if head_dim % g == 0 and (head_dim // g) % 4 == 0]
-    return Layout(head_dim, max(fits, default=1), codes)
-
-
 def key_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
     """Keys: whole heads up to 64 elements, 64-element groups above; 32-element groups but for ``"quality"``.
 
@@ -107,6 +101,7 @@ def key_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
 
 
 def value_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
-    """Values: whole heads or 64-element groups; ``"fast"``: one stage (8 elements a code at 1 bit)."""
-    codes = num_codes(head_dim, bits)
-    return _one_stage(head_dim, codes) if preset == "fast" else _grouped(head_dim, codes, 64)
+    """Values: whole heads or 64-element groups; ``"fast"``: 16-element groups, wider ones below 1 bit, which would else
+    leave them a single stage."""
+    width = 64 if preset == "quality" or bits < 0.5 else 16 if bits >= 1 else 32
+    return _grouped(head_dim, num_codes(head_dim, bits), width)

@@ -20,7 +20,7 @@ from torchgsrq.rope import rotate
 
 NO_ROPE, UNKNOWN_ROPE = "none", "not recognised"
 _SAMPLE = 8  # elements of a layer's keys, and of its values, that tell models apart
-_SAME_MODEL = 0.1  # relative difference of samples below which they are of one model: dtypes and LoRA stay below
+_SAME_MODEL = 0.5  # relative difference of samples below which they are of one model: 4-bit weights stay below
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
                 if _same_frequencies(near, far):
                     break
         beyond: list[tuple[int, dict[int, _Seen]]] = []
-        if _depends_on_length(model):
+        if _depends_on_length(decoder(model)):
             beyond = [(p, _probe(model, p)[0]) for p in (2 * most + 64, 2 * most + 7)]
             _probe(model, 1)  # puts the frequencies of short inputs back
     if not near:
@@ -306,6 +306,18 @@ def plain_precision(model: PreTrainedModel) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, and put every module's mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Recorder]:
     """A forward of one token, always the same, at a position: what each layer's attention saw, and the cache."""
     inner, device = decoder(model), input_device(model)
@@ -322,18 +334,16 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Re
     if "position_ids" in inspect.signature(inner.forward).parameters:
         arguments["position_ids"] = torch.tensor([[position]], device=device)
     arguments.update(some_input(model, 1))
-    training = inner.training
-    inner.eval()
     try:
-        with observed(model, observer):
+        with observed(model, observer), evaluating(inner):
             inner(**arguments)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever a strange architecture raises
         raise ValueError(
             f"{type(model).__name__} is not supported: a forward of its decoder {type(inner).__name__} with one token "
             f"failed ({type(error).__name__}: {error})"
         ) from error
-    finally:
-        inner.train(training)
     rotary = {
         name: buffer.detach().float().clone()
         for name, buffer in inner.named_buffers()
@@ -449,19 +459,35 @@ def _check_followed(
             )
 
 
-@dataclass(frozen=True)
 class Rotary:
-    """Where a layer's present RoPE frequencies are, for models that recompute them in the forward."""
+    """Where layers' present RoPE frequencies are, for models that recompute them in the forward.
 
-    module: weakref.ref[nn.Module]
-    buffer: str
-    sign: int
+    Args:
+        module: the rotary module. buffer: its buffer. sign: -1 for a model that turns the other way.
+    """
+
+    def __init__(self, module: nn.Module, buffer: str, sign: int) -> None:
+        self.module, self.buffer, self.sign = weakref.ref(module), buffer, sign
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
+        return self  # a copy of a cache goes on with the same model
 
     def __call__(self) -> Tensor:
-        """The frequencies of the forward that runs now, or of the last one."""
+        """The frequencies of the forward that runs now, or of the last one: the same tensor until they change.
+
+        Raises:
+            ValueError: the model does not exist any more.
+        """
         module = self.module()
-        assert module is not None, "the model is gone"
-        return self.sign * getattr(module, self.buffer).detach()
+        if module is None:
+            raise ValueError("the model that this cache follows is gone; make a new cache for the one in use")
+        buffer = getattr(module, self.buffer)
+        if self._seen is None or self._seen[0] is not buffer:
+            value = self.sign * buffer.detach()
+            old = None if self._seen is None else self._seen[1]
+            self._seen = (buffer, old if old is not None and torch.equal(old, value) else value)
+        return self._seen[1]
 
     def changes_within(self, first: int, last: int) -> int | None:
         """The number of tokens past which the frequencies change, if they do while a text grows from ``first`` to
@@ -480,12 +506,15 @@ class Rotary:
 
 def rotaries(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[int, Rotary]:
     """Where the present RoPE frequencies of those layers are that have other ones for longer inputs."""
+    made: dict[tuple[str, int], Rotary] = {}
     found = {}
     for info in layers:
         if info.rotary:
-            path, _, buffer = info.rotary.rpartition(".")
             sign = -1 if bool((info.inv_freq < 0).any()) else 1
-            found[info.index] = Rotary(weakref.ref(decoder(model).get_submodule(path)), buffer, sign)
+            if (info.rotary, sign) not in made:
+                path, _, buffer = info.rotary.rpartition(".")
+                made[info.rotary, sign] = Rotary(decoder(model).get_submodule(path), buffer, sign)
+            found[info.index] = made[info.rotary, sign]
     return found
 
 

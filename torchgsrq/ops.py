@@ -40,7 +40,7 @@ _SCHEMAS = {
     "check_append": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> ()",
     "nearest": "(Tensor x, Tensor centers) -> (Tensor, Tensor)",
     "sum_by_code": "(Tensor x, Tensor code, int codewords) -> Tensor",
-    "refuse_gradient": "(Tensor grad) -> Tensor",
+    "refuse_gradient": "(Tensor grad, SymInt[] shape) -> Tensor",
     "kv_append_": "(Tensor(a!) kv, Tensor x, Tensor slots) -> ()",
     "kv_place_": "(Tensor(a!) kv, Tensor start) -> ()",
     "kv_tail": "(Tensor kv, Tensor x, Tensor slots) -> (Tensor, Tensor)",
@@ -239,12 +239,12 @@ def _kernel(x: Tensor, name: str, *codecs: Codec, caches: tuple[Packed, ...] = (
         raise RuntimeError(
             f"{name} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, or more than 16 "
             "residual stages), for positions that do not count up with the slots, or without triton, and cannot be "
-            "captured in a CUDA graph: choose another compile mode"
+            "captured in a CUDA graph: choose another compile mode (in generate, disable_compile=True)"
         )
     return None
 
 
-def refuse_gradient(grad: Tensor) -> Tensor:
+def refuse_gradient(grad: Tensor, shape: list[int]) -> Tensor:
     """The backward of attention on codes: an op, so that compiled graphs raise when it runs, not when it is traced."""
     raise RuntimeError(
         "attention on codes has no gradient: call model.train() or dequantize_kv_(model) to train, or torch.no_grad()"
@@ -364,8 +364,8 @@ def _(kv: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.register_fake("torchgsrq::refuse_gradient", lib=_library)
-def _(grad: Tensor) -> Tensor:
-    return torch.empty_like(grad)
+def _(grad: Tensor, shape: list[int]) -> Tensor:
+    return grad.new_empty(shape)
 
 
 @torch.library.register_fake("torchgsrq::attention", lib=_library)

@@ -36,17 +36,15 @@ def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Call
     """
     name = type(model).__name__
     inner = models.decoder(model)
-    training = inner.training
-    inner.eval()
     try:
         apart = _difference(model, inner, make_cache(dataclasses.replace(config, **_WINDOWS)))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
         raise ValueError(
             f"{name} is not supported: a forward over a quantized cache failed ({type(error).__name__}: {error})"
         ) from error
-    finally:
-        inner.train(training)
-    if not apart <= (1e-3 if model.dtype == torch.float32 else 0.15):
+    if not apart <= (1e-2 if model.dtype == torch.float32 else 0.15):  # float32 products may be of TF32 on a GPU
         raise ValueError(
             f"{name} is not supported: over a quantized cache its hidden states differ by {apart:.1%} from those over "
             "the same cache decoded, so its attention does more to keys and values than read them"
@@ -55,7 +53,7 @@ def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Call
 
 def _difference(model: PreTrainedModel, inner: PreTrainedModel, cache: GSRQCache) -> float:
     """How far apart, relatively, the two are."""
-    with models.plain_precision(model):
+    with models.plain_precision(model), models.evaluating(inner):
         x = models.some_input(model, _TOKENS)
         _forward(inner, x, slice(0, _TOKENS - 1), cache)
         kept = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, GSRQLayer)}

@@ -297,7 +297,7 @@ def _index_put_(kv: GSRQTensor, indices: list[Tensor | None], values: Tensor, ac
 
 def _copy_(kv: GSRQTensor, source: Tensor, non_blocking: bool = False) -> GSRQTensor:
     if isinstance(source, GSRQTensor):
-        if source.integers != kv.integers or source.codes.shape != kv.codes.shape:
+        if source.integers != kv.integers or any(getattr(source, x).shape != getattr(kv, x).shape for x in PARTS):
             raise ValueError(f"cannot copy {source!r} into {kv!r}: their codecs or shapes differ")
         same = source.codebook is kv.codebook or torch.compiler.is_compiling()
         if not same and not torch.equal(source.codebook, kv.codebook):
@@ -479,11 +479,14 @@ def _sdpa(
 class _WithoutGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.shapes = [x.shape for x in inputs]
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return (gsrq.refuse_gradient(grads[0]), *[None] * (len(ctx.needs_input_grad) - 1))
+        # As the gradients themselves, so that no compiler drops the op that raises.
+        needed = zip(ctx.shapes, ctx.needs_input_grad[1:], strict=True)
+        return None, *(gsrq.refuse_gradient(grads[0], shape) if need else None for shape, need in needed)
 
 
 def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
