@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from torchgsrq import Codec, GSRQConfig, GSRQTensor
+from torchgsrq.calibrate import KEY_ETA, VALUE_ETA
 from torchgsrq.config import encoded_tokens
 from torchgsrq.layout import Layout, key_layout, value_layout
 
@@ -12,7 +13,7 @@ MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-3-70B":
 
 
 def random_codec(
-    heads: int, layout: Layout, frame: int | None, device: torch.device | str = "cpu", beam: int = 4
+    heads: int, layout: Layout, frame: int | None, device: torch.device | str = "cpu", beam: int = 4, eta: int = 1
 ) -> Codec:
     """A codec with random tables."""
     dim = layout.head_dim
@@ -25,14 +26,16 @@ def random_codec(
         inv_freq=None if frame is None else 1e5 ** (-torch.arange(dim // 2, device=device) / (dim // 2)),
         frame=frame or 1,
         beam=beam,
+        eta=eta,
     )
 
 
 def random_codecs(heads: int, dim: int, config: GSRQConfig, device: torch.device | str = "cpu") -> tuple[Codec, Codec]:
     """Key and value codecs of a config."""
+    keys, values = (make(dim, config.bits, config.layout) for make in (key_layout, value_layout))
     return (
-        random_codec(heads, key_layout(dim, config.key_rate, config.layout), config.key_frame, device, config.beam),
-        random_codec(heads, value_layout(dim, config.value_rate, config.layout), None, device, config.beam),
+        random_codec(heads, keys, config.key_frame, device, config.beam, KEY_ETA),
+        random_codec(heads, values, None, device, config.beam, VALUE_ETA),
     )
 
 

@@ -174,7 +174,7 @@ class Bench:
             for bits in self.bits:
                 config = GSRQConfig(bits=bits)
                 books = self.train(config)
-                for key, value in ((1, 1), (4, 1), (8, 1), (16, 1), (1, 2), (1, 4), (1, 8), (8, 4)):
+                for key, value in ((1, 1), (4, 1), (8, 1), (16, 1), (1, 2), (1, 4), (1, 8)):
                     self.score(section, f"{bits:g}, keys {key}, values {value}", config, with_eta(books, key, value))
         elif section == "nested":
             config = GSRQConfig(bits=2)

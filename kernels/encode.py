@@ -163,28 +163,28 @@ def encode_kernel(
             early = tl.where(stage < 8, early | shifted, early)
             late = tl.where(stage < 8, late, late | shifted)
         if ETA > 1:
-            apart = tl.sum(tl.reshape(residual * units, [T, NB, WP]), 2)
-            cost += (ETA - 1.0) * apart * apart
+            aligned = tl.sum(tl.reshape(residual * units, [T, NB, WP]), 2)
+            cost += (ETA - 1.0) * aligned * aligned
         best = k[None, :] == tl.argmin(cost, 1)[:, None]
         early = tl.sum(tl.where(best, early, 0), 1)
         late = tl.sum(tl.where(best, late, 0), 1)
         if ETA > 1:
             # A sweep gives each stage the codeword of least loss among the others.
             rest = tl.sum(tl.where(best[:, :, None], tl.reshape(residual, [T, NB, WP]), 0.0), 1)
-            for stage in range(stages):
-                table = book + (h * N + stage * G + g) * (256 * W)
-                path = tl.where(stage < 8, early, late)
-                old = ((path >> (8 * (stage % 8))) & 255).to(tl.int32)
-                rest += tl.load(table + old[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
-                words = tl.load(table + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
-                wide = words.to(tl.float32)
-                loss = tl.sum(wide * wide, 0)[None, :] - 2 * _exact_dot(rest, words)
-                apart = tl.sum(rest * unit, 1)[:, None] - _exact_dot(unit, words)
-                code = tl.argmin(loss + (ETA - 1.0) * apart * apart, 1)
-                rest -= tl.load(table + code[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
-                changed = (old ^ code).to(tl.int64) << (8 * (stage % 8))
-                early = tl.where(stage < 8, early ^ changed, early)
-                late = tl.where(stage < 8, late, late ^ changed)
+            for again in range(stages):
+                at_stage = book + (h * N + again * G + g) * (256 * W)
+                taken_by = tl.where(again < 8, early, late)
+                old = ((taken_by >> (8 * (again % 8))) & 255).to(tl.int32)
+                rest += tl.load(at_stage + old[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
+                choice = tl.load(at_stage + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
+                broad = choice.to(tl.float32)
+                loss = tl.sum(broad * broad, 0)[None, :] - 2 * _exact_dot(rest, choice)
+                off = tl.sum(rest * unit, 1)[:, None] - _exact_dot(unit, choice)
+                least = tl.argmin(loss + (ETA - 1.0) * off * off, 1)
+                rest -= tl.load(at_stage + least[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
+                changed = (old ^ least).to(tl.int64) << (8 * (again % 8))
+                early = tl.where(again < 8, early ^ changed, early)
+                late = tl.where(again < 8, late, late ^ changed)
         to = out + b * out_b + h * out_h + slot.to(tl.int64) * out_t + g
         for stage in range(stages):
             path = tl.where(stage < 8, early, late)
