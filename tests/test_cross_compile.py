@@ -28,7 +28,7 @@ def test_kernels_fit_the_chip(tmp_path):
         assert r["async copies"] == 0, r  # they bypass the first-level cache, where codewords live
         if "beam 7" in r["configuration"]:
             continue  # wider than the default, and more than registers hold
-        assert r["spilled"] <= (400 if r["kernel"] == "encode_kernel" else 96), r  # bytes of a thread; most have none
+        assert r["spilled"] <= (440 if r["kernel"] == "encode_kernel" else 96), r  # bytes of a thread; most have none
         if r["kernel"] in ("split_kernel", "encode_kernel"):
             assert r["wide loads"] and r["mma"], r  # whole codewords at a time, products on tensor cores
 
