@@ -32,7 +32,8 @@ def random_codec(
 
 def random_codecs(heads: int, dim: int, config: GSRQConfig, device: torch.device | str = "cpu") -> tuple[Codec, Codec]:
     """Key and value codecs of a config."""
-    keys, values = (make(dim, config.bits, config.layout) for make in (key_layout, value_layout))
+    keys = key_layout(dim, config.key_rate, config.layout)
+    values = value_layout(dim, config.value_rate, config.layout)
     return (
         random_codec(heads, keys, config.key_frame, device, config.beam, KEY_ETA),
         random_codec(heads, values, None, device, config.beam, VALUE_ETA),

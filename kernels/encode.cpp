@@ -85,10 +85,10 @@ class Search {
   Search(const CodecView& codec, const Tables& tables)
       : c_(codec), t_(tables), beam_(std::clamp<int64_t>(codec.beam, 1, kMaxBeam)),
         stages_(ceil_div(codec.codes, codec.groups)), stride_(round_up(codec.width, kWidth)),
-        extra_(static_cast<float>(codec.eta - 1)), residual_(kTile * beam_ * stride_), next_(kTile * beam_ * stride_),
-        distance_(kTile * beam_ * kWords), along_(kTile * kWords), pair_(2 * kTile * stride_),
+        extra_(static_cast<float>(codec.eta - 1)), distance_(kTile * beam_ * kWords), along_(kTile * kWords),
         cost_(kTile * beam_), path_(kTile * beam_ * stages_), next_path_(beam_ * stages_) {
-    for (Buffer* rows : {&residual_, &next_, &pair_}) rows->fill(2 * kTile * beam_ * stride_);  // padded with zeros
+    // Rows are padded with zeros to whole vectors.
+    residual_.fill(kTile * beam_ * stride_), next_.fill(beam_ * stride_), pair_.fill(2 * kTile * stride_);
   }
 
   // y [n, ldy] of one head; codes of the group are written to out[i * bytes + stage * groups + group].

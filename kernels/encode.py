@@ -125,7 +125,7 @@ def encode_kernel(
             wide = words.to(tl.float32)
             total = tl.sum(wide * wide, 0)[None, :] - 2 * product
             total += tl.reshape(cost, [T * NB])[:, None]
-            if ETA > 1:  # noqa: SIM102 (this one is the compiler's)
+            if ETA > 1:  # noqa: SIM102 (this condition is of the compiler, the next one of the run)
                 if stage + 1 == stages:  # candidates are ranked by the loss
                     along = tl.reshape(
                         tl.broadcast_to(_exact_dot(unit, words)[:, None, :], [T, NB, 256]), [T * NB, 256]

@@ -92,26 +92,28 @@ def make_pair(
     return buffers[0], buffers[1], k, v
 
 
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.15,
+}  # of the config of a model of two layers
+
+
 def tiny_llama(**changes: object) -> torch.nn.Module:
     """A random Llama of two layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    facts = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.15,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**{**facts, **changes})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
     model.generation_config.pad_token_id = 0
     return model
 
@@ -132,4 +134,4 @@ def llama() -> tuple[torch.nn.Module, Codebooks]:
     return model, tiny_books(model)
 
 
-__all__ = ["SMALL", "key_layout", "make_codec", "make_pair", "tiny_books", "tiny_llama", "value_layout"]
+__all__ = ["SMALL", "TINY", "key_layout", "make_codec", "make_pair", "tiny_books", "tiny_llama", "value_layout"]

@@ -14,7 +14,23 @@ from transformers.cache_utils import DynamicLayer
 from torchgsrq import Codebooks, GSRQConfig, reference
 
 
-class Oracle(DynamicCache):
+class _Rows:
+    """What is kept of each row beside transformers' own tensors goes along in every operation on rows."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._each(lambda t: t[beam_idx])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._each(lambda t: t[indices])
+
+
+class Oracle(_Rows, DynamicCache):
     """A cache for the unquantized model; `watch` it over a model first, so that it knows positions and padding."""
 
     def __init__(self, books: Codebooks, config: GSRQConfig, model_config: Any) -> None:
@@ -44,28 +60,16 @@ class Oracle(DynamicCache):
             real = torch.cat((self.real, real), 1)
         self.positions, self.real = positions, real
 
-    def _rows(self, choose: Any) -> None:
+    def _each(self, choose: Any) -> None:
         if self.positions is not None:
             self.positions, self.real = choose(self.positions), choose(self.real)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._rows(lambda t: t[beam_idx])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._rows(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._rows(lambda t: t[indices])
-
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self._rows(lambda t: t[:, : self.get_seq_length()])
+        self._each(lambda t: t[:, : self.get_seq_length()])
 
 
-class OracleLayer(DynamicLayer):
+class OracleLayer(_Rows, DynamicLayer):
     """Keys and values as they were given (``keys``, ``values``) and as attention is shown them (``shown``)."""
 
     def __init__(self, cache: Oracle, codecs: Any, config: GSRQConfig) -> None:
@@ -99,18 +103,6 @@ class OracleLayer(DynamicLayer):
 
     def _each(self, choose: Any) -> None:
         self.shown = [choose(t) for t in self.shown]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._each(lambda t: t[beam_idx])
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._each(lambda t: t.repeat_interleave(repeats, 0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._each(lambda t: t[indices])
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)

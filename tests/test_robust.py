@@ -16,11 +16,11 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache
 
-from tests.conftest import SMALL, tiny_books, tiny_llama
+from tests.conftest import SMALL, TINY, tiny_books, tiny_llama
 from tests.oracle import Oracle, watch
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.config import BITS, LAYOUTS, PREFILLS, RECIPES
@@ -48,7 +48,7 @@ def prompt_file(llama, path, config=SMALL):
         model(PROMPT, past_key_values=cache, use_cache=True)
         cache.save(path)
     with safe_open(path, framework="pt") as file:
-        return {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+        return load_file(path), file.metadata()
 
 
 def without(*names):
@@ -642,20 +642,6 @@ def test_nbytes_of_a_buffer_is_what_it_owns(llama):
 # Architectures
 
 
-SMALL_MODEL = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.15,
-}
 MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
 REFUSED = {
     "an encoder": ("BertLMHeadModel", "BertConfig", {}, "attends in both directions in layers 0, 1"),
@@ -677,7 +663,7 @@ def small_model(model, config, changes):
     for base in kind.__mro__:
         known |= set(inspect.get_annotations(base))
     torch.manual_seed(0)
-    facts = {**{k: v for k, v in SMALL_MODEL.items() if k in known}, **changes}
+    facts = {**{k: v for k, v in TINY.items() if k in known}, **changes}
     return getattr(transformers, model)(kind(**facts)).eval()
 
 
@@ -714,7 +700,7 @@ def test_the_probe_finds_attention_that_does_more(llama):
 
 def vision_language_model(name):
     t = transformers
-    text = {**SMALL_MODEL, "hidden_size": 128}
+    text = {**TINY, "hidden_size": 128}
     eyes = {
         "hidden_size": 32,
         "intermediate_size": 32,

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.conftest import SMALL, tiny_books
+from tests.conftest import SMALL, TINY, tiny_books
 from torchgsrq import new_cache, quantize_kv_
 from torchgsrq.evaluate import quantized
 from torchgsrq.models import inspect_layers
@@ -47,21 +47,7 @@ ROPES = {
 
 def build(kind, changes):
     torch.manual_seed(0)
-    facts = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.15,
-        **changes,
-    }
+    facts = {**TINY, "num_attention_heads": 2, **changes}
     if kind in ("Phi3Config", "PhimoeConfig"):
         facts.pop("head_dim")
     return transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**facts)).eval()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from tests.conftest import SMALL, tiny_books, tiny_llama
+from tests.conftest import SMALL, TINY, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig, GSRQTensor, dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.evaluate import quantized
 
@@ -545,21 +545,7 @@ def architecture(name: str) -> nn.Module:
 
     kind, changes = ARCHITECTURES[name]
     torch.manual_seed(0)
-    facts = {
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "initializer_range": 0.1,
-        **changes,
-    }
+    facts = {**TINY, "initializer_range": 0.1, **changes}
     if kind in ("Phi3Config", "OPTConfig", "GPT2Config"):
         facts.pop("head_dim")
     if kind == "Phi3Config":

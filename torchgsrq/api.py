@@ -26,8 +26,6 @@ from torchgsrq.probe import check_attention
 log = logging.getLogger("torchgsrq")
 
 _CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "static", "offloaded_static")
-
-
 _UNSUPPORTED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -264,7 +262,7 @@ class _GiveCache:
         self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
         self.state, self.is_decoder = state, is_decoder
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
@@ -279,8 +277,7 @@ class _GiveCache:
                     "torch.export of a forward that makes its own quantized cache is not supported: export with "
                     "use_cache=False (and prefill='exact'), or a module of your own that takes GSRQTensors"
                 )
-            cache = self._new_cache(module)
-            kwargs["past_key_values"] = cache
+            cache = kwargs["past_key_values"] = self.state.new_cache(module)
             kwargs["use_cache"] = True
         if self.is_decoder and isinstance(cache, GSRQCache):
             self._check(module, kwargs)
@@ -290,9 +287,6 @@ class _GiveCache:
                 if isinstance(tokens, Tensor):
                     cache.place_rows(tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         return (), kwargs
-
-    def _new_cache(self, module: nn.Module) -> GSRQCache:
-        return self.state.new_cache(module)
 
     def _check(self, module: Any, kwargs: dict[str, Any]) -> None:
         name = type(module).__name__
@@ -310,7 +304,7 @@ class _GiveCache:
 
 def _prepare_cache_for_generation(
     self: Any,
-    state: _State | None,
+    state: _State,
     generation_config: Any,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
@@ -322,14 +316,25 @@ def _prepare_cache_for_generation(
     Raises:
         ValueError: a kind of cache that cannot be quantized, or RoPE that would change while tokens are generated.
     """
-    state = state if state is not None and state.active else None
+    prepare = functools.partial(
+        type(self)._prepare_cache_for_generation,
+        self,
+        generation_config,
+        model_kwargs,
+        generation_mode,
+        batch_size,
+        max_cache_length,
+    )
+    if not state.active:  # a shallow copy was dequantized
+        prepare()
+        return
     kind = generation_config.cache_implementation
-    if state is not None and kind not in _CACHE_IMPLEMENTATIONS:
+    if kind not in _CACHE_IMPLEMENTATIONS:
         allowed = ", ".join(repr(x) for x in _CACHE_IMPLEMENTATIONS)
         raise ValueError(f"cache_implementation={kind!r}: a model with a quantized KV cache takes one of {allowed}")
     mask = model_kwargs.get("attention_mask")
     prompt = mask.shape[-1] if isinstance(mask, Tensor) else 0
-    for rotary in models.rotaries(self, state.layers).values() if state and generation_config.use_cache else ():
+    for rotary in models.rotaries(self, state.layers).values() if generation_config.use_cache else ():
         limit = rotary.changes_within(prompt, max_cache_length)
         if limit is not None:
             raise ValueError(
@@ -338,11 +343,9 @@ def _prepare_cache_for_generation(
                 "RoPE scaling"
             )
     given = model_kwargs.get("past_key_values")
-    type(self)._prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    )
+    prepare()
     made = model_kwargs.get("past_key_values")
-    if state is None or made is None or made is given:
+    if made is None or made is given:
         return
     capacity = max(layer.max_cache_len for layer in made.layers) if isinstance(made, StaticCache) else None
     model_kwargs["past_key_values"] = state.new_cache(self, capacity, made)

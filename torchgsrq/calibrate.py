@@ -347,18 +347,14 @@ def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progre
         )
         with torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
             torch.manual_seed(seed)
-            try:
+            what = f"{type(model).__name__} could not write its own calibration text"
+            with models.refusing(what, ": call calibrate(model, config, data=...) with text"):
                 return model.generate(
                     prompt,
                     attention_mask=torch.ones_like(prompt),
                     generation_config=generation,
                     logits_processor=LogitsProcessorList([Tick()]),
                 )
-            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-                raise ValueError(
-                    f"{type(model).__name__} could not write its own calibration text "
-                    f"({type(error).__name__}: {error}): call calibrate(model, config, data=...) with text"
-                ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

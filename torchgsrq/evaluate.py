@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 from torchgsrq import models, reference
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.attention import dense_attention, gsrq_attention
-from torchgsrq.cache import GSRQLayer
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
+from torchgsrq.layer import GSRQLayer
 
 Candidate = tuple[GSRQConfig, Codebooks]
 
@@ -137,9 +137,8 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
             return
         keys, values = GSRQLayer(codebooks[index], small, index=index).update(k, v)
         given = {"scaling": scaling, "softcap": softcap or None, "s_aux": s_aux}
-        exact, got = (attend(module, q, a, b, None, **given)[0].float() for attend, a, b in (
-            (dense_attention, k, v), (gsrq_attention, keys, values)
-        ))  # fmt: skip
+        exact = dense_attention(module, q, k, v, None, **given)[0].float()
+        got = gsrq_attention(module, q, keys, values, None, **given)[0].float()
         errors[index] = float((got - exact).square().sum() / exact.square().sum())
 
     with models.observed(model, observer):

@@ -96,7 +96,7 @@ def takes_cache(module: nn.Module) -> bool:
 
 def input_device(model: nn.Module) -> torch.device:
     """Where inputs belong; with weights that accelerate has put elsewhere, where it brings them to."""
-    for module in (model, *model.modules()):
+    for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", [hook]):
             device = getattr(one, "execution_device", None)
@@ -318,6 +318,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def refusing(what: str, instead: str = "") -> Iterator[None]:
+    """Whatever a strange architecture raises becomes a ValueError that says ``what`` failed, and what to do instead.
+
+    Running out of memory stays what it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {error}){instead}") from error
+
+
 def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Recorder]:
     """A forward of one token, always the same, at a position: what each layer's attention saw, and the cache."""
     inner, device = decoder(model), input_device(model)
@@ -334,16 +348,9 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Re
     if "position_ids" in inspect.signature(inner.forward).parameters:
         arguments["position_ids"] = torch.tensor([[position]], device=device)
     arguments.update(some_input(model, 1))
-    try:
-        with observed(model, observer), evaluating(inner):
-            inner(**arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a strange architecture raises
-        raise ValueError(
-            f"{type(model).__name__} is not supported: a forward of its decoder {type(inner).__name__} with one token "
-            f"failed ({type(error).__name__}: {error})"
-        ) from error
+    what = f"a forward of its decoder {type(inner).__name__} with one token failed"
+    with refusing(f"{type(model).__name__} is not supported: {what}"), observed(model, observer), evaluating(inner):
+        inner(**arguments)
     rotary = {
         name: buffer.detach().float().clone()
         for name, buffer in inner.named_buffers()
@@ -372,12 +379,23 @@ def _same_frequencies(a: dict[int, _Seen], b: dict[int, _Seen]) -> bool:
 
 def _depends_on_length(model: nn.Module) -> bool:
     """Whether a rotary module recomputes its frequencies in the forward, as transformers' decorator does it."""
-    for module in model.modules():
-        types = getattr(module, "rope_type", None)
-        for one in types.values() if isinstance(types, dict) else [types]:
-            if isinstance(one, str) and ("dynamic" in one or one == "longrope"):
-                return True
-    return False
+    return any("dynamic" in kind or kind == "longrope" for module in model.modules() for kind in _rope_types(module))
+
+
+def _rope_types(module: nn.Module) -> list[str]:
+    """A rotary module's kinds of RoPE (one, or one for each kind of layer); none of another module."""
+    types = getattr(module, "rope_type", None)
+    return [x for x in (types.values() if isinstance(types, dict) else [types]) if isinstance(x, str)]
+
+
+def difference(x: Tensor, want: Tensor) -> float:
+    """``|x - want| / |want|``."""
+    return float((x - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def _sign(inv_freq: Tensor) -> int:
+    """-1 for the frequencies of a model that turns the other way."""
+    return -1 if bool((inv_freq < 0).any()) else 1
 
 
 def _check_cached(name: str, seen: dict[int, _Seen], cache: _Recorder) -> None:
@@ -422,12 +440,12 @@ def _find_rope(seen: dict[int, _Seen]) -> tuple[Tensor, bool, str, str]:
                 candidates.append((sign * inv_freq.to(none.device), False, "half-split", buffer))
                 candidates.append((sign * inv_freq.to(none.device), True, "interleaved", buffer))
 
-    def difference(candidate: tuple[Tensor, bool, str, str]) -> float:
+    def misfit(candidate: tuple[Tensor, bool, str, str]) -> float:
         near, far = (_unrotated(x.k, at, *candidate[:2]) for at, x in seen.items())
-        return float((near - far).norm() / near.norm().clamp_min(1e-30))
+        return difference(far, near)
 
-    best = min(candidates, key=difference)
-    return best if difference(best) <= _tolerance(one.k.dtype) else (none, False, UNKNOWN_ROPE, "")
+    best = min(candidates, key=misfit)
+    return best if misfit(best) <= _tolerance(one.k.dtype) else (none, False, UNKNOWN_ROPE, "")
 
 
 def _unrotated(k: Tensor, position: int, inv_freq: Tensor, interleaved: bool) -> Tensor:
@@ -449,10 +467,10 @@ def _check_followed(
 ) -> None:
     """Whether keys of long inputs, turned back by the frequencies in the model's buffer, are those of short ones."""
     want = _unrotated(near.k, 1, inv_freq, interleaved)
-    sign = -1 if bool((inv_freq < 0).any()) else 1
+    sign = _sign(inv_freq)
     for position, seen in beyond:
         got = _unrotated(seen[index].k, position, sign * seen[index].rotary[rotary], interleaved)
-        if float((got - want).norm() / want.norm().clamp_min(1e-30)) > _tolerance(near.k.dtype):
+        if difference(got, want) > _tolerance(near.k.dtype):
             raise ValueError(
                 f"{name} layer {index}: RoPE changes with the length of the input, and at position {position} its keys "
                 f"do not follow the buffer {rotary}, so they could not be coded; use a fixed RoPE scaling"
@@ -493,9 +511,7 @@ class Rotary:
         """The number of tokens past which the frequencies change, if they do while a text grows from ``first`` to
         ``last`` tokens."""
         module: Any = self.module()
-        types = getattr(module, "rope_type", "")
-        types = types.values() if isinstance(types, dict) else [types]
-        if any("dynamic" in t for t in types):  # each token past the limit changes them
+        if any("dynamic" in kind for kind in _rope_types(module)):  # each token past the limit changes them
             limit = int(module.original_max_seq_len)
             return limit if last > max(first, limit) else None
         parameters = module.config.rope_parameters
@@ -510,7 +526,7 @@ def rotaries(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[int, Rotar
     found = {}
     for info in layers:
         if info.rotary:
-            sign = -1 if bool((info.inv_freq < 0).any()) else 1
+            sign = _sign(info.inv_freq)
             if (info.rotary, sign) not in made:
                 path, _, buffer = info.rotary.rpartition(".")
                 made[info.rotary, sign] = Rotary(decoder(model).get_submodule(path), buffer, sign)

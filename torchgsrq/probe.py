@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from torchgsrq import models
-from torchgsrq.cache import GSRQCache, GSRQLayer
+from torchgsrq.cache import GSRQCache
 from torchgsrq.config import GSRQConfig
+from torchgsrq.layer import GSRQLayer
 
 _TOKENS = 8
 _WINDOWS: dict[str, Any] = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens": 1, "prefill": "quantized"}
@@ -36,14 +37,8 @@ def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Call
     """
     name = type(model).__name__
     inner = models.decoder(model)
-    try:
+    with models.refusing(f"{name} is not supported: a forward over a quantized cache failed"):
         apart = _difference(model, inner, make_cache(dataclasses.replace(config, **_WINDOWS)))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"{name} is not supported: a forward over a quantized cache failed ({type(error).__name__}: {error})"
-        ) from error
     if not apart <= (1e-2 if model.dtype == torch.float32 else 0.15):  # float32 products may be of TF32 on a GPU
         raise ValueError(
             f"{name} is not supported: over a quantized cache its hidden states differ by {apart:.1%} from those over "
@@ -67,7 +62,7 @@ def _difference(model: PreTrainedModel, inner: PreTrainedModel, cache: GSRQCache
                 twin.layers[i] = kept[i]
         with models.attention_implementation(model, "eager"):
             want = _forward(inner, x, slice(_TOKENS - 1, _TOKENS), twin)
-    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+    return models.difference(got, want)
 
 
 def _forward(inner: PreTrainedModel, x: dict[str, Tensor], tokens: slice, cache: Any) -> Tensor:

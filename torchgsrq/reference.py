@@ -133,14 +133,15 @@ def beam_search(y: Tensor, tables: Tensor, beam: int, eta: int = 1) -> Tensor:
     for stage in range(stages):
         table = tables[:, stage].float()
         last = stage + 1 == stages
-        change = losses(residual, table, last)
-        pick = change[:, :, 0].argmin(-1, keepdim=True)  # candidate 0, greedily
+        change = losses(residual, table, aligned=last)
         if last:
-            pick = (change + cost.unsqueeze(-1)).flatten(2).argmin(-1, keepdim=True)
-        elif beam > 1:
-            total = change.add_(cost.unsqueeze(-1)).flatten(2).scatter_(2, pick, torch.inf)
-            others = total.topk(beam - 1, dim=-1, largest=False).indices
-            pick = torch.cat((pick, others), -1)
+            pick = change.add_(cost.unsqueeze(-1)).flatten(2).argmin(-1, keepdim=True)
+        else:
+            pick = change[:, :, 0].argmin(-1, keepdim=True)  # candidate 0, greedily
+            if beam > 1:
+                total = change.add_(cost.unsqueeze(-1)).flatten(2).scatter_(2, pick, torch.inf)
+                others = total.topk(beam - 1, dim=-1, largest=False).indices
+                pick = torch.cat((pick, others), -1)
         parent, code = pick // CODEWORDS, pick % CODEWORDS
         residual = residual.gather(2, parent.unsqueeze(-1).expand(-1, -1, -1, width)) - words(table, code)
         cost = residual.square().sum(-1)
@@ -149,7 +150,7 @@ def beam_search(y: Tensor, tables: Tensor, beam: int, eta: int = 1) -> Tensor:
     for stage in range(stages if eta > 1 and stages > 1 else 0):
         table = tables[:, stage].float()
         residual = residual + words(table, codes[..., stage])
-        codes[..., stage] = losses(residual, table, True).argmin(-1)
+        codes[..., stage] = losses(residual, table, aligned=True).argmin(-1)
         residual = residual - words(table, codes[..., stage])
     return codes.squeeze(2).to(torch.uint8)
 
@@ -195,6 +196,23 @@ def decode(codes: Tensor, position: Tensor, codec: Codec, dtype: torch.dtype = t
 # Storage
 
 
+def positions(start: Tensor, first: int, last: int) -> Tensor:
+    """Positions of slots ``[first, last)`` by a `GSRQTensor.start` that knows any number of slots, int64
+    ``[batch, last - first]``; slots beyond those count on."""
+    slots = torch.arange(first, last, device=start.device)
+    known = start.shape[1] - 2
+    if not known:
+        return slots - start[:, :1]
+    return start[:, 2 + slots.clamp(max=known - 1)] + (slots - (known - 1)).clamp(min=0)
+
+
+def fitted(start: Tensor, capacity: int) -> Tensor:
+    """A `GSRQTensor.start` that knows any number of slots, for a buffer of this many."""
+    if start.shape[1] == 2:
+        return start
+    return torch.cat((start[:, :2], positions(start, 0, capacity)), 1).to(start.dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Packed:
     """The parts of one `GSRQTensor`, and the codec they belong to (tensor.py documents them)."""
@@ -230,9 +248,7 @@ class Packed:
 
     def position(self, first: int, last: int) -> Tensor:
         """Positions of slots ``[first, last)`` in each row, ``[batch, last - first]``."""
-        if self.start.shape[1] > 2:
-            return self.start[:, 2 + first : 2 + last].long()
-        return torch.arange(first, last, device=self.start.device) - self.start[:, :1]
+        return positions(self.start, first, last)
 
 
 def check_append(kv: Packed, x: Tensor, slots: Tensor, values: bool = True) -> None:

@@ -211,10 +211,7 @@ class GSRQTensor(Tensor):
         if more <= 0:
             return self
         codes, window, start, *rest = self.parts
-        if start.shape[1] > 2:  # slots that no token was placed in count on
-            ahead = torch.arange(1, more + 1, dtype=start.dtype, device=start.device)
-            start = torch.cat((start, start[:, -1:] + ahead), 1)
-        return _like(self, [F.pad(codes, (0, 0, 0, more)), window, start, *rest])
+        return _like(self, [F.pad(codes, (0, 0, 0, more)), window, reference.fitted(start, capacity), *rest])
 
     def placed(self, start: Tensor) -> GSRQTensor:
         """The same buffer with another ``start``, of which it takes a copy, as a part or in place."""

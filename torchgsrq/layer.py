@@ -1,0 +1,359 @@
+"""GSRQLayer: one layer of a cache, on quantized buffers. What holds the layers of a model is in cache.py."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import logging as hf_logging
+
+from torchgsrq import ops, reference
+from torchgsrq.attention import Incoming
+from torchgsrq.codec import LayerCodec
+from torchgsrq.config import GSRQConfig
+from torchgsrq.models import Rotary
+from torchgsrq.tensor import PARTS, GSRQTensor
+
+_GROWTH = 256  # a growing buffer is a multiple of this many tokens, and grows by at least an eighth
+
+hf_log = hf_logging.get_logger(__name__)
+
+
+def _owned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make tensors outside of inference mode, so that a cache filled there can be written elsewhere too."""
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return function(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return outside
+
+
+class GSRQLayer(CacheLayerMixin):
+    """One layer's keys and values as `GSRQTensor`s.
+
+    Args:
+        codec: the layer's codecs.
+        config: sink, recent and block tokens, and ``prefill``.
+        max_cache_len: a fixed capacity, for `torch.compile`; grows without it.
+        index: the layer's number, for messages.
+        rotary: the model's present RoPE frequencies, where they depend on the length of the input.
+    """
+
+    is_sliding = False
+    is_croppable = False  # a block that became codes in between stays codes
+
+    keys: GSRQTensor
+    values: GSRQTensor
+
+    @_owned
+    def __init__(
+        self,
+        codec: LayerCodec,
+        config: GSRQConfig,
+        max_cache_len: int | None = None,
+        index: int = 0,
+        rotary: Rotary | None = None,
+    ) -> None:
+        super().__init__()
+        self.codec = codec
+        self.config = config
+        self.max_cache_len = max_cache_len
+        self.index, self.rotary = index, rotary
+        self._followed: Tensor | None = None  # the frequencies that the buffers are known to have
+        # transformers compiles with CUDA graphs, which only the kernels can be captured in.
+        captured = not torch.cuda.is_available() or ops.has_gpu_kernels(codec.key, codec.value)
+        self.is_compileable = max_cache_len is not None and captured and rotary is None
+        self.is_empty = True
+        self.row_start: Tensor | None = None
+        # The length, kept beside the buffers: traced code must not read their inner tensors. A tensor where the
+        # capacity is fixed, so that a compiled step serves every length.
+        self.cumulative_length: Any = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
+
+    @_owned
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for these heads and device, and a dtype that holds both."""
+        self.dtype, self.device = torch.promote_types(key_states.dtype, value_states.dtype), key_states.device
+        capacity = _round_up(key_states.shape[2]) if self.max_cache_len is None else self.max_cache_len
+        for name, states in (("keys", key_states), ("values", value_states)):
+            batch, heads, _, head_dim = states.shape
+            codec = self.codec.key if name == "keys" else self.codec.value
+            buffer = GSRQTensor.empty(
+                batch,
+                heads,
+                capacity,
+                head_dim,
+                codec=codec,
+                device=self.device,
+                dtype=self.dtype,
+                config=self.config,
+                start=None if self.row_start is None else _start_of(name, self.row_start, capacity),
+            )
+            setattr(self, name, buffer)
+        if self.max_cache_len is not None:
+            self.cumulative_length = self.cumulative_length.to(self.device)
+        self._hold(self.keys, self.values)
+        self.is_initialized = True
+
+    def _hold(self, keys: GSRQTensor, values: GSRQTensor) -> None:
+        """Take these buffers. Those of a fixed capacity stay where they are, which CUDA graphs want to know."""
+        self.keys, self.values = keys, values
+        if self.max_cache_len is not None and not torch.compiler.is_compiling():
+            for tensor in (keys, values, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Append, and return what attention reads: the buffers, with what the new queries see exactly if they
+        are several; or the incoming tensors themselves, for an exact prefill of an empty cache.
+
+        Raises:
+            ValueError: what cannot be written (`reference.check_append`), naming the layer and the row; RoPE
+                frequencies other than those of the tokens held. Nothing is written then.
+        """
+        incoming = (key_states, value_states)
+        other_batch = self.is_initialized and key_states.shape[0] != self.keys.shape[0]
+        if not self.is_initialized or (other_batch and self.is_empty and self.max_cache_len is None):
+            self.lazy_initialization(key_states, value_states)
+        if self.keys.device != key_states.device:  # loaded from a file, or offloaded
+            self.device = key_states.device
+            self.prefetch()
+        if self.rotary is not None:
+            self._follow(self.rotary())
+        # Autocast gives keys and values of several dtypes, and other ones than outside of it.
+        key_states, value_states = key_states.detach().to(self.dtype), value_states.detach().to(self.dtype)
+        tokens = key_states.shape[2]
+        slots = torch.arange(tokens, device=key_states.device) + self.cumulative_length
+        if self.max_cache_len is None:
+            self._reserve(self.cumulative_length + tokens)
+        if not torch.compiler.is_compiling():  # both, before either is written
+            self._check(key_states, value_states, slots)
+        exact = self.config.prefill == "exact"
+        graph = incoming if torch.is_grad_enabled() and any(x.requires_grad for x in incoming) else ()
+        out: tuple[Any, Any] = (self.keys, self.values)
+        if tokens > 1 and exact and self.is_empty:
+            out = incoming
+        elif tokens > 1 or graph:
+            view = reference.EXACT_TAIL if exact and tokens > 1 else reference.STREAMING
+            key_tail, tail_start = torch.ops.torchgsrq.kv_tail(self.keys, key_states, slots)
+            value_tail, _ = torch.ops.torchgsrq.kv_tail(self.values, value_states, slots)
+            out = (
+                Incoming(self.keys, key_tail, tail_start, view, graph),
+                Incoming(self.values, value_tail, tail_start, view, graph),
+            )
+        torch.ops.torchgsrq.kv_append_(self.keys, key_states, slots)
+        torch.ops.torchgsrq.kv_append_(self.values, value_states, slots)
+        self.cumulative_length += tokens
+        self.is_empty = False
+        return out
+
+    def _check(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
+        for name, buffer, states in (("keys", self.keys, key_states), ("values", self.values, value_states)):
+            try:
+                torch.ops.torchgsrq.check_append(buffer.parts, list(buffer.integers), states, slots)
+            except ValueError as error:
+                rows = (~torch.isfinite(states)).flatten(1).any(1).nonzero().flatten().tolist()
+                where = f", row(s) {', '.join(map(str, rows))}" if rows else ""
+                raise ValueError(f"layer {self.index}, {name}{where}: {error}") from error
+
+    @_owned
+    def _follow(self, inv_freq: Tensor) -> None:
+        """Code keys in frames of the frequencies that the model uses now."""
+        if inv_freq is self._followed:
+            return
+        if torch.equal(self.keys.inv_freq, inv_freq.to(self.keys.inv_freq)):
+            self._followed = inv_freq
+            return
+        if not self.is_empty:
+            raise ValueError(
+                f"layer {self.index}: the model's RoPE frequencies changed with the length of the input, while the "
+                f"cache holds {int(self.get_seq_length())} tokens that were turned by others; read the whole text with "
+                "a new cache, in one forward"
+            )
+        turned = self.codec.key.with_frequencies(inv_freq).inv_freq.to(self.device)
+        self._hold(self.keys.with_frequencies(turned), self.values)
+        self._followed = inv_freq
+
+    @_owned
+    def set_row_start(self, start: Tensor) -> None:
+        """Set where each row begins, and the positions of slots, int32 (`GSRQTensor.start`; of any number of slots,
+        those beyond count on)."""
+        self.row_start = start
+        if self.is_initialized and start.shape[0] == self.keys.shape[0]:
+            keys, values = (
+                buffer.placed(_start_of(name, start, buffer.shape[2]))
+                for name, buffer in (("keys", self.keys), ("values", self.values))
+            )
+            if keys is not self.keys:
+                self._hold(keys, values)
+
+    @_owned
+    def offload(self) -> None:
+        """Move what the layer owns to the CPU; the tables stay."""
+        if self.is_initialized:
+            self._hold(self.keys.held_on("cpu"), self.values.held_on("cpu"))
+
+    @_owned
+    def prefetch(self) -> None:
+        """Bring it back."""
+        if self.is_initialized and self.keys.device != self.device:
+            self._hold(self.keys.held_on(self.device), self.values.held_on(self.device))
+
+    @_owned
+    def _reserve(self, tokens: int) -> None:
+        capacity = self.keys.shape[2]
+        if tokens > capacity:
+            capacity = _round_up(max(tokens, capacity + capacity // 8))
+            keys = self.keys.grown(capacity)
+            if self.row_start is not None and keys.start.shape[1] > 2:  # it may know slots beyond the old capacity
+                keys = keys.placed(reference.fitted(self.row_start, capacity))
+            self._hold(keys, self.values.grown(capacity))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width and offset of the mask of the next step."""
+        if self.max_cache_len is not None:
+            return self.max_cache_len, 0
+        return self.cumulative_length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held; a tensor where the capacity is fixed."""
+        return self.cumulative_length if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        """Capacity, or -1 for a growing layer."""
+        return -1 if self.max_cache_len is None else self.max_cache_len
+
+    def get_max_cache_shape(self) -> int:
+        """The older name of `get_max_length`."""
+        return self.get_max_length()
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.keys.shape[0] if self.is_initialized else -1
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
+        self._set_length(0)
+        self.is_empty, self.row_start = True, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end, as transformers does it: ``-n`` removes n, or all that there are; a positive
+        number, which transformers will drop, is the length to keep."""
+        held = int(self.get_seq_length())
+        if tokens_to_remove > 0:
+            hf_log.warning_once("crop with a positive number is deprecated: pass -n to remove n tokens")
+        keep = max(0, held + tokens_to_remove) if tokens_to_remove <= 0 else min(tokens_to_remove, held)
+        if keep == held:
+            return
+        for buffer in (self.keys, self.values):
+            buffer.crop_(keep)
+        self._set_length(keep)
+        self.is_empty = keep == 0
+
+    def _set_length(self, length: int) -> None:
+        if isinstance(self.cumulative_length, Tensor):
+            self.cumulative_length.fill_(length)
+        else:
+            self.cumulative_length = length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    @_owned
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows: a tensor, list or tuple of indices, or a bool mask; with all that is known of them."""
+        if self.is_initialized:
+            rows = torch.as_tensor(indices, device=self.keys.device)
+            rows = rows if rows.numel() else rows.long()
+            self._hold(self.keys.select_rows(rows), self.values.select_rows(rows))
+            if self.row_start is not None:
+                self.row_start = self.row_start[rows.to(self.row_start.device)]
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that this layer owns, by name, without slots that no token has used."""
+        held, coded = int(self.keys.length), int(self.keys.encoded)
+        used = {"codes": lambda t: t[:, :, :coded], "start": lambda t: t[:, : 2 + held]}
+        frequencies = {} if self.rotary is None else {"keys.inv_freq": self.keys.inv_freq}
+        return frequencies | {
+            f"{name}.{part}": used.get(part, lambda t: t)(getattr(buffer, part))
+            for name, buffer in (("keys", self.keys), ("values", self.values))
+            for part in PARTS
+        }
+
+    def check_state(self, state: dict[str, Tensor], length: int, rows: int) -> str | None:
+        """What is wrong with a file's tensors for this layer, if anything: `state` of ``length`` tokens in ``rows``."""
+        c = self.config
+        inv_freq = state.get("keys.inv_freq")
+        if (inv_freq is None) != (self.rotary is None):
+            return "was written for RoPE that " + ("is fixed" if inv_freq is None else "depends on the length")
+        if inv_freq is not None and (inv_freq.shape != self.codec.key.inv_freq.shape or not inv_freq.isfinite().all()):
+            return f"has a keys.inv_freq of {list(inv_freq.shape)}"
+        for name, codec in (("keys", self.codec.key), ("values", self.codec.value)):
+            want = {f"{name}.{part}" for part in PARTS}
+            if not want <= set(state):
+                return f"has no {', '.join(sorted(want - set(state)))}"
+            codes, window, start, held, encoded = (state[f"{name}.{part}"] for part in PARTS)
+            slots = c.sink_tokens + c.recent_tokens + c.block_tokens
+            if held.shape != () or encoded.shape != () or held.dtype != torch.int32 or encoded.dtype != torch.int32:
+                return f"has a {name}.length or {name}.encoded that is no int32 number"
+            coded = int(encoded)
+            if int(held) != length or not 0 <= coded <= length or length - coded > c.recent_tokens + c.block_tokens:
+                return (
+                    f"holds {int(held)} tokens in its {name}, {coded} of them in codes, where {length} are said to be"
+                )
+            if codes.dtype != torch.uint8 or codes.shape != (rows, codec.heads, coded, codec.num_codes):
+                return f"has {name}.codes of {codes.dtype} {list(codes.shape)}"
+            if not window.is_floating_point() or window.shape != (rows, codec.heads, slots, codec.head_dim):
+                return f"has a {name}.window of {window.dtype} {list(window.shape)}"
+            if start.dtype != torch.int32 or start.shape not in ((rows, 2), (rows, 2 + length)):
+                return f"has a {name}.start of {start.dtype} {list(start.shape)}"
+        if int(state["keys.encoded"]) != int(state["values.encoded"]):
+            return "has other numbers of keys and of values in codes"
+        return None
+
+    @_owned
+    def set_state(self, state: dict[str, Tensor], length: int, dtype: torch.dtype | None) -> None:
+        """Take over what `state` gave, of a layer of any capacity that held ``length`` tokens (`check_state`)."""
+        c = self.config
+        capacity = _round_up(length) if self.max_cache_len is None else self.max_cache_len
+        key = self.codec.key
+        if "keys.inv_freq" in state:
+            key = key.with_frequencies(state["keys.inv_freq"])
+        for name, codec in (("keys", key), ("values", self.codec.value)):
+            codes, window, start, *counters = (state[f"{name}.{part}"].to(codec.mean.device) for part in PARTS)
+            codes = F.pad(codes, (0, 0, 0, capacity - codes.shape[2]))
+            layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
+            rows = reference.fitted(start, capacity)
+            parts = [codes, window.to(dtype or window.dtype), rows, *counters, *codec.tensors]
+            setattr(self, name, GSRQTensor(parts, layout))
+        self._hold(self.keys, self.values)
+        self.row_start = self.keys.start
+        self.dtype, self.device = self.keys.dtype, self.keys.device
+        self.is_initialized, self.is_empty = True, length == 0
+        self._set_length(length)
+
+
+def _start_of(name: str, start: Tensor, capacity: int) -> Tensor:
+    """What a buffer of this many slots is told of its rows; only keys need the positions of slots."""
+    return reference.fitted(start, capacity) if name == "keys" else start[:, :2]
+
+
+def _round_up(tokens: int) -> int:
+    return max(1, -(-tokens // _GROWTH)) * _GROWTH
