@@ -6,6 +6,7 @@
 
 #include <torch/library.h>
 
+#include <array>
 #include <chrono>
 
 #include "tables.h"
@@ -149,6 +150,31 @@ void add_to_histogram(float* histogram, const uint8_t* codes, int64_t stride, co
   }
 }
 
+// The highest of scores [n, L] for each lane, with several chains of comparisons at work.
+template <int L>
+std::array<float, L> highest_of(const float* scores, int64_t n) {
+  constexpr int kChains = 4;
+  constexpr int64_t kStep = kChains * std::max<int64_t>(kWidth, L);  // whole tokens
+  Vec high[kStep / kWidth];
+  for (auto& h : high) h = Vec(-kInf);
+  int64_t i = 0;
+  for (; i + kStep <= n * L; i += kStep)
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < kStep / kWidth; ++j) high[j] = at::vec::maximum(high[j], load(scores + i + j * kWidth));
+  std::array<float, L> found;
+  found.fill(-kInf);
+  for (int64_t j = 0; j < kStep / kWidth; ++j) {
+    alignas(64) float each[kWidth];
+    high[j].store(each);
+    for (int64_t l = 0; l < kWidth; ++l) {
+      float& lane = found[(j * kWidth + l) % L];
+      lane = std::max(lane, each[l]);
+    }
+  }
+  for (; i < n * L; ++i) found[i % L] = std::max(found[i % L], scores[i]);
+  return found;
+}
+
 // Calls f with the number of codes of each slab as a constant, so that its loop over them is unrolled.
 template <typename F>
 void for_slabs(int64_t codes, F f) {
@@ -215,13 +241,15 @@ class FrameTables {
   int64_t first_ = 0, count_ = 0, current_ = std::numeric_limits<int64_t>::min();
 };
 
-// Scores of the mean: q . R(position) mean, by rotating the query to every multiple of kRotate positions.
+// Scores of the mean: q . R(position) mean, by rotating the query to every multiple of kRotate positions, and through the
+// thin factors of what the mean does within those.
 class MeanScores {
  public:
   MeanScores(const Call& call, const float* q, int64_t head)
-      : c_(call), t_(*call.key_tables), q_(q), mean_(t_.mean_at + head * t_.dim * kRotate),
-        turned_(kTurns * c_.rows * t_.padded), planar_(kTurns * c_.rows * kRotate), cosine_(t_.pairs), sine_(t_.pairs),
-        cos_(t_.pairs), sin_(t_.pairs) {}
+      : c_(call), t_(*call.key_tables), q_(q), into_(t_.mean_into + head * t_.dim * t_.padded_rank),
+        mean_(t_.mean_at + head * t_.rank * kRotate), turned_(kTurns * c_.rows * t_.padded),
+        thin_(kTurns * c_.rows * t_.padded_rank), planar_(kTurns * c_.rows * kRotate), cosine_(t_.pairs),
+        sine_(t_.pairs), cos_(t_.pairs), sin_(t_.pairs) {}
 
   // Scores of n positions, [n, L].
   template <int L>
@@ -260,13 +288,14 @@ class MeanScores {
             turned_ + (turn * c_.rows + r) * t_.padded, q_ + r * t_.padded, cosine_.data(), sine_.data(), t_.pairs,
             t_.padded);
     }
-    product(planar_, kRotate, turned_, t_.padded, 1, mean_, kRotate, count_ * c_.rows, kRotate, t_.dim);
+    product(thin_, t_.padded_rank, turned_, t_.padded, 1, into_, t_.padded_rank, count_ * c_.rows, t_.padded_rank, t_.dim);
+    product(planar_, kRotate, thin_, t_.padded_rank, 1, mean_, kRotate, count_ * c_.rows, kRotate, t_.rank);
   }
 
   const Call& c_;
   const Tables& t_;
-  const float *q_, *mean_;
-  Buffer turned_, planar_;
+  const float *q_, *into_, *mean_;
+  Buffer turned_, thin_, planar_;
   std::vector<float> cosine_, sine_;
   std::vector<double> cos_, sin_;
   int64_t first_ = 0, count_ = 0;
@@ -320,11 +349,7 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
       });
     for (int64_t t = std::max(slot, sink); t < std::min(end, sink + c.key.sinks); ++t)
       std::fill_n(scores + (t - slot) * L, L, -kInf);
-    auto highest = V::load(top);
-    for (int64_t t = 0; t < n; ++t) {
-      const auto s = V::load(scores + t * L);
-      highest = s > highest ? s : highest;
-    }
+    const std::array<float, L> highest = highest_of<L>(scores, n);
     bool fades = false;
     for (int l = 0; l < L; ++l) {
       const float now = highest[l];

@@ -201,7 +201,8 @@ def _frame_scores(
 
     A table entry is one 64-bit word, the float16 products of a codeword with 4 query rows, so one gather serves all 4.
     """
-    w = tl.arange(0, KWP)
+    wide: tl.constexpr = KWP if KWP > 16 else 16  # products are over at least 16 elements
+    w = tl.arange(0, wide)
     word = tl.arange(0, 256)
     for part in range(0, PACKS * FRAME, LT):
         pack = part // FRAME
@@ -215,7 +216,7 @@ def _frame_scores(
         for g in range(KG):
             inside = (w < KW)[None, :]
             turned = _coded_query(q, base, row, inverse, inv_freq, frame * FRAME, g * KW + w, inside, D, PAIRS,
-                                  INTERLEAVED, KG * KW, BM, KWP, PRECISION)  # fmt: skip
+                                  INTERLEAVED, KG * KW, BM, wide, PRECISION)  # fmt: skip
             turned = tl.trans((turned * scale).to(DTYPE))
             for m in range(g, KN, KG):
                 book = tl.load(books + (m * 256 + word[:, None]) * KW + w[None, :], mask=inside, other=0)

@@ -1,5 +1,5 @@
 // Encode, append and the assignment of k-means for the CPU: what torchgsrq/reference.py means by `encode` and `append_`,
-// and torchgsrq/kmeans.py by `nearest` and `sum_by_code`.
+// and torchgsrq/kmeans.py by `nearest`, `sum_by_code` and `moments_by_code`.
 
 #include <torch/library.h>
 
@@ -93,6 +93,7 @@ class Search {
 
   // y [n, ldy] of one head; codes of the group are written to out[i * bytes + stage * groups + group].
   void run(int64_t head, int64_t group, const float* y, int64_t ldy, int64_t n, uint8_t* out, int64_t bytes) {
+    if (stages_ == 1) return nearest_words(head, group, y, ldy, n, out + group, bytes);
     const int64_t width = t_.width;
     for (int64_t i = 0; i < n; ++i) {
       std::copy_n(y + i * ldy, width, residual_ + i * beam_ * stride_);
@@ -158,6 +159,47 @@ class Search {
   }
 
  private:
+  // One stage needs no search: the loss is a constant and |w|^2 - 2 eta (y . w) + (eta - 1) (y . w)^2 / |y|^2.
+  void nearest_words(int64_t head, int64_t code, const float* y, int64_t ldy, int64_t n, uint8_t* out, int64_t bytes) const {
+    constexpr int kRows = kWidth >= 16 ? 8 : 4;  // as many as there are registers for
+    const at::Half* columns = t_.columns_of(head, code);
+    const float* squares = t_.squares + (head * t_.codes + code) * kWords;
+    for (int64_t first = 0; first < n; first += kRows) {
+      const float* row[kRows];
+      Vec least[kRows], word[kRows];
+      float bend[kRows];
+      for (int r = 0; r < kRows; ++r) {
+        row[r] = y + std::min(first + r, n - 1) * ldy;
+        const float square = squared_norm(row[r], t_.width);
+        bend[r] = square > 0 ? extra_ / square : 0.f;
+        least[r] = Vec(kInf), word[r] = Vec(0.f);
+      }
+      for (int64_t j = 0; j < kWords; j += kWidth) {
+        Vec along[kRows];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) along[r] = Vec(0.f);
+        for (int64_t e = 0; e < t_.width; ++e) {
+          const Vec column = load(columns + e * kWords + j);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) along[r] = at::vec::fmadd(Vec(row[r][e]), column, along[r]);
+        }
+        const Vec square = load(squares + j), index(static_cast<float>(j));
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const Vec slope = at::vec::fmadd(Vec(bend[r]), along[r], Vec(-2 * (extra_ + 1)));
+          const Vec loss = at::vec::fmadd(slope, along[r], square);
+          word[r] = Vec::blendv(word[r], index, loss < least[r]);
+          least[r] = at::vec::minimum(least[r], loss);
+        }
+      }
+      for (int r = 0; r < kRows && first + r < n; ++r) {  // the lowest word of the lanes that hold the least
+        const Vec best(reduce_min(least[r]));
+        const Vec lane = Vec::arange(0.f, 1.f);
+        out[(first + r) * bytes] = static_cast<uint8_t>(reduce_min(Vec::blendv(Vec(kInf), word[r] + lane, least[r] == best)));
+      }
+    }
+  }
+
   float* unit(int64_t i) { return pair_ + (kTile + i) * stride_; }
 
   // distances += (eta - 1) (s - along)^2, with s the part of the residual along the vector. Gives the lanes' minima.
@@ -487,6 +529,27 @@ Tensor sum_by_code(const Tensor& x_, const Tensor& code_, int64_t count) {
   return out;
 }
 
+// Sums of weight x x^T over the rows of x [batch, n, width] that share a code [batch, n]: [batch, count, width, width].
+Tensor moments_by_code(const Tensor& x_, const Tensor& weight_, const Tensor& code_, int64_t count) {
+  const Tensor x = x_.contiguous(), weight = weight_.contiguous(), code = code_.contiguous();
+  const int64_t batch = x.size(0), n = x.size(1), width = x.size(2);
+  Tensor out = at::zeros({batch, count, width, width}, x.options());
+  at::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const float* row = x.const_data_ptr<float>() + b * n * width;
+      float* sums = out.mutable_data_ptr<float>() + b * count * width * width;
+      for (int64_t i = 0; i < n; ++i, row += width) {
+        float* to = sums + code.const_data_ptr<int64_t>()[b * n + i] * width * width;
+        for (int64_t e = 0; e < width; ++e, to += width) {
+          const float factor = weight.const_data_ptr<float>()[b * n + i] * row[e];
+          for (int64_t f = 0; f < width; ++f) to[f] += factor * row[f];
+        }
+      }
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchgsrq, CPU, m) {
@@ -495,6 +558,7 @@ TORCH_LIBRARY_IMPL(torchgsrq, CPU, m) {
   m.impl("append_", append);
   m.impl("nearest", nearest);
   m.impl("sum_by_code", sum_by_code);
+  m.impl("moments_by_code", moments_by_code);
   m.impl("check_append", check_append_op);
 }
 

@@ -168,7 +168,7 @@ def encode_kernel(
         best = k[None, :] == tl.argmin(cost, 1)[:, None]
         early = tl.sum(tl.where(best, early, 0), 1)
         late = tl.sum(tl.where(best, late, 0), 1)
-        if ETA > 1:
+        if ETA > 1 and N > G:
             # A sweep gives each stage the codeword of least loss among the others.
             rest = tl.sum(tl.where(best[:, :, None], tl.reshape(residual, [T, NB, WP]), 0.0), 1)
             for again in range(stages):

@@ -68,8 +68,10 @@ struct Tables {
   std::vector<int64_t> order;              // canonical element -> element of the vector
   std::vector<double> step_cos, step_sin;  // rotation by kRotate positions
   Buffer mean;                             // [heads, padded], canonical
-  Buffer mean_at;                          // [heads, dim (canonical), kRotate]: rotated to the first kRotate positions
-  Buffer mean_rows;                        // [heads, kRotate, padded]: the same, transposed
+  Buffer mean_rows;                        // [heads, kRotate, padded]: rotated to the first kRotate positions
+  int64_t rank = 0, padded_rank = 0;       // mean_rows is the product of two thin factors; slow pairs add little to them
+  Buffer mean_into;                        // [heads, dim (canonical), padded_rank]
+  Buffer mean_at;                          // [heads, rank, kRotate]
   Buffer transform;                        // [heads, dim (canonical), padded_dims]
   Buffer inverse;                          // [heads, dims, padded (canonical)]
   Buffer inverse_t;                        // [heads, dim (canonical), padded_dims]: the same, transposed
@@ -91,7 +93,6 @@ struct Tables {
     }
     for (int64_t d = 2 * pairs; d < dim; ++d) order[d] = d;
     mean.fill(heads * padded);
-    mean_at.fill(heads * dim * kRotate);
     mean_rows.fill(heads * kRotate * padded);
     transform.fill(heads * dim * padded_dims);
     inverse.fill(heads * dims * padded);
@@ -116,10 +117,10 @@ struct Tables {
           float x = v[d];
           if (d < pairs) x = v[d] * cosine[d] - v[d + pairs] * sine[d];
           else if (d < 2 * pairs) x = v[d] * cosine[d - pairs] + v[d - pairs] * sine[d - pairs];
-          mean_at[(h * dim + d) * kRotate + r] = x;
           mean_rows[(h * kRotate + r) * padded + d] = x;
         }
     }
+    factor_means();
     columns.resize(heads * codes * width * kWords);
     wide = round_up(width, kWidth);
     if (wide != width) wide_words.resize(heads * codes * kWords * wide, at::Half(0));
@@ -143,6 +144,46 @@ struct Tables {
 
   const at::Half* columns_of(int64_t head, int64_t code) const {
     return columns.data() + (head * codes + code) * width * kWords;
+  }
+
+ private:
+  // mean_rows of a head as a function of the position, one per element, spans few dimensions to the precision of
+  // floats: an orthonormal basis of them by Gram-Schmidt, the element that is known worst first.
+  void factor_means() {
+    std::vector<double> basis(heads * dim * kRotate), into(heads * dim * dim), rest(dim * kRotate);
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t d = 0; d < dim; ++d)
+        for (int64_t r = 0; r < kRotate; ++r) rest[d * kRotate + r] = mean_rows[(h * kRotate + r) * padded + d];
+      double enough = -1;
+      for (int64_t j = 0; j < dim; ++j) {
+        int64_t worst = 0;
+        double most = 0;
+        for (int64_t d = 0; d < dim; ++d) {
+          const double* x = &rest[d * kRotate];
+          const double square = std::inner_product(x, x + kRotate, x, 0.0);
+          if (square > most) most = square, worst = d;
+        }
+        if (enough < 0) enough = most * 1e-13;
+        if (most <= enough) break;
+        rank = std::max(rank, j + 1);
+        double* b = &basis[(h * dim + j) * kRotate];
+        for (int64_t r = 0; r < kRotate; ++r) b[r] = rest[worst * kRotate + r] / std::sqrt(most);
+        for (int64_t d = 0; d < dim; ++d) {
+          double* x = &rest[d * kRotate];
+          const double part = std::inner_product(x, x + kRotate, b, 0.0);
+          into[(h * dim + d) * dim + j] = part;
+          for (int64_t r = 0; r < kRotate; ++r) x[r] -= part * b[r];
+        }
+      }
+    }
+    padded_rank = round_up(rank, kWidth);
+    mean_into.fill(heads * dim * padded_rank);
+    mean_at.fill(heads * rank * kRotate);
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t j = 0; j < rank; ++j) {
+        for (int64_t d = 0; d < dim; ++d) mean_into[(h * dim + d) * padded_rank + j] = into[(h * dim + d) * dim + j];
+        for (int64_t r = 0; r < kRotate; ++r) mean_at[(h * rank + j) * kRotate + r] = basis[(h * dim + j) * kRotate + r];
+      }
   }
 };
 

@@ -252,7 +252,7 @@ def test_wrong_files_are_refused(tmp_path):
     with safe_open(path, "pt") as file:
         meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     save_file(tensors, path, {**meta, "version": "99"})
-    with pytest.raises(ValueError, match="format version 99; this torchgsrq reads 3: calibrate again"):
+    with pytest.raises(ValueError, match="format version 99; this torchgsrq reads 4: calibrate again"):
         Codebooks.load(path)
     facts = json.loads(meta["codecs"])
     facts["0.key"]["groups"] = 4

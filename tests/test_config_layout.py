@@ -65,7 +65,7 @@ def test_layouts_cover_the_head_at_the_rate(head_dim, bits, preset):
         with pytest.raises(ValueError, match=rf"bits={bits} is not offered for head_dim={head_dim}; choose one of 2"):
             key_layout(head_dim, bits, preset)
         return
-    part = 1 if bits >= 1.5 else 0.75
+    part = 1 if bits >= 1.5 or preset == "fast" else 0.75
     for layout, coded in ((key_layout(head_dim, bits, preset), part), (value_layout(head_dim, bits, preset), 1)):
         assert layout.bits == bits
         assert layout.groups * layout.width == layout.dims
@@ -80,9 +80,10 @@ def test_presets():
     assert key_layout(128, 1) == Layout(128, 2, 16, 96)
     assert value_layout(64, 1) == Layout(64, 1, 8)
     assert value_layout(128, 0.25) == Layout(128, 2, 4)
-    assert key_layout(64, 1, "fast") == Layout(64, 2, 8, 48)
-    assert value_layout(64, 1, "fast") == Layout(64, 4, 8)
-    assert value_layout(64, 0.5, "fast") == Layout(64, 2, 4)
+    assert key_layout(64, 1, "fast") == value_layout(64, 1, "fast") == Layout(64, 8, 8)
+    assert key_layout(64, 2, "fast") == Layout(64, 8, 16)
+    assert value_layout(64, 0.5, "fast") == Layout(64, 4, 4)
+    assert value_layout(80, 0.5, "fast") == Layout(80, 5, 5)
     assert num_codes(96, 0.75) == 9
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_codec, make_pair
 from torchgsrq import GSRQConfig, kernels, reference
-from torchgsrq.kmeans import nearest, sum_by_code
+from torchgsrq.kmeans import moments_by_code, nearest, sum_by_code
 from torchgsrq.layout import Layout, key_layout, value_layout
 from torchgsrq.ops import use_kernels
 from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
@@ -262,6 +262,9 @@ def test_clustering_steps(n, width, count, seed):
     torch.testing.assert_close(error, want_error, rtol=1e-4, atol=1e-4)
     assert (code == want_code).float().mean() > 0.98
     torch.testing.assert_close(gsrq.sum_by_code(x, code, count), sum_by_code(x, code, count), rtol=1e-5, atol=1e-5)
+    weight = torch.rand(x.shape[:2])
+    want = moments_by_code(x, weight, code, count)
+    torch.testing.assert_close(gsrq.moments_by_code(x, weight, code, count), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("queries", [1, 40])

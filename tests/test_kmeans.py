@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchgsrq.kmeans import METHODS, cluster, nearest
+from torchgsrq import reference
+from torchgsrq.kmeans import METHODS, cluster, fit_to_loss, nearest, train_codebook
+from torchgsrq.layout import Layout
 
 
 def points(n: int = 400, width: int = 3, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -142,6 +144,73 @@ def test_never_worse_than_one_codeword(n, width, seed, method):
     assert float(nearest(x, out)[1].sum()) <= float(x.square().sum()) * 1.01 + 1e-4
     if method == "kmeans":
         assert float(nearest(x, out)[1].sum()) <= float(one) * 1.5 + 1e-4
+
+
+def loss(y, weight, layout, codebook, codes, eta):
+    """What the encoder minimises, group by group, as its docstring writes it."""
+    total = 0.0
+    for g in range(layout.groups):
+        part = y[..., layout.start(g) : layout.start(g) + layout.width].double()
+        tables, some = codebook[:, g :: layout.groups].double(), codes[..., g :: layout.groups].long()
+        heads = torch.arange(y.shape[0])[:, None]
+        error = part - sum(tables[heads, s, some[..., s]] for s in range(tables.shape[1]))
+        along = (error * torch.nn.functional.normalize(part, dim=-1)).sum(-1)
+        total += float((weight * (error.square().sum(-1) + (eta - 1) * along.square())).sum())
+    return total
+
+
+def encoder(y, layout, eta):
+    def encode(codebook):
+        found = torch.zeros(*y.shape[:2], layout.codes, dtype=torch.uint8)
+        for g in range(layout.groups):
+            part = y[..., layout.start(g) : layout.start(g) + layout.width].contiguous()
+            found[..., g :: layout.groups] = reference.beam_search(part, codebook[:, g :: layout.groups], 2, eta)
+        return found
+
+    return encode
+
+
+@given(st.sampled_from([(1, 1), (2, 2), (2, 3), (1, 3)]), st.sampled_from([1, 4, 8]), st.integers(0, 5))
+def test_codewords_fitted_to_the_loss_have_less_of_it(shape, eta, seed):
+    layout = Layout(8, *shape)
+    y = points(1600, 8, 2, seed) + 0.5
+    weight = torch.rand(2, 1600, generator=torch.Generator().manual_seed(seed))
+    before = train_codebook(y, weight, layout, iterations=2)
+    last = (layout.stages - 1) * layout.groups
+    after = before.clone()
+    after[:, last:] = fit_to_loss(y, weight, layout, before, encoder(y, layout, eta), eta, rounds=2)
+    assert torch.equal(after, after.half().float())
+    assert not after[:, layout.groups :, 0].any()  # the zero codewords stay
+    losses = [loss(y, weight, layout, book, encoder(y, layout, eta)(book), eta) for book in (before, after)]
+    assert losses[1] < losses[0]
+    again = fit_to_loss(y, weight, layout, before, encoder(y, layout, eta), eta, rounds=2)
+    assert torch.equal(after[:, last:], again)
+
+
+def test_fitted_stages_are_nested():
+    y, w = points(900, 8, 2), torch.ones(2, 900)
+
+    def fit(layout, codebook):
+        return fit_to_loss(y, w, layout, codebook, encoder(y, layout, 4), 4, rounds=2)
+
+    many, few = (train_codebook(y, w, Layout(8, 2, n), iterations=2, fit=fit) for n in (4, 2))
+    assert torch.equal(many[:, :2], few)
+    assert not torch.equal(few, train_codebook(y, w, Layout(8, 2, 2), iterations=2))
+
+
+def test_one_fitted_stage_is_the_least_of_its_loss():
+    """With the codes given, the closed form: each codeword solves its own normal equations."""
+    eta, layout = 8, Layout(4, 1, 1)
+    y, weight = points(3000, 4, 1, seed=1), torch.ones(1, 3000)
+    before = train_codebook(y, weight, layout, iterations=2)
+    code = nearest(y, before[:, 0])[0]
+    after = fit_to_loss(y, weight, layout, before, lambda _: code[..., None].to(torch.uint8), eta, rounds=1)
+    for c in code[0, :16].tolist():
+        mine = y[0, code[0] == c].double()
+        unit = torch.nn.functional.normalize(mine, dim=-1)
+        normal = mine.shape[0] * torch.eye(4).double() + (eta - 1) * unit.T @ unit
+        want = torch.linalg.solve(normal, eta * mine.sum(0))
+        torch.testing.assert_close(after[0, 0, c].double(), want, rtol=2e-2, atol=2e-2)
 
 
 def test_bad_input_is_named():

@@ -22,7 +22,7 @@ from torchgsrq.kmeans import train_codebook
 from torchgsrq.layout import CODEWORDS, Layout, num_codes
 
 FORMAT = "torchgsrq.codebooks"
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True, eq=False)

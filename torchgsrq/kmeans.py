@@ -1,9 +1,13 @@
-"""Clustering: gain-shape k-means (GSKM) and plain k-means, weighted and batched, and residual stages of them.
+"""Clustering: gain-shape k-means (GSKM) and plain k-means, weighted and batched, residual stages of them, and codewords
+fitted to the encoder's loss.
 
 What is clustered, and how it is weighed, is decided in calibrate.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +15,7 @@ from tqdm.auto import tqdm
 
 from torchgsrq.layout import CODEWORDS, Layout
 
-_ops = torch.ops.torchgsrq  # compiled where they can be; `nearest` and `sum_by_code` below say what they mean
+_ops = torch.ops.torchgsrq  # compiled where they can be; `nearest` and the sums below say what they mean
 METHODS = ("kmeans", "kmeans-spherical", "gskm", "gskm-public")
 _ROWS = 1024  # rows of a distance block: stays in cache, and a larger one is slower on CPU
 
@@ -130,6 +134,19 @@ def sum_by_code(x: Tensor, code: Tensor, codewords: int) -> Tensor:
     return total
 
 
+def moments_by_code(x: Tensor, weight: Tensor, code: Tensor, codewords: int) -> Tensor:
+    """Sum ``weight x x^T`` over the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d, d]``; an op as
+    well."""
+    width = x.shape[2]
+    total = x.new_zeros(x.shape[0], codewords, width * width)
+    for out, rows, some, index in zip(total, x, weight, code, strict=True):
+        for chunk in range(0, rows.shape[0], _ROWS):
+            part = slice(chunk, chunk + _ROWS)
+            outer = rows[part, :, None] * (some[part, None] * rows[part])[:, None]
+            out.index_add_(0, index[part], outer.flatten(1))
+    return total.unflatten(-1, (width, width))
+
+
 def _samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` vectors per batch entry, drawn by weight; those without any only when the others are used up."""
     odds = weight.double().cpu().clamp_min(0)
@@ -163,6 +180,7 @@ def train_codebook(
     method: str = "kmeans",
     iterations: int = 10,
     seed: int = 0,
+    fit: Callable[[Layout, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Residual stages of 256 codewords, nested: the first m codes are the codebook of the lower rate.
 
@@ -174,6 +192,7 @@ def train_codebook(
         weight: ``[heads, n]``.
         layout: which code writes which slice.
         method, iterations, seed: see `cluster`.
+        fit: layout and codebook of the stages so far to the last stage's codewords (`fit_to_loss`).
 
     Returns:
         float32 rounded to float16, ``[heads, layout.codes, 256, layout.width]``.
@@ -195,9 +214,67 @@ def train_codebook(
             seed=seed + 1000 * stage,
         )
         words = torch.cat((words.new_zeros(words.shape[0], zero, layout.width), words), 1).half().float()
+        first, past = stage * layout.groups, stage * layout.groups + groups
+        out[:, first:past] = words.unflatten(0, (heads, groups))
+        if fit:
+            out[:, first:past] = fit(replace(layout, codes=past), out[:, :past])
+            words = out[:, first:past].flatten(0, 1)
         code, _ = _ops.nearest(part, words)
         part = part - words.gather(1, code.unsqueeze(-1).expand_as(part))
         residual[:, :groups] = part.unflatten(0, (heads, groups))
-        first = stage * layout.groups
-        out[:, first : first + groups] = words.unflatten(0, (heads, groups))
     return out
+
+
+def fit_to_loss(
+    y: Tensor,
+    weight: Tensor,
+    layout: Layout,
+    codebook: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    eta: int,
+    rounds: int = 4,
+) -> Tensor:
+    """The last stage's codewords, for the loss that the encoder minimises (`reference.beam_search`): rounds of encoding
+    all vectors and giving each codeword the least weighted loss. Earlier stages stay, so stages are nested.
+
+    Args:
+        y: ``[heads, n, layout.dims]``. weight: ``[heads, n]``. layout: of the stages so far.
+        codebook: ``[heads, layout.codes, 256, layout.width]``.
+        encode: codewords to the codes of ``y``, uint8 ``[heads, n, layout.codes]``.
+        eta: weight of an error along the vector.
+
+    Returns:
+        The last stage, float32 rounded to float16, ``[heads, groups, 256, layout.width]``.
+    """
+    last, groups = layout.stages - 1, layout.groups_in(layout.stages - 1)
+    whole = y.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3)[:, :groups]  # [h, g, n, w]
+    unit = torch.nn.functional.normalize(whole, dim=-1).flatten(0, 1)
+    weight = weight[:, None].expand(-1, groups, -1).flatten(0, 1)
+    tables = codebook.clone()
+    for _ in range(rounds):
+        codes = encode(tables).long().transpose(1, 2)  # [h, codes, n]
+        target = whole
+        for first in range(0, last * layout.groups, layout.groups):
+            index = codes[:, first : first + groups, :, None].expand_as(whole)
+            target = target - tables[:, first : first + groups].gather(2, index)
+        words = tables[:, last * layout.groups :]
+        code = codes[:, last * layout.groups :].flatten(0, 1)
+        found = _least_loss(target.flatten(0, 1), unit, weight, code, words.flatten(0, 1), eta)
+        if last:
+            found[:, 0] = 0
+        words.copy_(found.half().float().view_as(words))
+    return tables[:, last * layout.groups :]
+
+
+def _least_loss(target: Tensor, unit: Tensor, weight: Tensor, code: Tensor, words: Tensor, eta: int) -> Tensor:
+    """Codewords of least ``sum weight (|e|^2 + (eta - 1) (e . unit)^2)``, with e the rest of each target
+    ``[batch, n, width]`` without its codeword: the normal equations of every codeword. One without vectors stays as it is
+    in ``words [batch, 256, width]``."""
+    count = words.shape[1]
+    mass = _ops.sum_by_code(weight.unsqueeze(-1), code, count)
+    hold = 1e-3 * mass.mean((1, 2), keepdim=True).clamp_min(1e-30)
+    normal = (eta - 1) * _ops.moments_by_code(unit, weight, code, count)
+    normal.diagonal(dim1=-2, dim2=-1).add_(mass + hold)
+    pulled = torch.addcmul(target, unit, (target * unit).sum(-1, keepdim=True), value=eta - 1)
+    sums = _ops.sum_by_code(pulled.mul_(weight.unsqueeze(-1)), code, count)
+    return torch.linalg.solve(normal, (sums + hold * words).unsqueeze(-1)).squeeze(-1)

@@ -81,7 +81,7 @@ def num_codes(head_dim: int, bits: float) -> int:
     return int(bits * head_dim) // 8
 
 
-def _grouped(head_dim: int, codes: int, width: int, part: float = 1) -> Layout:
+def grouped(head_dim: int, codes: int, width: int, part: float = 1) -> Layout:
     """The fewest groups of at most ``width`` elements, in multiples of 8 for aligned table rows; of each, a part."""
     for groups in range(-(-head_dim // width), head_dim + 1):
         if head_dim % groups == 0 and (head_dim // groups) % 8 == 0 and groups <= codes:
@@ -90,18 +90,25 @@ def _grouped(head_dim: int, codes: int, width: int, part: float = 1) -> Layout:
     return Layout(head_dim, 1, codes)
 
 
+def _short(head_dim: int, codes: int) -> Layout:
+    """The most groups that have a code each, of a multiple of 8 elements: one stage at 1 bit and below."""
+    for groups in range(codes, 0, -1):
+        if head_dim % groups == 0 and (head_dim // groups) % 8 == 0:
+            return Layout(head_dim, groups, codes)
+    return Layout(head_dim, 1, codes)
+
+
 def key_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
-    """Keys: whole heads up to 64 elements, 64-element groups above; 32-element groups but for ``"quality"``.
+    """Keys: whole heads up to 64 elements, 64-element groups above; ``"fast"``: groups of a single code.
 
     The spectrum of keys falls steeply: below 1.5 bits three quarters of their principal directions are coded, which
     makes tables smaller and costs nothing that was measurable. Values have a flat spectrum and keep all.
     """
-    part = 1 if bits >= 1.5 else 0.75
-    return _grouped(head_dim, num_codes(head_dim, bits), 64 if preset == "quality" else 32, part)
+    codes = num_codes(head_dim, bits)
+    return _short(head_dim, codes) if preset == "fast" else grouped(head_dim, codes, 64, 1 if bits >= 1.5 else 0.75)
 
 
 def value_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
-    """Values: whole heads or 64-element groups; ``"fast"``: 16-element groups, wider ones below 1 bit, which would else
-    leave them a single stage."""
-    width = 64 if preset == "quality" or bits < 0.5 else 16 if bits >= 1 else 32
-    return _grouped(head_dim, num_codes(head_dim, bits), width)
+    """Values: whole heads or 64-element groups; ``"fast"``: groups of a single code."""
+    codes = num_codes(head_dim, bits)
+    return _short(head_dim, codes) if preset == "fast" else grouped(head_dim, codes, 64)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchgsrq import lowering, reference
 from torchgsrq.codec import Codec
 from torchgsrq.kernels import cpu_library
-from torchgsrq.kmeans import nearest, sum_by_code
+from torchgsrq.kmeans import moments_by_code, nearest, sum_by_code
 from torchgsrq.reference import Packed
 
 log = logging.getLogger("torchgsrq")
@@ -40,6 +40,7 @@ _SCHEMAS = {
     "check_append": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> ()",
     "nearest": "(Tensor x, Tensor centers) -> (Tensor, Tensor)",
     "sum_by_code": "(Tensor x, Tensor code, int codewords) -> Tensor",
+    "moments_by_code": "(Tensor x, Tensor weight, Tensor code, int codewords) -> Tensor",
     "refuse_gradient": "(Tensor grad, SymInt[] shape) -> Tensor",
     "kv_append_": "(Tensor(a!) kv, Tensor x, Tensor slots) -> ()",
     "kv_place_": "(Tensor(a!) kv, Tensor start) -> ()",
@@ -267,9 +268,19 @@ _FUNCTIONS = (
     refuse_gradient,
     nearest,
     sum_by_code,
+    moments_by_code,
 )
 # These have a C++ kernel as well, in kernels/.
-_COMPILED = ("encode", "search", "append_", "check_append", "attention", "nearest", "sum_by_code")
+_COMPILED = (
+    "encode",
+    "search",
+    "append_",
+    "check_append",
+    "attention",
+    "nearest",
+    "sum_by_code",
+    "moments_by_code",
+)
 _cpu = torch.library.Library("torchgsrq", "IMPL")
 
 
