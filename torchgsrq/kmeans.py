@@ -135,8 +135,8 @@ def sum_by_code(x: Tensor, code: Tensor, codewords: int) -> Tensor:
 
 
 def moments_by_code(x: Tensor, weight: Tensor, code: Tensor, codewords: int) -> Tensor:
-    """Sum ``weight x x^T`` over the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d, d]``; an op as
-    well."""
+    """Sum ``weight x x^T`` over the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d, d]``; an op
+    as well."""
     width = x.shape[2]
     total = x.new_zeros(x.shape[0], codewords, width * width)
     for out, rows, some, index in zip(total, x, weight, code, strict=True):
@@ -268,8 +268,8 @@ def fit_to_loss(
 
 def _least_loss(target: Tensor, unit: Tensor, weight: Tensor, code: Tensor, words: Tensor, eta: int) -> Tensor:
     """Codewords of least ``sum weight (|e|^2 + (eta - 1) (e . unit)^2)``, with e the rest of each target
-    ``[batch, n, width]`` without its codeword: the normal equations of every codeword. One without vectors stays as it is
-    in ``words [batch, 256, width]``."""
+    ``[batch, n, width]`` without its codeword: the normal equations of every codeword. One without vectors stays as it
+    is in ``words [batch, 256, width]``."""
     count = words.shape[1]
     mass = _ops.sum_by_code(weight.unsqueeze(-1), code, count)
     hold = 1e-3 * mass.mean((1, 2), keepdim=True).clamp_min(1e-30)
