@@ -110,8 +110,6 @@ def encode_tokens(codec: Codec, tokens: int) -> Work:
     work = Work(memory=vectors * (2 * s.d + s.n) + codec.nbytes())
     # The sweep multiplies what is left of a vector, and the vector at length 1.
     swept = 2 if codec.eta > 1 and codec.layout.stages > 1 else 0
-        2 if codec.eta > 1 and codec.layout.stages > 1 else 0
-    )  # the sweep multiplies what is left of a vector, and the vector at length 1
     per_stage = 2 * (beam + swept) * 256 * max(16, s.wp)  # in two float16 parts each
     work.multiplied = vectors * (s.n * per_stage + 6 * s.d * s.gp * max(16, s.wp))
     work.gathered = vectors / 16 * s.n * 256 * s.w * 2  # a program's 16 vectors share what it loads
