@@ -135,11 +135,13 @@ class Bench:
     def passkey(self) -> None:
         """Retrieval of a 5-digit key from real text, 20 trials each."""
         path = self.args.codebooks
-        books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=2), "own")
+        rates = self.args.bits or [1.0, 0.5]
+        books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=max(rates)), "own")
         for tokens in self.args.passkey_tokens or (1024, 2048):
-            for name, bits in (("full precision", None), ("1", 1.0), ("0.5", 0.5)):
+            for bits in (None, *rates):
                 candidate = None if bits is None else (GSRQConfig(bits=bits), books.at(bits))
                 rate = evaluate.passkey(self.model, self.tokenizer, document(), tokens, 20, candidate)
+                name = "full precision" if bits is None else f"{bits:g}"
                 self.record("passkey", f"{tokens} tokens, {name}", {"retrieved": rate})
 
     def record(self, section: str, row: str, facts: dict[str, float]) -> None:

@@ -24,7 +24,8 @@ class GSRQConfig:
         bits: bits per element of keys and values, one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
         key_bits: bits per key element; defaults to ``bits``.
         value_bits: bits per value element; defaults to ``bits``.
-        layout: ``"quality"`` (codes of whole heads) or ``"fast"`` (of small groups: smaller tables, a cheaper encoder).
+        layout: ``"quality"`` (residual codes of whole heads) or ``"fast"`` (one code for each small group of elements:
+            small tables, hardly any cost to encode).
         frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512 with
             ``layout="quality"`` and 1024 with ``"fast"``.
         sink_tokens: first real tokens of each row, kept in full precision.
