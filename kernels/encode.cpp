@@ -164,6 +164,7 @@ class Search {
     constexpr int kRows = kWidth >= 16 ? 8 : 4;  // as many as there are registers for
     const at::Half* columns = t_.columns_of(head, code);
     const float* squares = t_.squares + (head * t_.codes + code) * kWords;
+    const Vec lane = Vec::arange(0.f, 1.f);
     for (int64_t first = 0; first < n; first += kRows) {
       const float* row[kRows];
       Vec least[kRows], word[kRows];
@@ -194,7 +195,6 @@ class Search {
       }
       for (int r = 0; r < kRows && first + r < n; ++r) {  // the lowest word of the lanes that hold the least
         const Vec best(reduce_min(least[r]));
-        const Vec lane = Vec::arange(0.f, 1.f);
         out[(first + r) * bytes] = static_cast<uint8_t>(reduce_min(Vec::blendv(Vec(kInf), word[r] + lane, least[r] == best)));
       }
     }

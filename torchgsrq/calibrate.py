@@ -163,7 +163,7 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
     y = y @ deal.transpose(1, 2)
     scale = _scale(y)
     y = y / scale
-    fit = _fit(y, weight, KEY_ETA, config) if config.layout == "fast" else None
+    fit = _fit(y, weight, KEY_ETA, config)
     codebook = train_codebook(y, weight, layout, method=method, seed=config.seed, fit=fit)
     return Codec.build(
         layout,
@@ -179,11 +179,11 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
     )
 
 
-def _fit(y: Tensor, weight: Tensor, eta: int, config: GSRQConfig) -> Callable[[Layout, Tensor], Tensor]:
-    """Fits each stage to the encoder's loss on vectors ``y [heads, n, dims]`` in their metric (`fit_to_loss`).
-
-    Worth a sixth of the KL with short codewords; wide ones overfit the tokens that calibration has.
-    """
+def _fit(y: Tensor, weight: Tensor, eta: int, config: GSRQConfig) -> Callable[[Layout, Tensor], Tensor] | None:
+    """Fits each stage to the encoder's loss on vectors ``y [heads, n, dims]`` in their metric (`fit_to_loss`); none for
+    wide codewords, which would overfit the tokens that calibration has."""
+    if config.layout != "fast":
+        return None
 
     def fit(layout: Layout, codebook: Tensor) -> Tensor:
         heads = y.shape[0]
@@ -225,7 +225,7 @@ def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -
     v = v @ deal.transpose(1, 2)
     scale = _scale(v)
     v = v / scale
-    fit = _fit(v, weight, VALUE_ETA, config) if config.layout == "fast" else None
+    fit = _fit(v, weight, VALUE_ETA, config)
     codebook = train_codebook(v, weight, layout, method=method, seed=config.seed + 1, fit=fit)
     return Codec.build(
         layout,
