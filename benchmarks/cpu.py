@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from common import MODELS, fill, random_cache, random_codecs
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.benchmark import Timer
 
 from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, new_cache, quantize_kv_
@@ -73,11 +74,13 @@ def sdpa_steps(q: Tensor, heads: int, length: int) -> dict[str, Callable[[], Ten
     k, v = (torch.randn(batch, heads, length, dim) for _ in range(2))
     rows = q.reshape(batch, heads, -1, dim)
     half = [x.bfloat16() for x in (q, rows, k, v)]
+    flex = torch.compile(flex_attention, fullgraph=True)
     return {
         "sdpa fp32, queries as rows": lambda: F.scaled_dot_product_attention(rows, k, v),
         "sdpa bf16, queries as rows": lambda: F.scaled_dot_product_attention(*half[1:]),
         "sdpa fp32, enable_gqa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
         "matmuls bf16": lambda: (half[1] @ half[2].transpose(-1, -2)).softmax(-1) @ half[3],
+        "flex_attention, compiled": lambda: flex(q, k, v, enable_gqa=True),
     }
 
 

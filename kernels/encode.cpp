@@ -478,6 +478,17 @@ void append(
   held_codes = static_cast<int32_t>(now);
 }
 
+// To the keys and values of a layer, or to neither; each has codes, window, start, length, encoded.
+void append_pair(
+    at::TensorList key, at::TensorList key_codec, at::IntArrayRef key_layout, at::TensorList value,
+    at::TensorList value_codec, at::IntArrayRef value_layout, const Tensor& k, const Tensor& v, const Tensor& slots) {
+  const auto parts = [](at::TensorList kv) { return std::vector<Tensor>(kv.begin(), kv.end()); };
+  std::vector<Tensor> to_key = parts(key), to_value = parts(value);
+  check_append(to_value[0], to_value[1], to_value[3], CodecView(value_codec, value_layout.slice(3)), v, slots);
+  append(to_key[0], to_key[1], to_key[3], to_key[4], to_key[2], key_codec, key_layout, k, slots);
+  append(to_value[0], to_value[1], to_value[3], to_value[4], to_value[2], value_codec, value_layout, v, slots);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Nearest of up to 256 centers [batch, codewords, width] for x [batch, n, width]: codes and squared distances.
@@ -556,6 +567,7 @@ TORCH_LIBRARY_IMPL(torchgsrq, CPU, m) {
   m.impl("encode", encode);
   m.impl("search", search);
   m.impl("append_", append);
+  m.impl("append_pair_", append_pair);
   m.impl("nearest", nearest);
   m.impl("sum_by_code", sum_by_code);
   m.impl("moments_by_code", moments_by_code);

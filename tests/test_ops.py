@@ -45,6 +45,23 @@ def test_append():
     torch.library.opcheck(ops.append_.default, arguments, test_utils=TESTS)
 
 
+def test_append_pair():
+    parts = [flat(buffer) for buffer in buffers()]
+    sides = [(tensors[:5], tensors[5:], layout) for tensors, layout in parts]
+    x, slots = torch.randn(2, 2, 5, 16), torch.arange(30, 35)
+    torch.library.opcheck(ops.append_pair_.default, (*sides[0], *sides[1], x, -x, slots), test_utils=TESTS)
+    before = [[t.clone() for t in tensors] for tensors, _ in parts]
+    for pair in ((x, x / 0), (x / 0, x), (x, x[..., :8]), (x[:, :1], x)):
+        with pytest.raises(ValueError, match=r"x holds NaN|x has shape"):
+            ops.append_pair_(*sides[0], *sides[1], *pair, slots)
+    for (tensors, _), old in zip(parts, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(tensors, old, strict=True)), "neither was written"
+    ops.append_pair_(*sides[0], *sides[1], x, -x, slots)
+    for buffer, y, (tensors, _) in zip(buffers(), (x, -x), parts, strict=True):
+        ops.kv_append_(buffer, y, slots)
+        assert all(torch.equal(a, b) for a, b in zip(buffer.parts, tensors, strict=True))
+
+
 def test_tail_and_dequantize():
     tensors, layout = flat(buffers()[0])
     new = torch.randn(2, 2, 5, 16)

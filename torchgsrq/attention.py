@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from torchgsrq import models, reference
-from torchgsrq.tensor import GSRQTensor, without_gradient
+from torchgsrq.tensor import GSRQTensor, attend_codes, without_gradient
 
 NAME = "gsrq"
 
@@ -98,9 +98,9 @@ def gsrq_attention(
         assert isinstance(value, Incoming)
         tails, view, graph = (key.tail, value.tail, key.tail_start), key.view, key.graph
         key, value = key.buffer, value.buffer
-    out = torch.ops.torchgsrq.kv_attention(
-        query, key, value, attention_mask, scale, aligned, softcap or 0.0, s_aux, *tails, view
-    )
+    # Outside of graphs without the op's way through the subclass, which costs as much as attention on short texts.
+    attend = torch.ops.torchgsrq.kv_attention if torch.compiler.is_compiling() else attend_codes
+    out = attend(query, key, value, attention_mask, scale, aligned, softcap or 0.0, s_aux, *tails, view)
     out = without_gradient(out, query, *graph)
     return out.transpose(1, 2).contiguous(), None
 

@@ -17,7 +17,7 @@ from torchgsrq.attention import Incoming
 from torchgsrq.codec import LayerCodec
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import Rotary
-from torchgsrq.tensor import PARTS, GSRQTensor
+from torchgsrq.tensor import PARTS, GSRQTensor, append_pair_
 
 _GROWTH = 256  # a growing buffer is a multiple of this many tokens, and grows by at least an eighth
 
@@ -130,10 +130,10 @@ class GSRQLayer(CacheLayerMixin):
         # Autocast gives keys and values of several dtypes, and other ones than outside of it.
         key_states, value_states = key_states.detach().to(self.dtype), value_states.detach().to(self.dtype)
         tokens = key_states.shape[2]
-        slots = torch.arange(tokens, device=key_states.device) + self.cumulative_length
+        slots = self._next_slots(tokens, key_states.device)
         if self.max_cache_len is None:
             self._reserve(self.cumulative_length + tokens)
-        if not torch.compiler.is_compiling():  # both, before either is written
+        if tokens > 1 and not torch.compiler.is_compiling():  # before `kv_tail` reads them
             self._check(key_states, value_states, slots)
         exact = self.config.prefill == "exact"
         graph = incoming if torch.is_grad_enabled() and any(x.requires_grad for x in incoming) else ()
@@ -148,11 +148,27 @@ class GSRQLayer(CacheLayerMixin):
                 Incoming(self.keys, key_tail, tail_start, view, graph),
                 Incoming(self.values, value_tail, tail_start, view, graph),
             )
-        torch.ops.torchgsrq.kv_append_(self.keys, key_states, slots)
-        torch.ops.torchgsrq.kv_append_(self.values, value_states, slots)
+        self._append(key_states, value_states, slots)
         self.cumulative_length += tokens
         self.is_empty = False
         return out
+
+    def _next_slots(self, tokens: int, device: torch.device) -> Tensor:
+        length = self.cumulative_length
+        if isinstance(length, int):
+            return torch.arange(length, length + tokens, device=device)
+        return torch.arange(tokens, device=device) + length
+
+    def _append(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            torch.ops.torchgsrq.kv_append_(self.keys, key_states, slots)
+            torch.ops.torchgsrq.kv_append_(self.values, value_states, slots)
+            return
+        try:
+            append_pair_(self.keys, self.values, key_states, value_states, slots)
+        except ValueError:
+            self._check(key_states, value_states, slots)  # names the layer and what is wrong there
+            raise
 
     def _check(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
         for name, buffer, states in (("keys", self.keys, key_states), ("values", self.values, value_states)):

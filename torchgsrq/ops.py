@@ -32,6 +32,8 @@ _SCHEMAS = {
     "decode": "(Tensor codes, Tensor position, Tensor[] codec, int[] layout, ScalarType dtype) -> Tensor",
     "append_": "(Tensor(a!) codes, Tensor(b!) window, Tensor(c!) length, Tensor(d!) encoded, Tensor start, "
     "Tensor[] codec, int[] layout, Tensor x, Tensor slots) -> ()",
+    "append_pair_": "(Tensor(a!)[] key, Tensor[] key_codec, int[] key_layout, Tensor(b!)[] value, "
+    "Tensor[] value_codec, int[] value_layout, Tensor k, Tensor v, Tensor slots) -> ()",
     "tail": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> (Tensor, Tensor)",
     "dequantize": "(Tensor[] kv, int[] layout, ScalarType dtype) -> Tensor",
     "attention": "(Tensor q, Tensor[] key, int[] key_layout, Tensor[] value, int[] value_layout, Tensor? mask, "
@@ -49,7 +51,9 @@ _SCHEMAS = {
     "Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, Tensor? tail_start, int view) -> Tensor",
 }
 # What reads lengths on the host must stay outside captured CUDA graphs; the Triton kernels do not.
-_CAPTURABLE = ("encode", "decode", "append_", "tail", "attention") if importlib.util.find_spec("triton") else ()
+_CAPTURABLE = (
+    ("encode", "decode", "append_", "append_pair_", "tail", "attention") if importlib.util.find_spec("triton") else ()
+)
 _UNSAFE = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=() if _name.removeprefix("kv_") in _CAPTURABLE else _UNSAFE)
@@ -110,6 +114,25 @@ def append_(
     if kernel:
         check_append(kv, layout, x, slots)
     (kernel or reference.append_)(packed, x, slots)
+
+
+def append_pair_(
+    key: list[Tensor],
+    key_codec: list[Tensor],
+    key_layout: list[int],
+    value: list[Tensor],
+    value_codec: list[Tensor],
+    value_layout: list[int],
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+) -> None:
+    """`append_` to the keys and values of a layer (``codes, window, start, length, encoded``), or to neither."""
+    pairs = ((key, key_codec, key_layout, k), (value, value_codec, value_layout, v))
+    for kv, codec, layout, x in pairs:
+        check_append([*kv, *codec], layout, x, slots)
+    for (codes, window, start, length, encoded), codec, layout, x in pairs:
+        append_(codes, window, length, encoded, start, codec, layout, x, slots)
 
 
 def check_append(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
@@ -261,6 +284,7 @@ _FUNCTIONS = (
     search,
     decode,
     append_,
+    append_pair_,
     check_append,
     tail,
     dequantize,
@@ -275,6 +299,7 @@ _COMPILED = (
     "encode",
     "search",
     "append_",
+    "append_pair_",
     "check_append",
     "attention",
     "nearest",
@@ -353,6 +378,11 @@ def _(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], d
 
 @torch.library.register_fake("torchgsrq::append_", lib=_library)
 def _(codes, window, length, encoded, start, codec, layout, x, slots) -> None:  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("torchgsrq::append_pair_", lib=_library)
+def _(*_: object) -> None:
     return None
 
 

@@ -276,6 +276,13 @@ def _append(kv: GSRQTensor, x: Tensor, slots: Tensor) -> None:
     gsrq.append_(codes, window, length, encoded, start, tables, list(kv.integers), x, slots)
 
 
+def append_pair_(key: GSRQTensor, value: GSRQTensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
+    """Append to both buffers or to neither, in one call of one op: a decode step makes it in every layer."""
+    owned = len(PARTS)
+    (*kv, k_layout), (*other, v_layout) = ((x.parts[:owned], x.parts[owned:], list(x.integers)) for x in (key, value))
+    gsrq.append_pair_(*kv, k_layout, *other, v_layout, k, v, slots)
+
+
 def _index_copy_(kv: GSRQTensor, dim: int, index: Tensor, source: Tensor) -> GSRQTensor:
     if dim not in (2, -2):
         raise ValueError(f"index_copy_ along dim={dim}: a GSRQTensor is written along dim 2, its tokens")
@@ -419,7 +426,8 @@ def _repeat_heads(kv: GSRQTensor, repeats: int) -> Tensor:
 # Reading
 
 
-def _attention(q: Tensor, key: GSRQTensor, value: GSRQTensor, *rest: Any) -> Tensor:
+def attend_codes(q: Tensor, key: Any, value: Any, *rest: Any) -> Tensor:
+    """``kv_attention``, on the parts."""
     for name, kv in (("key", key), ("value", value)):
         if not isinstance(kv, GSRQTensor):
             raise TypeError(f"{name} is a plain tensor; attention on codes takes a GSRQTensor for both")
@@ -468,7 +476,7 @@ def _sdpa(
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])
     causal = reference.UPPER_LEFT if is_causal else reference.NOT_CAUSAL
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = _attention if _made_in_graph((key, value)) else gsrq.kv_attention
+    attend = attend_codes if _made_in_graph((key, value)) else gsrq.kv_attention
     out = attend(query, key, value, attn_mask, scale, causal, 0.0, None, None, None, None, reference.WINDOW)
     return without_gradient(out, query, key, value)
 
@@ -497,7 +505,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     gsrq.kv_append_.default: _append,
     gsrq.kv_place_.default: _place,
     gsrq.kv_tail.default: _tail,
-    gsrq.kv_attention.default: _attention,
+    gsrq.kv_attention.default: attend_codes,
     aten.index_copy_.default: _index_copy_,
     aten.index_put_.default: _index_put_,
     aten.copy_.default: _copy_,
