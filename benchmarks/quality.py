@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate
+from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate, retrieval
 from torchgsrq.codec import LayerCodec
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.kmeans import METHODS
@@ -26,6 +26,7 @@ from torchgsrq.models import inspect_layers
 
 calibration = sys.modules[calibrate.__module__]
 RATES = [2.0, 1.0, 0.5, 0.25]
+FACTS = {"": "found", " nll": "nll"}  # of a retrieval score
 TOKENS = 16384
 PROTOCOL = {"sink_tokens": 1, "recent_tokens": 32, "block_tokens": 1}
 SECTIONS = (
@@ -40,7 +41,7 @@ SECTIONS = (
     "beam",
     "eta",
     "clustering",
-    "passkey",
+    "retrieval",
     "gsrq-paper",
 )
 
@@ -75,11 +76,8 @@ class Bench:
         if (source, tokens) not in self.stats:
             self.stats.clear()
             self.values.clear()
-            if source == "own":
-                windows = calibration.own_text(self.model, tokens, 512, 0, True)
-            else:
-                text = [self.args.calibration.read_text()]
-                windows = calibration.token_windows(self.model, text, tokens, 1024, self.tokenizer)
+            text = None if source == "own" else [self.args.calibration.read_text()]
+            windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, tokens, 0, True)
             self.stats[source, tokens] = calibration.collect_statistics(self.model, self.layers, windows, False)
         return self.stats[source, tokens]
 
@@ -132,17 +130,20 @@ class Bench:
         for bits in self.bits:
             self.score(section, f"{bits:g}", dataclasses.replace(config, bits=bits), books.at(bits))
 
-    def passkey(self) -> None:
-        """Retrieval of a 5-digit key from real text, 20 trials each."""
+    def retrieval(self) -> None:
+        """What the model finds again, with codebooks of its own text."""
         path = self.args.codebooks
         rates = self.args.bits or [1.0, 0.5]
         books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=max(rates)), "own")
-        for tokens in self.args.passkey_tokens or (1024, 2048):
-            for bits in (None, *rates):
-                candidate = None if bits is None else (GSRQConfig(bits=bits), books.at(bits))
-                rate = evaluate.passkey(self.model, self.tokenizer, document(), tokens, 20, candidate)
-                name = "full precision" if bits is None else f"{bits:g}"
-                self.record("passkey", f"{tokens} tokens, {name}", {"retrieved": rate})
+        for tokens in self.args.retrieval_tokens or (1024, 2048):
+            trials = retrieval.trials(self.tokenizer, document(), tokens)
+            rows: dict[str, Any] = {"full precision": (trials, None)}
+            rows["sinks and window alone"] = (retrieval.cut_short(trials, 4, 128), None)
+            rows |= {f"{bits:g}": (trials, (GSRQConfig(bits=bits), books.at(bits))) for bits in rates}
+            for name, (asked, candidate) in rows.items():
+                scores = retrieval.retrieval(self.model, asked, candidate)
+                facts = {f"{task}{x}": getattr(s, y) for task, s in scores.items() for x, y in FACTS.items()}
+                self.record("retrieval", f"{tokens} tokens, {name}", facts)
 
     def record(self, section: str, row: str, facts: dict[str, float]) -> None:
         """Print a row, and add it to the file, to which others may be adding theirs."""
@@ -185,8 +186,8 @@ class Bench:
             for method in METHODS:
                 config = GSRQConfig(bits=0.5)
                 self.score(section, method, config, self.train(config, tokens=4096, method=method))
-        elif section == "passkey":
-            self.passkey()
+        elif section == "retrieval":
+            self.retrieval()
         else:
             config = GSRQConfig(bits=self.bits[0], recipe=section)
             self.rates(section, config, self.train(config))
@@ -202,9 +203,11 @@ def main() -> None:
     parser.add_argument(
         "--bits", action="append", type=float, help="rates; may be repeated; 2, 1, 0.5, 0.25 by default"
     )
-    parser.add_argument("--passkey-tokens", action="append", type=int, help="prompt lengths; 1024 and 2048 by default")
+    parser.add_argument(
+        "--retrieval-tokens", action="append", type=int, help="prompt lengths; 1024 and 2048 by default"
+    )
     parser.add_argument("--json", type=Path, help="add the results to this file")
-    parser.add_argument("--codebooks", type=Path, help="written by own, and read by passkey if it exists")
+    parser.add_argument("--codebooks", type=Path, help="written by own, and read by retrieval if it exists")
     args = parser.parse_args()
     print(f"$ {shlex.join(['python', *sys.argv])}\n{evaluate.environment()}", flush=True)
     bench = Bench(args)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -134,4 +136,34 @@ def llama() -> tuple[torch.nn.Module, Codebooks]:
     return model, tiny_books(model)
 
 
-__all__ = ["SMALL", "TINY", "key_layout", "make_codec", "make_pair", "tiny_books", "tiny_llama", "value_layout"]
+class Words:
+    """A tokenizer: words, spaces before them, and other characters one by one."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, int] = {}
+        self("amber birch cedar dune ember fjord grove heron iris jade kelp lark moss nectar opal pine quartz reed")
+        self.size = len(self.known)  # other words get ids as they come
+
+    def __call__(self, text, return_tensors=None, **_):
+        ids = [self.known.setdefault(p, len(self.known)) for p in re.findall(r" ?[A-Za-z]+|\s|.", text)]
+        return SimpleNamespace(input_ids=ids if return_tensors is None else torch.tensor([ids]))
+
+    def decode(self, ids):
+        names = {i: piece for piece, i in self.known.items()}
+        return "".join(names[int(i)] for i in ids)
+
+    def __len__(self) -> int:
+        return self.size
+
+
+__all__ = [
+    "SMALL",
+    "TINY",
+    "Words",
+    "key_layout",
+    "make_codec",
+    "make_pair",
+    "tiny_books",
+    "tiny_llama",
+    "value_layout",
+]

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import SMALL, tiny_books, tiny_llama
-from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, quantize_kv_
+from tests.conftest import SMALL, Words, tiny_books, tiny_llama
+from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, quantize_kv_, text
 from torchgsrq.codec import Codec
 from torchgsrq.config import RECIPES
 from torchgsrq.kmeans import train_codebook
@@ -130,13 +130,13 @@ def test_passes_over_the_data_change_nothing(model):
     ids=["tensor", "rows", "list of tensors", "batch", "lists of ids"],
 )
 def test_kinds_of_data(model, data):
-    assert torch.equal(module.token_windows(model, data, 512, 128), TOKENS.view(4, 128))
+    assert torch.equal(text.token_windows(model, data, 512, 128), TOKENS.view(4, 128))
 
 
 def test_padding_is_no_data(model):
     mask = torch.ones(4, 128, dtype=torch.long)
     mask[:, :28] = 0
-    got = module.token_windows(model, [{"input_ids": TOKENS.view(4, 128), "attention_mask": mask}], 512, 100)
+    got = text.token_windows(model, [{"input_ids": TOKENS.view(4, 128), "attention_mask": mask}], 512, 100)
     assert torch.equal(got, TOKENS.view(4, 128)[:, 28:])
 
 
@@ -144,18 +144,38 @@ def test_strings_need_a_tokenizer(model):
     def tokenizer(text, **_):
         return type("Out", (), {"input_ids": torch.tensor([[ord(c) % 100 for c in text]])})
 
-    got = module.token_windows(model, ["abc" * 100], 512, 128, tokenizer)
+    got = text.token_windows(model, ["abc" * 100], 512, 128, tokenizer)
     assert got.shape == (2, 128) and got[0, :3].tolist() == [97, 98, 99]
     with pytest.raises(ValueError, match="data holds 3 tokens; calibration needs at least 128"):
-        module.token_windows(model, ["abc"], 512, 128, tokenizer)
+        text.token_windows(model, ["abc"], 512, 128, tokenizer)
 
 
 def test_the_model_writes_its_own_text(model, caplog):
     with caplog.at_level(logging.INFO, "torchgsrq"):
-        a = module.own_text(model, 256, 64, seed=0, progress=False)
-    b = module.own_text(model, 256, 64, seed=0, progress=False)
+        a = text.own_text(model, 256, 64, seed=0, progress=False)
+    b = text.own_text(model, 256, 64, seed=0, progress=False)
     assert a.shape == (4, 64) and torch.equal(a, b) and a.unique().numel() > 20
-    assert not torch.equal(a, module.own_text(model, 256, 64, seed=1, progress=False))
+    assert not torch.equal(a, text.own_text(model, 256, 64, seed=1, progress=False))
+
+
+def test_recall_windows(model):
+    """Half of a window twice, and lists told twice in two orders; half as many as there are windows."""
+    words = Words()
+    for size in (128, 256):
+        windows = torch.randint(3, 100, (6, size), generator=torch.Generator().manual_seed(0))
+        made = text.recall_windows(windows, words, seed=0)
+        assert made.shape == (3, size) and torch.equal(made, text.recall_windows(windows, words, seed=0))
+        for window, source in zip(made[:2], windows[-2:], strict=True):
+            assert torch.equal(window, source[: size // 2].repeat(2))
+        lines = words.decode(made[2]).split("\n")
+        assert len(set(lines[:-1])) < len(lines) - 2, "most lines come twice"
+        assert all(len(line.split(": ")[1]) == 5 for line in lines[:2])
+        alone = text.recall_windows(windows, None, seed=0)
+        assert torch.equal(alone, windows[3:, : size // 2].repeat(1, 2))
+    assert text.recall_windows(windows[:1], words, seed=0).shape == (0, 256)
+    data = torch.randint(3, 100, (512,))
+    windows, source = module.calibration_windows(model, data, None, 512, 0, False)
+    assert windows.shape == (1, 512) and source == "data"
 
 
 def test_disk_cache(model, tmp_path, monkeypatch, caplog):
@@ -167,7 +187,7 @@ def test_disk_cache(model, tmp_path, monkeypatch, caplog):
         dequantize_kv_(model)
         files = list(tmp_path.glob("*.safetensors"))
         assert len(files) == 1
-        assert "512 tokens that the model wrote itself; real text" in caplog.text
+        assert "text that the model wrote itself; real text" in caplog.text
         caplog.clear()
         quantize_kv_(model, dataclasses.replace(SMALL, recent_tokens=16), progress=False)
         assert "codebooks cached at" in caplog.text and "wrote itself" not in caplog.text

@@ -8,10 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from torchgsrq import Codebooks, GSRQConfig, calibrate, new_cache
+from torchgsrq import Codebooks, GSRQConfig, calibrate, new_cache, retrieval
 from torchgsrq.cli import app
 from torchgsrq.embedded import document, load_model
-from torchgsrq.evaluate import key_error, passkey_prompt, quality, quantized
+from torchgsrq.evaluate import key_error, quality, quantized
 
 pytestmark = pytest.mark.slow
 FIELDS = {
@@ -66,12 +66,15 @@ def test_generation_continues_real_text(smol):
     assert report.total < report.full_precision_bytes / 4
 
 
-def test_passkey_prompt_hides_the_key(smol):
-    _, tokenizer, _, _ = smol
-    text_ids = ids_of(tokenizer, document()[:50000])
-    prompt, key = passkey_prompt(text_ids, tokenizer, 500, seed=3)
-    said = tokenizer.decode(prompt[0])
-    assert prompt.shape == (1, 500) and said.count(key) == 2 and said.endswith("The pass key is")
+def test_retrieval(smol):
+    """The model finds the key in full precision, not without the text, and mostly through the codes of 1 bit."""
+    model, tokenizer, books, _ = smol
+    trials = retrieval.trials(tokenizer, document(), 400, tasks=["keys"], count=2)
+    full = retrieval.retrieval(model, trials)["keys"]
+    floor = retrieval.retrieval(model, retrieval.cut_short(trials, 4, 32))["keys"]
+    coded = retrieval.retrieval(model, trials, (GSRQConfig(bits=1), books))["keys"]
+    assert full.found >= 0.6 > 0.3 >= floor.found
+    assert full.nll < coded.nll < floor.nll
 
 
 def test_demo_and_evaluate_commands(smol):

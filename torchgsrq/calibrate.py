@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from torchgsrq import models
+from torchgsrq import models, text
 from torchgsrq.codec import VERSION, Codebooks, Codec, LayerCodec
 from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.kmeans import fit_to_loss, train_codebook
@@ -28,6 +28,7 @@ TOKENS = 16384  # of calibration text
 WINDOW = 1024  # tokens of a calibration sequence
 FAR = 32  # a query's nearer neighbours are in the recent window and do not count
 KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: README
+_RECIPE = 1  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
 _QUERY_STRIDE = 4  # every 4th query is enough
 _ROTATIONS = 256  # relative offsets that the query metric is averaged over
 
@@ -279,108 +280,6 @@ def train(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def token_windows(
-    model: PreTrainedModel, data: Iterable[Any], tokens: int, window: int, tokenizer: Any = None
-) -> Tensor:
-    """Cut data into windows: strings, 1-D or 2-D token tensors, lists of ids, or batches with ``input_ids``.
-
-    Returns:
-        int64 ``[windows, window]``, about ``tokens`` tokens in all; fewer where the data is shorter.
-
-    Raises:
-        TypeError: an item of another kind. ValueError: no tokenizer, token ids that are no integers of the model's
-            vocabulary, or too few tokens.
-    """
-    vocabulary = getattr(models.text_config(model), "vocab_size", None)
-    pieces: list[Tensor] = []
-    have = 0
-    data = [data] if isinstance(data, (str, Tensor)) or hasattr(data, "keys") else data
-    if not isinstance(data, Iterable):
-        raise TypeError(f"data is a {type(data).__name__}; expected strings, token tensors or batches")
-    for number, item in enumerate(data):
-        if isinstance(item, str):
-            tokenizer = _tokenizer_of(model) if tokenizer is None else tokenizer
-            item = tokenizer(item, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
-        elif hasattr(item, "keys"):
-            mask, item = item.get("attention_mask"), torch.as_tensor(item["input_ids"])
-            item = item if mask is None else item[torch.as_tensor(mask).bool()]
-        try:
-            piece = torch.as_tensor(item).flatten()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"data[{number}] is a {type(item).__name__}; expected a string, token ids or a batch with input_ids"
-            ) from error
-        if piece.is_floating_point() or piece.is_complex() or piece.dtype == torch.bool:
-            raise ValueError(f"data[{number}] holds {piece.dtype}; token ids are integers")
-        if piece.numel() and (int(piece.min()) < 0 or (vocabulary and int(piece.max()) >= vocabulary)):
-            raise ValueError(
-                f"data[{number}] holds token ids from {int(piece.min())} to {int(piece.max())}; "
-                f"the model's vocabulary is 0 to {vocabulary - 1 if vocabulary else '...'}"
-            )
-        pieces.append(piece.long())
-        have += piece.numel()
-        if have >= tokens:
-            break
-    stream = torch.cat(pieces)[:tokens] if pieces else torch.zeros(0, dtype=torch.long)
-    if stream.numel() < 4 * FAR:
-        raise ValueError(f"data holds {stream.numel()} tokens; calibration needs at least {4 * FAR}, better {TOKENS}")
-    window = min(window, stream.numel())
-    return stream[: stream.numel() // window * window].view(-1, window)
-
-
-def _tokenizer_of(model: PreTrainedModel) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model.name_or_path)
-    except Exception as error:  # whatever a hub, a folder or its files can raise
-        raise ValueError(
-            f"data holds strings, and no tokenizer was found for {type(model).__name__} "
-            f"(name_or_path={model.name_or_path!r}): pass tokenizer="
-        ) from error
-
-
-def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progress: bool) -> Tensor:
-    """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch."""
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-
-    config = models.text_config(model)
-    start = next((t for t in (config.bos_token_id, config.eos_token_id, 0) if isinstance(t, int)), 0)
-    rows = -(-tokens // window)
-    prompt = torch.full((rows, 1), start, device=models.input_device(model))
-    with tqdm(total=window - 1, desc="writing calibration text", disable=not progress) as bar:
-
-        class Tick(LogitsProcessor):
-            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-                bar.update()
-                return scores
-
-        generation = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=window - 1,
-            min_new_tokens=window - 1,
-            pad_token_id=start,
-            eos_token_id=config.eos_token_id,
-        )
-        with torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
-            torch.manual_seed(seed)
-            what = f"{type(model).__name__} could not write its own calibration text"
-            with models.refusing(what, ": call calibrate(model, config, data=...) with text"):
-                return model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=generation,
-                    logits_processor=LogitsProcessorList([Tick()]),
-                )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
 
@@ -401,9 +300,10 @@ def calibrate(
         model: a transformers decoder, not quantized.
         config: rates, layout, frame, recipe and seed are used.
         data: text of the kind that the model will read: strings, token tensors, or batches. Without it
-            the model writes its own, which costs a third of the quality.
-        tokenizer: for strings; the one of ``model.name_or_path`` by default.
-        tokens: how much of the data to use, 16384 by default.
+            the model writes its own, which costs quality (README).
+        tokenizer: for strings, and for lists that the model looks things up in (`text.recall_windows`); the one of
+            ``model.name_or_path`` by default.
+        tokens: how much of the data to use, 16384 by default; half as much again is made of it.
         max_memory: bytes of vectors held at a time; more layers than fit are calibrated in several passes.
         progress: show bars.
 
@@ -446,17 +346,28 @@ def _calibrate(
         made = {shape: Codebooks.universal(config, 1, *shape)[0] for shape in shapes}
         books = {i: made[info.kv_heads, info.head_dim] for i, info in layers.items()}
         return Codebooks(books, {**facts, "source": "none", "tokens": 0})
-    window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", None) or WINDOW)
-    if data is None:
-        windows, source = own_text(model, tokens, window // 2, config.seed, progress), "text the model wrote itself"
-        log.info(
-            "calibrating on %d tokens that the model wrote itself; real text of your own kind (data=) is better",
-            windows.numel(),
-        )
-    else:
-        windows, source = token_windows(model, data, tokens, window, tokenizer), "data"
+    windows, source = calibration_windows(model, data, tokenizer, tokens, config.seed, progress)
     trained = _train_layers(model, config, layers, windows, max_memory, progress)
     return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
+
+
+def calibration_windows(
+    model: PreTrainedModel, data: Iterable[Any] | None, tokenizer: Any, tokens: int, seed: int, progress: bool
+) -> tuple[Tensor, str]:
+    """What a model reads in calibration, and a word on where it is from.
+
+    Returns:
+        token ids ``[n, window]``: data, or text that the model writes itself, and half as much again in which it has to
+        look things up (`text.recall_windows`).
+    """
+    window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", None) or WINDOW)
+    source = "data"
+    if data is None:  # written in short rows, which is faster, and read as one text
+        data, source = [text.own_text(model, tokens, window // 4, seed, progress)], "text the model wrote itself"
+        log.info("calibrating on text that the model wrote itself; real text of your own kind (data=) is better")
+    windows = text.token_windows(model, data, tokens, window, tokenizer)
+    tokenizer = text.known_tokenizer(model) if tokenizer is None else tokenizer
+    return torch.cat((windows, text.recall_windows(windows.cpu(), tokenizer, seed).to(windows.device))), source
 
 
 def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
@@ -538,7 +449,7 @@ def cached_codebooks(
     """
     owner = models.fingerprint(model, layers or models.inspect_layers(model))
     skipped = "-skip" + "_".join(map(str, config.skip_layers)) if config.skip_layers else ""
-    stem = f"{owner['shape']}-{config.codec_key()}{skipped}-v{VERSION}"
+    stem = f"{owner['shape']}-{config.codec_key()}{skipped}-v{VERSION}.{_RECIPE}"
     for path in sorted(cache_folder().glob(f"{stem}-*.safetensors")):
         try:
             books = Codebooks.load(path)

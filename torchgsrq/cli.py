@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from torchgsrq import evaluate as measures
+from torchgsrq import retrieval as tasks
 from torchgsrq.api import new_cache
 from torchgsrq.calibrate import TOKENS, cached_codebooks, calibrate
 from torchgsrq.codec import Codebooks
@@ -198,12 +199,12 @@ def evaluate_command(
     recent: Annotated[int, typer.Option(help="recent tokens")] = GSRQConfig.recent_tokens,
     block: Annotated[int, typer.Option(help="tokens encoded together")] = GSRQConfig.block_tokens,
     shift: Annotated[int, typer.Option(help="move all positions by this much")] = 0,
-    passkey: Annotated[int, typer.Option(help="also this many passkey trials, of --context tokens")] = 0,
+    retrieval: Annotated[int, typer.Option(help="also so many trials of each retrieval task, of --context tokens")] = 0,
     codebooks: Books = None,
     seed: Seed = 0,
     json_only: Json = False,
 ) -> None:
-    """Perplexity, KL divergence and agreement of quantized caches on held-out text."""
+    """What quantized caches cost: perplexity, KL divergence, error of attention, and what they still find."""
     rates = sorted(bits or [1.0], reverse=True)
     llm, tokenizer = load_model(model)
     document_text = _read(text)
@@ -242,14 +243,20 @@ def evaluate_command(
                 nested = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens)
             candidates[f"{name} {rate:g}"] = (config, nested)
     found = measures.quality(llm, cuts, candidates, shift) if windows else {}
+    trials = tasks.trials(tokenizer, document_text, context, count=retrieval, seed=seed) if retrieval else {}
+    answered = {"full precision": tasks.retrieval(llm, trials)} if retrieval else {}
+    if retrieval:
+        answered["sinks and window alone"] = tasks.retrieval(llm, tasks.cut_short(trials, sinks, recent))
     rows: list[dict[str, Any]] = []
     for name, (config, books) in candidates.items():
         row = {"recipe": config.recipe, "bits": config.bits, **dataclasses.asdict(found[name])}
         row["key_error"] = measures.key_error(llm, cuts[0], books.at(config.bits), shift)
         row["output_error"] = measures.output_error(llm, cuts[0], config, books.at(config.bits))
-        if passkey:
-            row["passkey"] = measures.passkey(llm, tokenizer, document_text, context, passkey, (config, books))
+        for tokens_held in (context, 131072):
+            row[f"true_bits_{tokens_held}"] = measures.true_bits(config, books.at(config.bits), tokens_held)
         rows.append(row)
+        if retrieval:
+            answered[name] = tasks.retrieval(llm, trials, (config, books))
     facts = {
         "model": model or NAME,
         "context": context,
@@ -262,25 +269,45 @@ def evaluate_command(
         "block": block,
         "environment": measures.environment(),
     }
-    full_passkey = measures.passkey(llm, tokenizer, document_text, context, passkey) if passkey else None
     if json_only:
-        print(json.dumps({**facts, "passkey_full": full_passkey, "results": rows}))
+        found_by = {name: {task: dataclasses.asdict(s) for task, s in x.items()} for name, x in answered.items()}
+        print(json.dumps({**facts, "results": rows, "retrieval": found_by}))
         return
     table = Table(
         title=f"{facts['model']}: {len(cuts)} windows of {context} tokens, positions + {shift}; layout {layout}, frame "
         f"{facts['frame']}, {sinks} sinks, {recent} recent tokens, blocks of {block}",
         caption=measures.environment(),
     )
-    names = ["recipe", "bits", "perplexity", "KL, nats", "same next token", "key error", "output error"]
-    for name in names + ["passkey"] * bool(passkey):
+    names = ("recipe", "bits", "at 128k, all", "perplexity", "KL, nats", "95%", "KL p99", "same token", "output error")
+    for name in names:
         table.add_column(name, justify="left" if name == "recipe" else "right")
-    full = ["full precision", f"{8 * llm.dtype.itemsize}", f"{rows[0]['ppl_full']:.3f}", "0", "100%", "0", "0"]
-    table.add_row(*full, *([f"{full_passkey:.0%}"] if full_passkey is not None else []))
+    width = f"{8 * llm.dtype.itemsize}"
+    table.add_row("full precision", width, "16", f"{rows[0]['ppl_full']:.3f}", "0", "", "0", "100%", "0")
     for row in rows:
-        cells = [row["recipe"], f"{row['bits']:g}", f"{row['ppl']:.3f}", f"{row['kl']:.4f}", f"{row['agreement']:.1%}"]
         outputs = row["output_error"].values()
-        cells += [f"{row['key_error']:.4f}", f"{sum(outputs) / len(outputs):.4f}"]
-        table.add_row(*cells, *([f"{row['passkey']:.0%}"] if passkey else []))
+        table.add_row(
+            row["recipe"],
+            f"{row['bits']:g}",
+            f"{row['true_bits_131072']:.2f}",
+            f"{row['ppl']:.3f}",
+            f"{row['kl']:.4f}",
+            f"{row['kl_low']:.3f}-{row['kl_high']:.3f}",
+            f"{row['kl_p99']:.2f}",
+            f"{row['agreement']:.1%}",
+            f"{sum(outputs) / len(outputs):.4f}",
+        )
+    Console(width=120).print(table)
+    if retrieval:
+        _print_answers(answered)
+
+
+def _print_answers(answered: dict[str, dict[str, tasks.Score]]) -> None:
+    table = Table(title="answers found: fraction, and nats per token of the right answer")
+    table.add_column("")
+    for task, score in next(iter(answered.values())).items():
+        table.add_column(f"{task} ({score.answers})", justify="right")
+    for name, scores in answered.items():
+        table.add_row(name, *(f"{s.found:.0%}  {s.nll:.2f}" for s in scores.values()))
     Console(width=120).print(table)
 
 

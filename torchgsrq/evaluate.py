@@ -1,11 +1,10 @@
-"""What quantization costs and saves: perplexity, KL, agreement, passkey retrieval, memory, speed."""
+"""What quantization costs and saves: perplexity, KL, agreement, error of attention, bits, speed."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import platform
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torchgsrq import models, reference
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.attention import dense_attention, gsrq_attention
 from torchgsrq.codec import Codebooks
-from torchgsrq.config import GSRQConfig
+from torchgsrq.config import GSRQConfig, encoded_tokens
 from torchgsrq.layer import GSRQLayer
 
 Candidate = tuple[GSRQConfig, Codebooks]
@@ -32,14 +31,55 @@ class Quality:
     """Against the full-precision model, on the same text.
 
     Attributes:
-        ppl, ppl_full: perplexity per token. kl: mean KL divergence of the next-token distributions, nats.
+        ppl, ppl_full: perplexity per token.
+        kl, kl_median, kl_p99: KL divergence of the next-token distributions, nats: mean, median and 99th percentile.
+        kl_low, kl_high: 95% confidence interval of the mean, by bootstrap over stretches of 64 tokens.
         agreement: fraction of positions whose most likely next token is the same.
     """
 
     ppl_full: float
     ppl: float
     kl: float
+    kl_median: float
+    kl_p99: float
+    kl_low: float
+    kl_high: float
     agreement: float
+
+
+class Comparison:
+    """Next-token distributions of a quantized run against full precision, window by window."""
+
+    def __init__(self) -> None:
+        self.kl: list[Tensor] = []
+        self.nll: list[Tensor] = []
+        self.nll_full: list[Tensor] = []
+        self.same: list[Tensor] = []
+
+    def add(self, ids: Tensor, full: Tensor, got: Tensor) -> None:
+        """One window: token ids ``[n]``, and log-probabilities ``[n, vocabulary]`` after each of them."""
+        full, got, targets = full[:-1], got[:-1], ids[1:, None]
+        self.kl.append((full.exp() * (full - got)).sum(-1).cpu())
+        self.same.append((full.argmax(-1) == got.argmax(-1)).float().cpu())
+        for kept, distribution in ((self.nll, got), (self.nll_full, full)):
+            kept.append(-distribution.gather(1, targets)[:, 0].cpu())
+
+    def result(self) -> Quality:
+        """Over all windows."""
+        kl, nll, nll_full, same = (torch.cat(x).double() for x in (self.kl, self.nll, self.nll_full, self.same))
+        means = torch.stack([stretch.mean() for window in self.kl for stretch in window.double().split(64)])
+        drawn = torch.randint(len(means), (2000, len(means)), generator=torch.Generator().manual_seed(0))
+        low, high = means[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        return Quality(
+            math.exp(nll_full.mean()),
+            math.exp(nll.mean()),
+            float(kl.mean()),
+            float(kl.median()),
+            float(kl.quantile(0.99)),
+            low,
+            high,
+            float(same.mean()),
+        )
 
 
 @contextmanager
@@ -50,6 +90,11 @@ def quantized(model: PreTrainedModel, config: GSRQConfig, codebooks: Codebooks) 
         yield
     finally:
         dequantize_kv_(model)
+
+
+def for_measuring(config: GSRQConfig) -> GSRQConfig:
+    """The same, with prompts read through what is stored, as a long generation would have it."""
+    return dataclasses.replace(config, prefill="quantized")
 
 
 @torch.no_grad()
@@ -63,26 +108,29 @@ def quality(
         candidates: name to config and codebooks; ``prefill="quantized"`` is set here.
         shift: added to all positions of the quantized run.
     """
-    sums = {name: [0.0, 0.0, 0.0] for name in candidates}
-    full_nll, count = 0.0, 0
+    comparisons = {name: Comparison() for name in candidates}
     for window in windows:
         ids = window.view(1, -1).to(model.device)
-        targets = ids[0, 1:, None]
         full = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
-        full_nll -= float(full[:-1].gather(1, targets).sum())
-        count += ids.shape[1] - 1
         positions = torch.arange(ids.shape[1], device=ids.device)[None] + shift
         for name, (config, codebooks) in candidates.items():
-            with quantized(model, dataclasses.replace(config, prefill="quantized"), codebooks):
+            with quantized(model, for_measuring(config), codebooks):
                 got = model(ids, use_cache=True, position_ids=positions).logits[0].float().log_softmax(-1)
-            sums[name][0] -= float(got[:-1].gather(1, targets).sum())
-            sums[name][1] += float((full[:-1].exp() * (full[:-1] - got[:-1])).sum())
-            sums[name][2] += float((full[:-1].argmax(-1) == got[:-1].argmax(-1)).sum())
-    perplexity = math.exp(full_nll / count)
-    return {
-        name: Quality(perplexity, math.exp(nll / count), kl / count, same / count)
-        for name, (nll, kl, same) in sums.items()
-    }
+            comparisons[name].add(ids[0], full, got)
+    return {name: comparison.result() for name, comparison in comparisons.items()}
+
+
+def true_bits(config: GSRQConfig, codebooks: Codebooks, tokens: int) -> float:
+    """Bits per element of a cache of so many tokens, its window in 16 bits, with everything counted: codes, sinks,
+    window and codebooks."""
+    coded = encoded_tokens(tokens, config.recent_tokens, config.block_tokens)
+    window = config.sink_tokens + config.recent_tokens + config.block_tokens
+    size = elements = 0
+    for layer in codebooks.layers.values():
+        for codec in layer:
+            size += codec.heads * (coded * codec.num_codes + 2 * window * codec.head_dim) + codec.nbytes()
+            elements += codec.heads * tokens * codec.head_dim
+    return 8 * size / max(elements, 1)
 
 
 @torch.no_grad()
@@ -128,7 +176,7 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
     Returns:
         layer to ``sum |o' - o|^2 / sum |o|^2``, over all heads and tokens.
     """
-    small = dataclasses.replace(config, prefill="quantized")
+    small = for_measuring(config)
     errors = {}
 
     def observer(module: Any, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Any) -> None:
@@ -144,47 +192,6 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
     with models.observed(model, observer):
         models.decoder(model)(input_ids=window.view(1, -1).to(model.device), use_cache=False)
     return errors
-
-
-def passkey_prompt(text_ids: Tensor, tokenizer: Any, tokens: int, seed: int) -> tuple[Tensor, str]:
-    """A passkey hidden in real text, at random depth: prompt ids ``[1, about tokens]`` and the digits."""
-    rng = random.Random(seed)
-    key = f"{rng.randrange(100000):05d}"
-
-    def ids(text: str) -> Tensor:
-        return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-
-    head = ids("There is an important pass key hidden inside a lot of irrelevant text. Find it and memorize it.\n")
-    needle = ids(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
-    question = ids("\nWhat is the pass key? The pass key is")
-    start = rng.randrange(text_ids.numel() - tokens)
-    filler = text_ids[start : start + tokens - head.numel() - needle.numel() - question.numel()]
-    depth = rng.randrange(filler.numel())
-    return torch.cat((head, filler[:depth], needle, filler[depth:], question))[None], key
-
-
-@torch.no_grad()
-def passkey(
-    model: PreTrainedModel, tokenizer: Any, text: str, tokens: int, trials: int, candidate: Candidate | None = None
-) -> float:
-    """Fraction of passkeys retrieved, greedily, with the prompt read through the quantized cache.
-
-    Args:
-        tokens: length of the prompts. candidate: config and codebooks, or None for full precision.
-    """
-    text_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    found = 0
-    for trial in range(trials):
-        prompt, key = passkey_prompt(text_ids, tokenizer, tokens, seed=trial)
-        prompt = prompt.to(model.device)
-        arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 7, "do_sample": False}
-        if candidate is None:
-            out = model.generate(prompt, **arguments)
-        else:
-            with quantized(model, dataclasses.replace(candidate[0], prefill="quantized"), candidate[1]):
-                out = model.generate(prompt, **arguments)
-        found += key in tokenizer.decode(out[0, prompt.shape[1] :])
-    return found / trials
 
 
 @torch.no_grad()

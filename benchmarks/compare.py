@@ -1,0 +1,147 @@
+"""Methods of quantizing a KV cache side by side: quality, retrieval and bits, on one model and one text.
+
+    python benchmarks/compare.py --text wikitext2-test.txt --calibration wikitext2-valid.txt --json compare.json
+
+Every method reads the same windows and answers the same questions, through what it would have stored; 1 sink token and
+32 recent tokens are exact for all, more where a method stores whole groups of tokens. Methods that learn beforehand
+learn from the same windows (`calibration_windows`). What differs from the others' papers is said in ``peers/``. Takes
+about an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers.base import Method, through
+from peers.kivi import Kivi
+from peers.kvquant import KVQuant
+from peers.nsnquant import NSNQuant
+from peers.ours import GSRQ
+from peers.streaming import Streaming
+from peers.turboquant import TurboQuant
+from peers.vectors import CQ, VQLLM, TaSQ
+from torch import Tensor
+
+from torchgsrq import GSRQConfig, calibrate, evaluate, retrieval
+from torchgsrq.embedded import NAME, document, load_model
+from torchgsrq.models import inspect_layers
+
+calibration = sys.modules[calibrate.__module__]
+CONTEXT = 1024
+LONG = 131072  # where codebooks and window hardly count
+
+
+def gsrq(**fields: Any) -> Callable[[], Method]:
+    """A method of this project."""
+    return lambda: GSRQ(GSRQConfig(**fields))
+
+
+METHODS: dict[str, list[Callable[[], Method]]] = {
+    "full": [Method],
+    "gsrq": [gsrq(bits=b) for b in (2, 1, 0.75, 0.5, 0.25)],
+    "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5, 0.25)],
+    "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper") for b in (2, 1, 0.5)],
+    "kmeans": [gsrq(bits=b, recipe="kmeans") for b in (1, 0.5)],
+    "kivi": [lambda: Kivi(4), lambda: Kivi(2)],
+    "kvquant": [lambda: KVQuant(2), lambda: KVQuant(1)],
+    "turboquant": [lambda: TurboQuant(3), lambda: TurboQuant(2), lambda: TurboQuant(1)],
+    "vqllm": [lambda: VQLLM(2), lambda: VQLLM(1), lambda: VQLLM(0.5)],
+    "cq": [lambda: CQ(1)],
+    "nsnquant": [NSNQuant],
+    "tasq": [lambda: TaSQ(2), lambda: TaSQ(1)],
+    "streaming": [lambda: Streaming(2, CONTEXT), lambda: Streaming(1, CONTEXT)],
+}
+
+
+class Bench:
+    """The model, the texts, the questions."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.model, self.tokenizer = load_model(args.model)
+        self.layers = inspect_layers(self.model)
+        ids = self.tokenizer(args.text.read_text(), return_tensors="pt", add_special_tokens=False, verbose=False)
+        self.windows = [ids.input_ids[0][s : s + CONTEXT] for s in range(0, 4096 * args.windows, 4096)]
+        self.full = [self.read(window) for window in self.windows]
+        self.trials = retrieval.trials(
+            self.tokenizer,
+            document(),
+            args.context,
+            tasks=args.task or ("passkey", "keys", "lookup"),
+            count=args.trials,
+        )
+        text = [args.calibration.read_text()] if args.calibration else None
+        windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, args.tokens, 0, True)
+        self.stats = calibration.collect_statistics(self.model, self.layers, windows)
+
+    @torch.no_grad()
+    def read(self, window: Tensor) -> Tensor:
+        """Log-probabilities after every token of a window."""
+        return self.model(window[None], use_cache=False).logits[0].float().log_softmax(-1)
+
+    def measure(self, method: Method) -> dict[str, Any]:
+        """A row of the table."""
+        begin = time.perf_counter()
+        method.fit(self.stats)
+        facts: dict[str, Any] = {
+            "bits": method.true_bits(LONG),
+            f"bits_{self.args.context}": method.true_bits(self.args.context),
+            "bits_without_codebooks": method.true_bits(LONG) - 8 * method.codebook_bytes() / self.elements(method),
+        }
+        comparison = evaluate.Comparison()
+        with through(self.model, method):
+            for window, full in zip(self.windows, self.full, strict=True):
+                comparison.add(window, full, self.read(window))
+            scores = retrieval.retrieval(self.model, self.trials)
+        facts |= dataclasses.asdict(comparison.result())
+        facts["found"] = sum(s.found for s in scores.values()) / len(scores)
+        facts["answer_nll"] = sum(s.nll for s in scores.values()) / len(scores)
+        facts["tasks"] = {task: dataclasses.asdict(s) for task, s in scores.items()}
+        return {**facts, "seconds": time.perf_counter() - begin}
+
+    @staticmethod
+    def elements(method: Method) -> int:
+        """Of a cache of `LONG` tokens."""
+        return LONG * sum(2 * info.kv_heads * info.head_dim for info in method.layers.values())
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"hub ID or folder; {NAME} by default")
+    parser.add_argument("--text", type=Path, required=True, help="what perplexity and KL are measured on")
+    parser.add_argument("--calibration", type=Path, help="what methods learn from; the model's own text by default")
+    parser.add_argument("--tokens", type=int, default=calibration.TOKENS, help="of calibration text")
+    parser.add_argument("--windows", type=int, default=3, help=f"of {CONTEXT} tokens")
+    parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a text that hides an answer")
+    parser.add_argument("--trials", type=int, default=4, help="texts of each retrieval task")
+    parser.add_argument("--task", action="append", choices=retrieval.TASKS, help="may be repeated")
+    parser.add_argument("--method", action="append", choices=METHODS, help="may be repeated; all by default")
+    parser.add_argument("--json", type=Path, help="write the results to this file as they come")
+    args = parser.parse_args()
+    print(f"$ {shlex.join(['python', *sys.argv])}\n{evaluate.environment()}", flush=True)
+    bench = Bench(args)
+    results: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": evaluate.environment()}
+    results["methods"] = json.loads(args.json.read_text())["methods"] if args.json and args.json.exists() else {}
+    for family in args.method or METHODS:
+        for make in METHODS[family]:
+            method = make()
+            facts = {"family": family, **bench.measure(method)}
+            results["methods"][method.name] = facts
+            shown = ("bits", "ppl", "kl", "kl_p99", "agreement", "found", "answer_nll", "seconds")
+            print(f"{method.name:26s} " + "  ".join(f"{x} {facts[x]:.4g}" for x in shown), flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Calibration text: cut from data, written by the model itself, and made to be looked up and repeated."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from torchgsrq import models
+
+log = logging.getLogger("torchgsrq")
+
+FEWEST = 128  # tokens that calibration can do anything with
+
+
+def token_windows(
+    model: PreTrainedModel, data: Iterable[Any], tokens: int, window: int, tokenizer: Any = None
+) -> Tensor:
+    """Cut data into windows: strings, 1-D or 2-D token tensors, lists of ids, or batches with ``input_ids``.
+
+    Returns:
+        int64 ``[windows, window]``, about ``tokens`` tokens in all; fewer where the data is shorter.
+
+    Raises:
+        TypeError: an item of another kind. ValueError: no tokenizer, token ids that are no integers of the model's
+            vocabulary, or too few tokens.
+    """
+    vocabulary = getattr(models.text_config(model), "vocab_size", None)
+    pieces: list[Tensor] = []
+    have = 0
+    data = [data] if isinstance(data, (str, Tensor)) or hasattr(data, "keys") else data
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data is a {type(data).__name__}; expected strings, token tensors or batches")
+    for number, item in enumerate(data):
+        if isinstance(item, str):
+            tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
+            item = tokenizer(item, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+        elif hasattr(item, "keys"):
+            mask, item = item.get("attention_mask"), torch.as_tensor(item["input_ids"])
+            item = item if mask is None else item[torch.as_tensor(mask).bool()]
+        try:
+            piece = torch.as_tensor(item).flatten()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"data[{number}] is a {type(item).__name__}; expected a string, token ids or a batch with input_ids"
+            ) from error
+        if piece.is_floating_point() or piece.is_complex() or piece.dtype == torch.bool:
+            raise ValueError(f"data[{number}] holds {piece.dtype}; token ids are integers")
+        if piece.numel() and (int(piece.min()) < 0 or (vocabulary and int(piece.max()) >= vocabulary)):
+            raise ValueError(
+                f"data[{number}] holds token ids from {int(piece.min())} to {int(piece.max())}; "
+                f"the model's vocabulary is 0 to {vocabulary - 1 if vocabulary else '...'}"
+            )
+        pieces.append(piece.long())
+        have += piece.numel()
+        if have >= tokens:
+            break
+    stream = torch.cat(pieces)[:tokens] if pieces else torch.zeros(0, dtype=torch.long)
+    if stream.numel() < FEWEST:
+        raise ValueError(f"data holds {stream.numel()} tokens; calibration needs at least {FEWEST}, better 16384")
+    window = min(window, stream.numel())
+    return stream[: stream.numel() // window * window].view(-1, window)
+
+
+def tokenizer_of(model: PreTrainedModel) -> Any:
+    """The tokenizer of ``model.name_or_path``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except Exception as error:  # whatever a hub, a folder or its files can raise
+        raise ValueError(
+            f"data holds strings, and no tokenizer was found for {type(model).__name__} "
+            f"(name_or_path={model.name_or_path!r}): pass tokenizer="
+        ) from error
+
+
+def known_tokenizer(model: PreTrainedModel) -> Any:
+    """The tokenizer of ``model.name_or_path``, or None."""
+    try:
+        return tokenizer_of(model) if model.name_or_path else None
+    except ValueError:
+        log.info("no tokenizer= was given or found: calibration reads no lists, and 1 bit will find a little less")
+        return None
+
+
+def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progress: bool) -> Tensor:
+    """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch."""
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+    config = models.text_config(model)
+    start = next((t for t in (config.bos_token_id, config.eos_token_id, 0) if isinstance(t, int)), 0)
+    rows = -(-tokens // window)
+    prompt = torch.full((rows, 1), start, device=models.input_device(model))
+    ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
+    with tqdm(total=window - 1, desc="writing calibration text", disable=not progress) as bar:
+
+        class Sample(LogitsProcessor):
+            """Leaves the sampled token alone: a cumulative sum, where `generate` draws a number for every word of the
+            vocabulary, which takes a quarter of a small model's time."""
+
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                bar.update()
+                scores[:, ends] = -torch.inf
+                total = scores.float().softmax(-1).cumsum(-1)
+                drawn = torch.rand(len(total), 1, dtype=total.dtype, device=total.device) * total[:, -1:]
+                token = torch.searchsorted(total, drawn, right=True).clamp_max(total.shape[1] - 1)
+                return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+        generation = GenerationConfig(
+            do_sample=False, max_new_tokens=window - 1, pad_token_id=start, eos_token_id=config.eos_token_id
+        )
+        with torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
+            torch.manual_seed(seed)
+            what = f"{type(model).__name__} could not write its own calibration text"
+            with models.refusing(what, ": call calibrate(model, config, data=...) with text"):
+                return model.generate(
+                    prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    generation_config=generation,
+                    logits_processor=LogitsProcessorList([Sample()]),
+                )
+
+
+def recall_windows(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
+    """Windows in which a model looks things up, half as many as those given and of their size.
+
+    In ordinary text attention seldom returns to one distant token, and then codebooks learn little of the keys and
+    queries by which it would. So every second of these windows says half of a given one twice; the others are lists of
+    names and numbers, told and then told again in another order.
+
+    Args:
+        windows: ``[n, window]``, text. tokenizer: for the lists, of which there are none without it.
+    """
+    count, size = len(windows) // 2, windows.shape[1]
+    lists = [] if tokenizer is None else [_list(tokenizer, size, f"{seed} {i}") for i in range(count // 2)]
+    twice = windows[len(windows) - (count - len(lists)) :, : size // 2].repeat(1, 2)
+    made = [*twice, *(x.to(windows.device) for x in lists)]
+    return torch.stack([torch.cat((x, x))[:size] for x in made]) if made else windows[:0]
+
+
+def _list(tokenizer: Any, size: int, seed: str) -> Tensor:
+    """Lines of two words and a number, twice, in two orders: at least ``size / 2`` tokens."""
+    draw = random.Random(seed)
+    words: list[str] = []
+    while len(words) < size:  # of the tokenizer's own vocabulary, in any script
+        word = tokenizer.decode([draw.randrange(len(tokenizer))]).strip()
+        words += [word] if word.isalpha() else []
+    lines: list[str] = []
+    have = 0
+    while have < size // 2 - 16 and len(words) > 1:
+        lines.append(f"{words.pop()} {words.pop()}: {draw.randrange(10**5):05d}\n")
+        have += len(tokenizer(lines[-1], add_special_tokens=False, verbose=False).input_ids)
+    again = draw.sample(lines, len(lines))
+    text = "".join((*lines, *again))
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0].long()
