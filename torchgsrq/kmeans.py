@@ -178,7 +178,7 @@ def train_codebook(
     layout: Layout,
     *,
     method: str = "kmeans",
-    iterations: int = 10,
+    iterations: int = 7,
     seed: int = 0,
     fit: Callable[[Layout, Tensor], Tensor] | None = None,
 ) -> Tensor:

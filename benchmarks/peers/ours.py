@@ -19,7 +19,8 @@ class GSRQ(Method):
     def __init__(self, config: GSRQConfig, span: int = 8192) -> None:
         super().__init__()
         label = {"gsrq": f"GSRQ {config.layout}", "gsrq-paper": "GSRQ, the paper's", "kmeans": "k-means"}
-        self.name, self.config, self.span = f"{label[config.recipe]} {config.bits:g} bit", config, span
+        split = "" if config.key_bits is None else f" (keys {config.key_rate:g}, values {config.value_rate:g})"
+        self.name, self.config, self.span = f"{label[config.recipe]} {config.bits:g} bit{split}", config, span
         self.codecs: dict[int, LayerCodec] = {}
 
     def fit_layer(self, index: int, stats: Statistics) -> None:

@@ -1,0 +1,65 @@
+"""The picture of a comparison: bits against KL divergence and against retrieval, a line for each method.
+
+python benchmarks/plot.py compare.json docs/compare.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+# Okabe and Ito's colours, which the colour-blind tell apart; and a marker each.
+STYLES = {
+    "gsrq": ("GSRQ, quality", "#D55E00", "o"),
+    "fast": ("GSRQ, fast", "#E69F00", "s"),
+    "gsrq-paper": ("GSRQ, the paper's", "#0072B2", "v"),
+    "kmeans": ("the same with k-means", "#56B4E9", "^"),
+    "vqllm": ("VQLLM", "#009E73", "D"),
+    "cq": ("CQ", "#CC79A7", "P"),
+    "tasq": ("TaSQ-like", "#000000", "*"),
+    "nsnquant": ("NSNQuant", "#7F7F7F", "X"),
+    "kvquant": ("KVQuant", "#B59F3B", "<"),
+    "turboquant": ("TurboQuant", "#8C6BB1", ">"),
+    "kivi": ("KIVI", "#A6761D", "p"),
+    "streaming": ("StreamingLLM", "#BBBBBB", "h"),
+}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="what compare.py wrote")
+    parser.add_argument("picture", type=Path, help="PNG file to write")
+    args = parser.parse_args()
+    results = json.loads(args.results.read_text())["methods"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    for family, (label, colour, marker) in STYLES.items():
+        rows: list[dict[str, Any]] = sorted(
+            (r for r in results.values() if r["family"] == family), key=lambda r: r["bits_without_codebooks"]
+        )
+        bits = [r["bits_without_codebooks"] for r in rows]
+        for axis, what in zip(axes, ("kl", "found"), strict=True):
+            style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 2 if "gsrq" in family else 1.2}
+            axis.plot(bits, [r[what] * (100 if what == "found" else 1) for r in rows], label=label, **style)
+    full = next((r for r in results.values() if r["family"] == "full"), None)
+    if full:
+        axes[1].axhline(100 * full["found"], color="black", linestyle=":", linewidth=1)
+        axes[1].text(0.3, 100 * full["found"] + 1, "full precision", fontsize=8)
+    axes[0].set(yscale="log", ylabel="KL divergence, nats (lower is better)")
+    axes[1].set(ylabel="answers found, % (higher is better)")
+    for axis in axes:
+        axis.set(xlabel="bits per element of a 128k cache, codebooks apart", xlim=(0.15, 4.8))
+        axis.grid(alpha=0.3, which="both")
+    axes[0].legend(fontsize=8)
+    figure.savefig(args.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
