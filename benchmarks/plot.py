@@ -1,4 +1,4 @@
-"""The picture of a comparison: bits against KL divergence and against retrieval, a line for each method.
+"""The picture of a comparison, bits against KL divergence and against retrieval, a line for each method; and its table.
 
 python benchmarks/plot.py compare.json docs/compare.png
 """
@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 STYLES = {
     "gsrq": ("GSRQ, quality", "#D55E00", "o"),
     "fast": ("GSRQ, fast", "#E69F00", "s"),
+    "keys-first": ("GSRQ, more bits for keys", "#D55E00", "x"),
     "gsrq-paper": ("GSRQ, the paper's", "#0072B2", "v"),
     "kmeans": ("the same with k-means", "#56B4E9", "^"),
     "vqllm": ("VQLLM", "#009E73", "D"),
@@ -30,6 +31,24 @@ STYLES = {
     "kivi": ("KIVI", "#A6761D", "p"),
     "streaming": ("StreamingLLM", "#BBBBBB", "h"),
 }
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """Rows by bits, in Markdown."""
+    tasks = next(iter(results.values()))["tasks"]
+    asked = ", ".join(f"{task} {score['answers']}" for task, score in tasks.items())
+    lines = [
+        f"| method | bits | with codebooks | perplexity | KL (95%) | KL p99 | same token | found: {asked} | nats |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in sorted(results.items(), key=lambda item: -item[1]["bits_without_codebooks"]):
+        found = " / ".join(f"{score['found']:.0%}" for score in r["tasks"].values())
+        lines.append(
+            f"| {name} | {r['bits_without_codebooks']:.2f} | {r['bits']:.2f} | {r['ppl']:.2f} | {r['kl']:.3f} "
+            f"({r['kl_low']:.3f}-{r['kl_high']:.3f}) | {r['kl_p99']:.2f} | {r['agreement']:.0%} | {found} "
+            f"| {r['answer_nll']:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -59,6 +78,7 @@ def main() -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
     figure.savefig(args.picture, dpi=110)
+    print(table(results))
 
 
 if __name__ == "__main__":

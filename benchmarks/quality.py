@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate, retrieval
 from torchgsrq.codec import LayerCodec
 from torchgsrq.embedded import NAME, document, load_model
@@ -38,6 +40,7 @@ SECTIONS = (
     "kmeans",
     "universal",
     "own",
+    "text",
     "beam",
     "eta",
     "clustering",
@@ -145,6 +148,28 @@ class Bench:
                 facts = {f"{task}{x}": getattr(s, y) for task, s in scores.items() for x, y in FACTS.items()}
                 self.record("retrieval", f"{tokens} tokens, {name}", facts)
 
+    def text(self) -> None:
+        """What calibration reads, one thing after the other: the same text in short and in long windows, text that is
+        repeated, and lists."""
+        text, config = [self.args.calibration.read_text()], GSRQConfig(bits=1)
+        span = calibration.rope_span(self.model)
+        trials = retrieval.trials(self.tokenizer, document(), 1024, tasks=("keys", "lookup"), count=4)
+        long = calibration.text.token_windows(self.model, text, TOKENS, 1024, self.tokenizer)
+        recall = [calibration.text.recall_windows(long, tokenizer, 0) for tokenizer in (None, self.tokenizer)]
+        for row, windows in {
+            "windows of 512": long.view(-1, 512),
+            "windows of 1024": long,
+            "and text twice": torch.cat((long, recall[0])),
+            "and lists": torch.cat((long, recall[1])),
+        }.items():
+            stats = calibration.collect_statistics(self.model, self.layers, windows, False)
+            layers = {i: calibration.train(s, config, span) for i, s in stats.items()}
+            books = Codebooks(layers, {"config": config.codec_fields(), "source": row, "tokens": windows.numel()})
+            self.score("text", row, config, books)
+            scores = retrieval.retrieval(self.model, trials, (dataclasses.replace(config, **PROTOCOL), books))
+            facts = {f"{task}{x}": getattr(s, y) for task, s in scores.items() for x, y in FACTS.items()}
+            self.record("text", f"{row}, answers", facts)
+
     def record(self, section: str, row: str, facts: dict[str, float]) -> None:
         """Print a row, and add it to the file, to which others may be adding theirs."""
         print(f"{section:12s} {row:24s} " + "  ".join(f"{k} {v:.4f}" for k, v in facts.items()), flush=True)
@@ -186,8 +211,8 @@ class Bench:
             for method in METHODS:
                 config = GSRQConfig(bits=0.5)
                 self.score(section, method, config, self.train(config, tokens=4096, method=method))
-        elif section == "retrieval":
-            self.retrieval()
+        elif section in ("retrieval", "text"):
+            getattr(self, section)()
         else:
             config = GSRQConfig(bits=self.bits[0], recipe=section)
             self.rates(section, config, self.train(config))
