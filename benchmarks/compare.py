@@ -49,7 +49,7 @@ METHODS: dict[str, list[Callable[[], Method]]] = {
     "full": [Method],
     "gsrq": [gsrq(bits=b) for b in (2, 1, 0.75, 0.5)],
     "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5)],
-    "keys-first": [gsrq(bits=1, key_bits=1.25, value_bits=0.75)],
+    "keys-first": [gsrq(bits=1, key_bits=1.5, value_bits=0.5)],
     "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper") for b in (1, 0.5)],
     "kmeans": [gsrq(bits=1, recipe="kmeans")],
     "kivi": [lambda: Kivi(2)],

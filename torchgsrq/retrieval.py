@@ -234,13 +234,12 @@ def retrieval(
     return scores
 
 
-def answer_scores(model: PreTrainedModel, trial: Trial, cache: Any = None) -> list[tuple[Tensor, Tensor]]:
+def answer_scores(model: PreTrainedModel, trial: Trial) -> list[tuple[Tensor, Tensor]]:
     """For each question, of every token of its answer: how many tokens were likelier, and the negative log-likelihood.
 
     The text is read once; the questions then follow it as the rows of a batch.
     """
-    if cache is None:
-        cache = new_cache(model) if hasattr(model, "_gsrq") else DynamicCache(config=model.config)
+    cache = new_cache(model) if hasattr(model, "_gsrq") else DynamicCache(config=model.config)
     model(trial.context[None].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(len(trial.questions))
     rows = pad_sequence([q.tokens for q in trial.questions], batch_first=True)
