@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -31,13 +33,12 @@ def test_comparison():
 
 
 def test_true_bits_are_those_of_a_cache(llama):
-    model, books = llama
+    model, books = copy.deepcopy(llama[0]).half(), llama[1]
     ids = torch.randint(3, 100, (1, 200))
-    with quantized(model.half(), SMALL, books):
+    with quantized(model, SMALL, books):
         cache = new_cache(model)
         model(ids, past_key_values=cache)
         memory = cache.memory()
-    model.float()
     counted = memory.total - memory.unused - memory.counters + memory.codebooks
     assert true_bits(SMALL, books, 200) == pytest.approx(8 * counted / memory.elements)
 
