@@ -42,10 +42,11 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in sorted(results.items(), key=lambda item: -item[1]["bits_without_codebooks"]):
+        interval = f"{abs(r['kl_low']):.3f}-{abs(r['kl_high']):.3f}"  # of full precision, rounding about zero
         found = " / ".join(f"{score['found']:.0%}" for score in r["tasks"].values())
         lines.append(
             f"| {name} | {r['bits_without_codebooks']:.2f} | {r['bits']:.2f} | {r['ppl']:.2f} | {r['kl']:.3f} "
-            f"({r['kl_low']:.3f}-{r['kl_high']:.3f}) | {r['kl_p99']:.2f} | {r['agreement']:.0%} | {found} "
+            f"({interval}) | {r['kl_p99']:.2f} | {r['agreement']:.0%} | {found} "
             f"| {r['answer_nll']:.2f} |"
         )
     return "\n".join(lines)
@@ -63,6 +64,8 @@ def main() -> None:
         rows: list[dict[str, Any]] = sorted(
             (r for r in results.values() if r["family"] == family), key=lambda r: r["bits_without_codebooks"]
         )
+        if not rows:
+            continue
         bits = [r["bits_without_codebooks"] for r in rows]
         for axis, what in zip(axes, ("kl", "found"), strict=True):
             style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 2 if "gsrq" in family else 1.2}
@@ -74,7 +77,7 @@ def main() -> None:
     axes[0].set(yscale="log", ylabel="KL divergence, nats (lower is better)")
     axes[1].set(ylabel="answers found, % (higher is better)")
     for axis in axes:
-        axis.set(xlabel="bits per element of a 128k cache, codebooks apart", xlim=(0.15, 4.8))
+        axis.set(xlabel="bits per element of a 128k cache, codebooks apart", xlim=(0.15, 3.4))
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
     figure.savefig(args.picture, dpi=110)
