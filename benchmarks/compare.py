@@ -34,6 +34,7 @@ from torch import Tensor
 from torchgsrq import GSRQConfig, calibrate, evaluate, retrieval
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.models import inspect_layers
+from torchgsrq.text import token_ids
 
 calibration = sys.modules[calibrate.__module__]
 CONTEXT = 1024
@@ -70,8 +71,8 @@ class Bench:
         self.args = args
         self.model, self.tokenizer = load_model(args.model)
         self.layers = inspect_layers(self.model)
-        ids = self.tokenizer(args.text.read_text(), return_tensors="pt", add_special_tokens=False, verbose=False)
-        self.windows = [ids.input_ids[0][s : s + CONTEXT] for s in range(0, 4096 * args.windows, 4096)]
+        ids = token_ids(self.tokenizer, args.text.read_text())
+        self.windows = [ids[s : s + CONTEXT] for s in range(0, 4096 * args.windows, 4096)]
         self.full = [self.read(window) for window in self.windows]
         self.trials = retrieval.trials(
             self.tokenizer,
@@ -96,7 +97,7 @@ class Bench:
         facts: dict[str, Any] = {
             "bits": method.true_bits(LONG),
             f"bits_{self.args.context}": method.true_bits(self.args.context),
-            "bits_without_codebooks": method.true_bits(LONG) - 8 * method.codebook_bytes() / self.elements(method),
+            "bits_without_codebooks": method.true_bits(LONG, codebooks=False),
         }
         comparison = evaluate.Comparison()
         with through(self.model, method):
@@ -108,11 +109,6 @@ class Bench:
         facts["answer_nll"] = sum(s.nll for s in scores.values()) / len(scores)
         facts["tasks"] = {task: dataclasses.asdict(s) for task, s in scores.items()}
         return {**facts, "seconds": time.perf_counter() - begin}
-
-    @staticmethod
-    def elements(method: Method) -> int:
-        """Of a cache of `LONG` tokens."""
-        return LONG * sum(2 * info.kv_heads * info.head_dim for info in method.layers.values())
 
 
 def main() -> None:

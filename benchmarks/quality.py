@@ -25,6 +25,7 @@ from torchgsrq.codec import LayerCodec
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.kmeans import METHODS
 from torchgsrq.models import inspect_layers
+from torchgsrq.text import recall_windows, token_ids, token_windows
 
 calibration = sys.modules[calibrate.__module__]
 RATES = [2.0, 1.0, 0.5, 0.25]
@@ -68,7 +69,7 @@ class Bench:
         self.model, self.tokenizer = load_model(args.model)
         self.layers = inspect_layers(self.model)
         text = args.text.read_text()
-        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+        ids = token_ids(self.tokenizer, text)
         self.windows = [ids[s : s + 1024] for s in (0, 4096, 8192)]
         self.bits = sorted(args.bits or RATES, reverse=True)
         self.stats: dict[tuple[str, int], Any] = {}
@@ -144,9 +145,7 @@ class Bench:
             rows["sinks and window alone"] = (retrieval.cut_short(trials, 4, 128), None)
             rows |= {f"{bits:g}": (trials, (GSRQConfig(bits=bits), books.at(bits))) for bits in rates}
             for name, (asked, candidate) in rows.items():
-                scores = retrieval.retrieval(self.model, asked, candidate)
-                facts = {f"{task}{x}": getattr(s, y) for task, s in scores.items() for x, y in FACTS.items()}
-                self.record("retrieval", f"{tokens} tokens, {name}", facts)
+                self.answers("retrieval", f"{tokens} tokens, {name}", asked, candidate)
 
     def text(self) -> None:
         """What calibration reads, one thing after the other: the same text in short and in long windows, text that is
@@ -154,8 +153,8 @@ class Bench:
         text, config = [self.args.calibration.read_text()], GSRQConfig(bits=1)
         span = calibration.rope_span(self.model)
         trials = retrieval.trials(self.tokenizer, document(), 1024, tasks=("keys", "lookup"), count=4)
-        long = calibration.text.token_windows(self.model, text, TOKENS, 1024, self.tokenizer)
-        recall = [calibration.text.recall_windows(long, tokenizer, 0) for tokenizer in (None, self.tokenizer)]
+        long = token_windows(self.model, text, TOKENS, 1024, self.tokenizer)
+        recall = [recall_windows(long, tokenizer, 0) for tokenizer in (None, self.tokenizer)]
         for row, windows in {
             "windows of 512": long.view(-1, 512),
             "windows of 1024": long,
@@ -166,9 +165,13 @@ class Bench:
             layers = {i: calibration.train(s, config, span) for i, s in stats.items()}
             books = Codebooks(layers, {"config": config.codec_fields(), "source": row, "tokens": windows.numel()})
             self.score("text", row, config, books)
-            scores = retrieval.retrieval(self.model, trials, (dataclasses.replace(config, **PROTOCOL), books))
-            facts = {f"{task}{x}": getattr(s, y) for task, s in scores.items() for x, y in FACTS.items()}
-            self.record("text", f"{row}, answers", facts)
+            self.answers("text", f"{row}, answers", trials, (dataclasses.replace(config, **PROTOCOL), books))
+
+    def answers(self, section: str, row: str, trials: Any, candidate: evaluate.Candidate | None) -> None:
+        """Measure what is found, as a row of a table."""
+        scores = retrieval.retrieval(self.model, trials, candidate)
+        facts = {f"{task}{x}": getattr(s, y) for task, s in scores.items() for x, y in FACTS.items()}
+        self.record(section, row, facts)
 
     def record(self, section: str, row: str, facts: dict[str, float]) -> None:
         """Print a row, and add it to the file, to which others may be adding theirs."""

@@ -173,6 +173,8 @@ def test_recall_windows(model):
         alone = text.recall_windows(windows, None, seed=0)
         assert torch.equal(alone, windows[3:, : size // 2].repeat(1, 2))
     assert text.recall_windows(windows[:1], words, seed=0).shape == (0, 256)
+    words.decode = lambda ids: "?"  # a vocabulary without words
+    assert torch.equal(text.recall_windows(windows, words, seed=0), alone)
     data = torch.randint(3, 100, (512,))
     windows, source = module.calibration_windows(model, data, None, 512, 0, False)
     assert windows.shape == (1, 512) and source == "data"

@@ -21,10 +21,10 @@ from torchgsrq.kmeans import fit_to_loss, train_codebook
 from torchgsrq.layout import Layout, grouped, key_layout, num_codes, value_layout
 from torchgsrq.models import LayerInfo
 from torchgsrq.rope import rotate
+from torchgsrq.text import TOKENS
 
 log = logging.getLogger("torchgsrq")
 
-TOKENS = 16384  # of calibration text
 WINDOW = 1024  # tokens of a calibration sequence
 FAR = 32  # a query's nearer neighbours are in the recent window and do not count
 KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: README
@@ -367,7 +367,7 @@ def calibration_windows(
         log.info("calibrating on text that the model wrote itself; real text of your own kind (data=) is better")
     windows = text.token_windows(model, data, tokens, window, tokenizer)
     tokenizer = text.known_tokenizer(model) if tokenizer is None else tokenizer
-    return torch.cat((windows, text.recall_windows(windows.cpu(), tokenizer, seed).to(windows.device))), source
+    return torch.cat((windows, text.recall_windows(windows, tokenizer, seed))), source
 
 
 def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:

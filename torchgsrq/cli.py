@@ -22,6 +22,9 @@ from torchgsrq.calibrate import TOKENS, cached_codebooks, calibrate
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, document, load_model
+from torchgsrq.text import token_ids
+
+LONG = 131072  # tokens, where window and codebooks weigh little
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_show_locals=False)
 console = Console(stderr=True)
@@ -41,10 +44,6 @@ def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log mor
     handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
     logging.getLogger("torchgsrq").setLevel(level)
     logging.getLogger("torchgsrq").handlers = [handler]
-
-
-def _tokens(tokenizer: Any, text: str) -> torch.Tensor:
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
 
 
 def _read(text: Path | None) -> str:
@@ -82,7 +81,7 @@ def demo(
     configs = [_config(bits=b, layout=layout) for b in rates]
     console.print(f"Loading {model or NAME} ...")
     llm, tokenizer = load_model(model)
-    ids = _tokens(tokenizer, _read(text))[None, : context + 1]
+    ids = token_ids(tokenizer, _read(text))[None, : context + 1]
     context = ids.shape[1] - 1
     if context < 2 * configs[0].recent_tokens:
         raise typer.BadParameter(f"{context} tokens leave nothing to quantize", param_hint="--context")
@@ -208,7 +207,7 @@ def evaluate_command(
     rates = sorted(bits or [1.0], reverse=True)
     llm, tokenizer = load_model(model)
     document_text = _read(text)
-    ids = _tokens(tokenizer, document_text)
+    ids = token_ids(tokenizer, document_text)
     starts = [i * stride for i in range(windows) if i * stride + context <= ids.numel()]
     if not starts:
         raise typer.BadParameter(f"the text has {ids.numel()} tokens, fewer than --context {context}")
@@ -243,17 +242,19 @@ def evaluate_command(
                 nested = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens)
             candidates[f"{name} {rate:g}"] = (config, nested)
     found = measures.quality(llm, cuts, candidates, shift) if windows else {}
-    trials = tasks.trials(tokenizer, document_text, context, count=retrieval, seed=seed) if retrieval else {}
-    answered = {"full precision": tasks.retrieval(llm, trials)} if retrieval else {}
+    answered: dict[str, dict[str, tasks.Score]] = {}
     if retrieval:
+        trials = tasks.trials(tokenizer, document_text, context, count=retrieval, seed=seed)
+        answered["full precision"] = tasks.retrieval(llm, trials)
         answered["sinks and window alone"] = tasks.retrieval(llm, tasks.cut_short(trials, sinks, recent))
     rows: list[dict[str, Any]] = []
     for name, (config, books) in candidates.items():
         row = {"recipe": config.recipe, "bits": config.bits, **dataclasses.asdict(found[name])}
-        row["key_error"] = measures.key_error(llm, cuts[0], books.at(config.bits), shift)
-        row["output_error"] = measures.output_error(llm, cuts[0], config, books.at(config.bits))
-        for tokens_held in (context, 131072):
-            row[f"true_bits_{tokens_held}"] = measures.true_bits(config, books.at(config.bits), tokens_held)
+        nested = books.at(config.bits)
+        row["key_error"] = measures.key_error(llm, cuts[0], nested, shift)
+        row["output_error"] = measures.output_error(llm, cuts[0], config, nested)
+        for tokens_held in (context, LONG):
+            row[f"true_bits_{tokens_held}"] = measures.true_bits(config, nested, tokens_held)
         rows.append(row)
         if retrieval:
             answered[name] = tasks.retrieval(llm, trials, (config, books))
@@ -288,7 +289,7 @@ def evaluate_command(
         table.add_row(
             row["recipe"],
             f"{row['bits']:g}",
-            f"{row['true_bits_131072']:.2f}",
+            f"{row[f'true_bits_{LONG}']:.2f}",
             f"{row['ppl']:.3f}",
             f"{row['kl']:.4f}",
             f"{row['kl_low']:.3f}-{row['kl_high']:.3f}",

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from torchgsrq.api import new_cache
 from torchgsrq.evaluate import Candidate, for_measuring, quantized
+from torchgsrq.text import token_ids
 
 _WORDS = (
     "anchor apple arrow basket bell bicycle boat book bottle bridge button camera candle carpet castle chain "
@@ -81,7 +82,7 @@ class _Writer:
         self.tokenizer, self.filler, self.random = tokenizer, filler, random.Random(seed)
 
     def ids(self, text: str) -> Tensor:
-        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0].long()
+        return token_ids(self.tokenizer, text)
 
     def question(self, prompt: str, answer: str) -> Question:
         """The answer begins where the tokens of the whole leave those of the prompt alone."""
@@ -195,7 +196,7 @@ def trials(
     Raises:
         ValueError: an unknown task, or a text that is too short.
     """
-    filler = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0].long()
+    filler = token_ids(tokenizer, text)
     made = {}
     for task in tasks:
         if task not in TASKS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 from collections.abc import Iterable
@@ -16,7 +17,15 @@ from torchgsrq import models
 
 log = logging.getLogger("torchgsrq")
 
-FEWEST = 128  # tokens that calibration can do anything with
+TOKENS = 16384  # of calibration text
+FEWEST = 128  # with fewer, calibration can do nothing
+
+
+def token_ids(tokenizer: Any, text: str) -> Tensor:
+    """The tokens of a text, int64 ``[n]``, without any that a tokenizer would add."""
+    return torch.as_tensor(
+        tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    ).long()
 
 
 def token_windows(
@@ -40,7 +49,7 @@ def token_windows(
     for number, item in enumerate(data):
         if isinstance(item, str):
             tokenizer = tokenizer_of(model) if tokenizer is None else tokenizer
-            item = tokenizer(item, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+            item = token_ids(tokenizer, item)
         elif hasattr(item, "keys"):
             mask, item = item.get("attention_mask"), torch.as_tensor(item["input_ids"])
             item = item if mask is None else item[torch.as_tensor(mask).bool()]
@@ -63,7 +72,7 @@ def token_windows(
             break
     stream = torch.cat(pieces)[:tokens] if pieces else torch.zeros(0, dtype=torch.long)
     if stream.numel() < FEWEST:
-        raise ValueError(f"data holds {stream.numel()} tokens; calibration needs at least {FEWEST}, better 16384")
+        raise ValueError(f"data holds {stream.numel()} tokens; calibration needs at least {FEWEST}, better {TOKENS}")
     window = min(window, stream.numel())
     return stream[: stream.numel() // window * window].view(-1, window)
 
@@ -144,23 +153,21 @@ def recall_windows(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
     """
     count, size = len(windows) // 2, windows.shape[1]
     lists = [] if tokenizer is None else [_list(tokenizer, size, f"{seed} {i}") for i in range(count // 2)]
-    twice = windows[len(windows) - (count - len(lists)) :, : size // 2].repeat(1, 2)
-    made = [*twice, *(x.to(windows.device) for x in lists)]
-    return torch.stack([torch.cat((x, x))[:size] for x in made]) if made else windows[:0]
+    told = [x.repeat(2)[:size].to(windows.device) for x in lists if 2 * len(x) >= size]  # no words, no list
+    twice = windows[len(windows) - (count - len(told)) :, : size // 2]
+    return torch.stack([*(x.repeat(3)[:size] for x in twice), *told]) if count else windows[:0]
 
 
 def _list(tokenizer: Any, size: int, seed: str) -> Tensor:
     """Lines of two words and a number, twice, in two orders: at least ``size / 2`` tokens."""
     draw = random.Random(seed)
-    words: list[str] = []
-    while len(words) < size:  # of the tokenizer's own vocabulary, in any script
-        word = tokenizer.decode([draw.randrange(len(tokenizer))]).strip()
-        words += [word] if word.isalpha() else []
+    # Of the tokenizer's own vocabulary, in any script; there may be few.
+    drawn = (tokenizer.decode([draw.randrange(len(tokenizer))]).strip() for _ in range(20 * size))
+    words = list(itertools.islice(filter(str.isalpha, drawn), size))
     lines: list[str] = []
     have = 0
     while have < size // 2 - 16 and len(words) > 1:
         lines.append(f"{words.pop()} {words.pop()}: {draw.randrange(10**5):05d}\n")
-        have += len(tokenizer(lines[-1], add_special_tokens=False, verbose=False).input_ids)
+        have += len(token_ids(tokenizer, lines[-1]))
     again = draw.sample(lines, len(lines))
-    text = "".join((*lines, *again))
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0].long()
+    return token_ids(tokenizer, "".join((*lines, *again)))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from torchgsrq import Codec
 from torchgsrq.calibrate import Statistics
 from torchgsrq.models import LayerInfo
 from torchgsrq.rope import rotate
@@ -65,12 +66,13 @@ class Method:
         """Bytes of what is learned beforehand."""
         return 0
 
-    def true_bits(self, tokens: int) -> float:
-        """Bits per element of a cache of this many tokens in 16 bits, everything counted."""
+    def true_bits(self, tokens: int, codebooks: bool = True) -> float:
+        """Bits per element of a cache of this many tokens in 16 bits, everything counted, or all but codebooks."""
         elements = sum(2 * info.kv_heads * info.head_dim for info in self.layers.values())
         exact = min(tokens, self.sinks + self.recent)
         coded = sum(2 * info.kv_heads * info.head_dim * self.bits(info) for info in self.layers.values())
-        total = exact * 16 * elements + (tokens - exact) * coded + 8 * self.codebook_bytes()
+        learned = 8 * self.codebook_bytes() if codebooks else 0
+        total = exact * 16 * elements + (tokens - exact) * coded + learned
         return total / (elements * tokens)
 
 
@@ -82,6 +84,13 @@ def before_rope(k: Tensor, info: LayerInfo) -> Tensor:
 def after_rope(k: Tensor, info: LayerInfo) -> Tensor:
     """The inverse of `before_rope`."""
     return rotate(k, torch.arange(k.shape[2], device=k.device), info.inv_freq, info.interleaved)
+
+
+def as_decoded(x: Tensor, codec: Codec, position: Tensor | None = None) -> Tensor:
+    """Vectors ``[b, heads, n, d]`` after one of this project's codecs; positions ``[n]`` matter to keys in frames."""
+    at = torch.zeros(x.shape[2], dtype=torch.long) if position is None else position
+    at, flat = at.expand(x.shape[0], -1), (codec.tensors, codec.integers)
+    return torch.ops.torchgsrq.decode(torch.ops.torchgsrq.encode(x, at, *flat), at, *flat, torch.float32)
 
 
 _method: Method | None = None
@@ -98,7 +107,7 @@ def _attention(
     **_: Any,
 ) -> tuple[Tensor, None]:
     assert _method is not None
-    index: int = module.layer_idx  # type: ignore[assignment]
+    index = module.layer_idx
     rows, n, first = key.shape[0], key.shape[2], key.shape[2] - query.shape[2]
     if not first:
         _stored[index] = _method.keys(index, key).to(key.dtype), _method.values(index, value).to(value.dtype)

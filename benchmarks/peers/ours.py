@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from peers.base import Method
+from peers.base import Method, as_decoded
 from torch import Tensor
 
-from torchgsrq import Codec
 from torchgsrq.calibrate import Statistics, train
 from torchgsrq.codec import LayerCodec
 from torchgsrq.config import GSRQConfig
@@ -26,17 +25,11 @@ class GSRQ(Method):
     def fit_layer(self, index: int, stats: Statistics) -> None:
         self.codecs[index] = train(stats, self.config, self.span)
 
-    def stored(self, x: Tensor, codec: Codec) -> Tensor:
-        """Vectors ``[b, heads, n, d]`` as they would be decoded."""
-        at = torch.arange(x.shape[2]).expand(x.shape[0], -1)
-        flat = (codec.tensors, codec.integers)
-        return torch.ops.torchgsrq.decode(torch.ops.torchgsrq.encode(x, at, *flat), at, *flat, torch.float32)
-
     def keys(self, index: int, k: Tensor) -> Tensor:
-        return self.stored(k, self.codecs[index].key)
+        return as_decoded(k, self.codecs[index].key, torch.arange(k.shape[2]))
 
     def values(self, index: int, v: Tensor) -> Tensor:
-        return self.stored(v, self.codecs[index].value)
+        return as_decoded(v, self.codecs[index].value)
 
     def bits(self, info: LayerInfo) -> float:
         return self.config.bits

@@ -26,4 +26,4 @@ class Streaming(Method):
         self.recent = max(1, round(tokens * bits / 16) + 33 - self.sinks)
 
     def bits(self, info: LayerInfo) -> float:
-        return 0.0
+        return self.rate  # of a text of any length, though the window is that of ``tokens``

@@ -13,7 +13,7 @@ that read them, a scale per token that all heads share (8 bits), then one of 256
 from __future__ import annotations
 
 import torch
-from peers.base import Method, after_rope, before_rope
+from peers.base import Method, after_rope, as_decoded, before_rope
 from torch import Tensor
 
 from torchgsrq import Codec
@@ -66,10 +66,7 @@ class Vectors(Method):
         """Vectors ``[b, heads, n, d]`` as they would be decoded."""
         x, mean = x.float(), codec.mean[:, None]
         scale = self.token_scale(x - mean)
-        at = torch.zeros(x.shape[0], x.shape[2], dtype=torch.long)
-        flat = (codec.tensors, codec.integers)
-        codes = torch.ops.torchgsrq.encode((x - mean) / scale + mean, at, *flat)
-        return (torch.ops.torchgsrq.decode(codes, at, *flat, torch.float32) - mean) * scale + mean
+        return (as_decoded((x - mean) / scale + mean, codec) - mean) * scale + mean
 
     def keys(self, index: int, k: Tensor) -> Tensor:
         info = self.layers[index]
