@@ -26,6 +26,7 @@ from peers.kivi import Kivi
 from peers.kvquant import KVQuant
 from peers.nsnquant import NSNQuant
 from peers.ours import GSRQ
+from peers.quantized_cache import QuantizedCache
 from peers.streaming import Streaming
 from peers.turboquant import TurboQuant
 from peers.vectors import CQ, VQLLM, TaSQ
@@ -53,6 +54,8 @@ METHODS: dict[str, list[Callable[[], Method]]] = {
     "keys-first": [gsrq(bits=1, key_bits=1.5, value_bits=0.5)],
     "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper") for b in (1, 0.5)],
     "kmeans": [gsrq(bits=1, recipe="kmeans")],
+    "quanto": [lambda: QuantizedCache("quanto", 4), lambda: QuantizedCache("quanto", 2)],
+    "hqq": [lambda: QuantizedCache("hqq", 4), lambda: QuantizedCache("hqq", 2)],
     "kivi": [lambda: Kivi(2)],
     "kvquant": [lambda: KVQuant(2)],
     "turboquant": [lambda: TurboQuant(2), lambda: TurboQuant(1)],
@@ -103,8 +106,11 @@ class Bench:
         with through(self.model, method):
             for window, full in zip(self.windows, self.full, strict=True):
                 comparison.add(window, full, self.read(window))
+            errors = method.output_errors()
             scores = retrieval.retrieval(self.model, self.trials)
         facts |= dataclasses.asdict(comparison.result())
+        facts["output_error"] = sum(errors.values()) / len(errors)
+        facts["output_errors"] = {index: round(error, 5) for index, error in errors.items()}
         facts["found"] = sum(s.found for s in scores.values()) / len(scores)
         facts["answer_nll"] = sum(s.nll for s in scores.values()) / len(scores)
         facts["tasks"] = {task: dataclasses.asdict(s) for task, s in scores.items()}
@@ -131,10 +137,14 @@ def main() -> None:
     results["methods"] = json.loads(args.json.read_text())["methods"] if args.json and args.json.exists() else {}
     for family in args.method or METHODS:
         for make in METHODS[family]:
-            method = make()
+            try:
+                method = make()
+            except ImportError as error:
+                print(f"{family}: not measured ({str(error).splitlines()[0]})")
+                continue
             facts = {"family": family, **bench.measure(method)}
             results["methods"][method.name] = facts
-            shown = ("bits", "ppl", "kl", "kl_p99", "agreement", "found", "answer_nll", "seconds")
+            shown = ("bits", "ppl", "kl", "kl_p99", "agreement", "output_error", "found", "answer_nll", "seconds")
             print(f"{method.name:26s} " + "  ".join(f"{x} {facts[x]:.4g}" for x in shown), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1))

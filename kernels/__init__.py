@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-from torchgsrq.config import cache_folder
-
 log = logging.getLogger("torchgsrq")
 _FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "encode.cpp")
@@ -96,6 +94,10 @@ def cpu_library() -> Path | None:
         Its path, or None where it cannot be built or ``TORCHGSRQ_KERNELS=0`` asks for the reference.
         ``TORCHGSRQ_KERNELS`` may also be the path of a library that `build` made.
     """
+    # Not above: where this folder is on the path, transformers imports it as it looks for the hub's package of that
+    # name, and must not come back to itself through torchgsrq.
+    from torchgsrq.config import cache_folder
+
     asked = os.environ.get("TORCHGSRQ_KERNELS", "1")
     if asked != "1":
         return None if asked == "0" else Path(asked)

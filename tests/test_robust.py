@@ -11,6 +11,7 @@ import pickle
 import sys
 import threading
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -840,4 +841,14 @@ assert ops.use_kernels()
 """
     environment = {**os.environ, "TORCHGSRQ_CACHE": str(tmp_path), "TORCHGSRQ_KERNELS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_is_imported_first_beside_the_sources():
+    # From the root of the sources, `kernels` is found where transformers looks for the hub's package of that name.
+    import subprocess
+
+    root = Path(__file__).parents[1]
+    code = "from transformers import AttentionInterface; import torchgsrq"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

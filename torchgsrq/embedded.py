@@ -53,7 +53,7 @@ def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> t
         if name is None:
             folder = cache_folder() / NAME
             if not (folder / "model.safetensors").exists() or not (folder / "tokenizer.json").exists():
-                _convert(folder)
+                convert_gguf(gguf_file(), folder)
             name = str(folder)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return model.eval(), AutoTokenizer.from_pretrained(name)
@@ -62,10 +62,9 @@ def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> t
         hf_logging.enable_progress_bar()
 
 
-def _convert(folder: Path) -> None:
-    """Read the GGUF file and write the model as safetensors."""
-    file = gguf_file()
-    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Read a GGUF file and write the model, de-quantized, and its tokenizer as safetensors and JSON."""
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     # The weights are de-quantized now; as long as the model calls itself GGUF it cannot be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False

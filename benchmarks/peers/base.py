@@ -7,6 +7,7 @@ through the quantized cache in one forward, and nothing of a method's quality de
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ class Method:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerInfo] = {}
+        self.errors: dict[int, Tensor] = {}  # of the attention output, and its size, squared
 
     def fit(self, stats: dict[int, Statistics]) -> None:
         """Learn from calibration statistics what the method learns beforehand."""
@@ -65,6 +67,10 @@ class Method:
     def codebook_bytes(self) -> int:
         """Bytes of what is learned beforehand."""
         return 0
+
+    def output_errors(self) -> dict[int, float]:
+        """Relative squared error of the attention output by layer, over all texts that were read."""
+        return {index: float(wrong / size) for index, (wrong, size) in sorted(self.errors.items())}
 
     def true_bits(self, tokens: int, codebooks: bool = True) -> float:
         """Bits per element of a cache of this many tokens in 16 bits, everything counted, or all but codebooks."""
@@ -122,11 +128,16 @@ def _attention(
         inside = (slots >= _method.sinks) & (slots < boundary)
         return (slots <= at) & (inside if stored else ~inside)
 
-    mask = seen(n, False)
+    given, mask = (key, value), seen(n, False)
     if not _method.forgets:
         key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
         mask = torch.cat((seen(keys.shape[2], True), mask), 1)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
+    attend = functools.partial(F.scaled_dot_product_attention, query, scale=scaling, enable_gqa=True)
+    out = attend(key, value, attn_mask=mask)
+    if not first:
+        exact = attend(*given, is_causal=True)
+        sums = torch.stack(((out - exact).square().sum(), exact.square().sum())).double()
+        _method.errors[index] = _method.errors.get(index, torch.zeros(2)) + sums
     return out.transpose(1, 2).contiguous(), None
 
 
