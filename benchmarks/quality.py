@@ -21,10 +21,14 @@ from typing import Any
 import torch
 
 from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate, retrieval
+from torchgsrq.calibrate import layer_configs
 from torchgsrq.codec import LayerCodec
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.kmeans import METHODS
-from torchgsrq.models import inspect_layers
+from torchgsrq.learning.sensitivity import sensitivity
+from torchgsrq.learning.statistics import collect_statistics
+from torchgsrq.learning.train import train, train_key, train_value
+from torchgsrq.models import inspect_layers, rope_span
 from torchgsrq.text import recall_windows, token_ids, token_windows
 
 calibration = sys.modules[calibrate.__module__]
@@ -37,6 +41,7 @@ SECTIONS = (
     "frame256",
     "frame1024",
     "nested",
+    "uniform",
     "fast",
     "kmeans",
     "universal",
@@ -74,6 +79,7 @@ class Bench:
         self.bits = sorted(args.bits or RATES, reverse=True)
         self.stats: dict[tuple[str, int], Any] = {}
         self.values: dict[Any, Any] = {}
+        self.costs: Any = None
 
     def statistics(self, source: str, tokens: int) -> Any:
         """Calibration statistics of the text, or of what the model writes itself (``"own"``)."""
@@ -82,7 +88,8 @@ class Bench:
             self.values.clear()
             text = None if source == "own" else [self.args.calibration.read_text()]
             windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, tokens, 0, True)
-            self.stats[source, tokens] = calibration.collect_statistics(self.model, self.layers, windows, False)
+            self.costs = sensitivity(self.model, self.layers, windows)
+            self.stats[source, tokens] = collect_statistics(self.model, self.layers, windows, False)
         return self.stats[source, tokens]
 
     def train(
@@ -92,23 +99,26 @@ class Bench:
         if config.recipe == "universal":
             info = self.layers[0]
             return Codebooks.universal(config, len(self.layers), info.kv_heads, info.head_dim)
-        stats, span = self.statistics(source, tokens), calibration.rope_span(self.model)
+        stats, span = self.statistics(source, tokens), rope_span(self.model)
         begin = time.perf_counter()
+        configs, facts = dict.fromkeys(stats, config), {"config": config.codec_fields(), "source": source}
+        if config.spreads_bits:
+            configs = layer_configs(config, {i: s.info for i, s in stats.items()}, self.costs)
+            facts["sensitivity"] = {str(i): cost for i, cost in self.costs.items()}
         layers = {}
         for i, s in stats.items():
             if config.recipe == "gsrq":
-                key = calibration.train_key(s, config, span, method)
-                layers[i] = LayerCodec(key, self.value(i, s, config, method))
+                layers[i] = LayerCodec(train_key(s, configs[i], span, method), self.value(i, s, configs[i], method))
             else:
-                layers[i] = calibration.train(s, config, span)
+                layers[i] = train(s, config, span)
         print(f"  trained in {time.perf_counter() - begin:.0f} s", flush=True)
-        return Codebooks(layers, {"config": config.codec_fields(), "source": source, "tokens": tokens})
+        return Codebooks(layers, {**facts, "tokens": tokens})
 
     def value(self, index: int, stats: Any, config: GSRQConfig, method: str = "kmeans") -> Any:
         """A value codec; it does not depend on the frame, so frames share it."""
         key = (index, config.value_rate, config.layout, method)
         if key not in self.values:
-            self.values[key] = calibration.train_value(stats, config, method)
+            self.values[key] = train_value(stats, config, method)
         return self.values[key]
 
     def score(self, section: str, row: str, config: GSRQConfig, books: Codebooks, shift: int = 0) -> None:
@@ -150,8 +160,8 @@ class Bench:
     def text(self) -> None:
         """What calibration reads, one thing after the other: the same text in short and in long windows, text that is
         repeated, and lists."""
-        text, config = [self.args.calibration.read_text()], GSRQConfig(bits=1)
-        span = calibration.rope_span(self.model)
+        text, config = [self.args.calibration.read_text()], GSRQConfig(bits=1, allocation="uniform")
+        span = rope_span(self.model)
         trials = retrieval.trials(self.tokenizer, document(), 1024, tasks=("keys", "lookup"), count=4)
         long = token_windows(self.model, text, TOKENS, 1024, self.tokenizer)
         recall = [recall_windows(long, tokenizer, 0) for tokenizer in (None, self.tokenizer)]
@@ -161,8 +171,8 @@ class Bench:
             "and text twice": torch.cat((long, recall[0])),
             "and lists": torch.cat((long, recall[1])),
         }.items():
-            stats = calibration.collect_statistics(self.model, self.layers, windows, False)
-            layers = {i: calibration.train(s, config, span) for i, s in stats.items()}
+            stats = collect_statistics(self.model, self.layers, windows, False)
+            layers = {i: train(s, config, span) for i, s in stats.items()}
             books = Codebooks(layers, {"config": config.codec_fields(), "source": row, "tokens": windows.numel()})
             self.score("text", row, config, books)
             self.answers("text", f"{row}, answers", trials, (dataclasses.replace(config, **PROTOCOL), books))
@@ -195,6 +205,8 @@ class Bench:
                 trained[self.bits[0]].save(self.args.codebooks)
         elif section == "fast":
             self.each_rate(section, layout=section)
+        elif section == "uniform":
+            self.each_rate(section, allocation=section)
         elif section == "beam":
             trained = self.each_rate(section)
             for beam in (1, 2, 8):

@@ -15,6 +15,7 @@ from torchgsrq.codec import Codec
 from torchgsrq.config import RECIPES
 from torchgsrq.kmeans import train_codebook
 from torchgsrq.layout import Layout
+from torchgsrq.learning.train import _deal
 from torchgsrq.models import inspect_layers
 from torchgsrq.reference import decode, encode
 from torchgsrq.rope import rotate
@@ -85,7 +86,7 @@ def test_every_recipe_quantizes(model, recipe, layout):
     config = dataclasses.replace(SMALL, recipe=recipe, layout=layout, prefill="quantized")
     books = tiny_books(model, config)
     assert len(books) == 2 and books.metadata["config"]["recipe"] == recipe
-    assert {books[i].key.num_codes for i in books} == {4}
+    assert books.bits == 1
     quantize_kv_(model, config, codebooks=books)
     try:
         with torch.no_grad():
@@ -193,7 +194,10 @@ def test_disk_cache(model, tmp_path, monkeypatch, caplog):
         caplog.clear()
         quantize_kv_(model, dataclasses.replace(SMALL, recent_tokens=16), progress=False)
         assert "codebooks cached at" in caplog.text and "wrote itself" not in caplog.text
-        assert "layers 0-1: quantized: keys 1 bits, values 1 bits, 2 heads of 32, RoPE half-split" in caplog.text
+        assert (
+            "KV cache of LlamaForCausalLM, 1 bits per element of quantized layers\n  layer 0: quantized" in caplog.text
+        )
+        assert "bits, 2 heads of 32, RoPE half-split, frames of 32" in caplog.text
         dequantize_kv_(model)
     path = str(files[0])
     quantize_kv_(model, dataclasses.replace(SMALL, codebooks=path))
@@ -204,17 +208,20 @@ def test_disk_cache(model, tmp_path, monkeypatch, caplog):
 def test_a_higher_rate_serves_a_lower(model):
     books = tiny_books(model, dataclasses.replace(SMALL, bits=2))
     quantize_kv_(model, dataclasses.replace(SMALL, bits=1, value_bits=0.5), codebooks=books)
-    key, value = model._gsrq.codebooks[0]
+    used = model._gsrq.codebooks
     dequantize_kv_(model)
-    assert (key.num_codes, value.num_codes) == (4, 2)
-    with pytest.raises(ValueError, match=r"bits=2\b.*between .* and 1"):
+    assert sum(used[i].key.num_codes for i in used) == 8 and sum(used[i].value.num_codes for i in used) == 4
+    with pytest.raises(ValueError, match=r"bits=2\b.*more than .* calibrated for \(1 for keys, 1 for values\)"):
         quantize_kv_(model, dataclasses.replace(SMALL, bits=2), codebooks=tiny_books(model))
+    alike = tiny_books(model, dataclasses.replace(SMALL, allocation="uniform"))
+    with pytest.raises(ValueError, match=r"bits=2\b.*between .* and 1"):
+        quantize_kv_(model, dataclasses.replace(SMALL, bits=2), codebooks=alike)
 
 
 def test_deal_spreads_variance():
     g = torch.Generator().manual_seed(0)
     y = torch.randn(1, 2000, 8, generator=g) * torch.tensor([8.0, 6, 4, 3, 2, 1, 0.5, 0.1])
-    deal = module._deal(y, torch.ones(1, 2000), Layout(8, 2, 2))
+    deal = _deal(y, torch.ones(1, 2000), Layout(8, 2, 2))
     torch.testing.assert_close(deal[0] @ deal[0].T, torch.eye(8), atol=1e-5, rtol=0)
     variance = (y @ deal.transpose(1, 2))[0].var(0)
     assert variance[:4].prod() / variance[4:].prod() < 4

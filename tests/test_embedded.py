@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from torchgsrq import Codebooks, GSRQConfig, calibrate, new_cache, retrieval
+from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_, retrieval
 from torchgsrq.cli import app
 from torchgsrq.embedded import document, load_model
 from torchgsrq.evaluate import key_error, quality, quantized
@@ -110,3 +110,46 @@ def test_bad_command_lines_say_what_is_wrong():
 
 def test_codebook_file_of_the_fixture(smol):
     assert len(Codebooks.load(smol[3])) == 30
+
+
+def test_lm_evaluation_harness_reads_through_the_cache(smol, tmp_path):
+    """Likelihoods are those of the quantized cache with `prefill="quantized"` alone: the harness reads every text in a
+    single forward, which with `"exact"` attends to its own full-precision keys and values."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer, books, _ = smol
+    words = document()[:30000].split()
+    data = tmp_path / "data.jsonl"
+    rows = [{"text": " ".join(words[i : i + 250]), "next": words[i + 250]} for i in range(0, 750, 250)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    likely = {"output_type": "loglikelihood", "doc_to_text": "{{text}}", "doc_to_target": " {{next}}"}
+    likely["metric_list"] = [{"metric": "perplexity"}]
+    write = {"output_type": "generate_until", "doc_to_text": "{{text}}", "doc_to_target": "{{next}}"}
+    write |= {"generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 6}, "metric_list": [{"metric": "exact_match"}]}
+    tasks = [{"task": name, **source, **what} for name, what in (("likely", likely), ("write", write))]
+
+    def asked(config: GSRQConfig | None) -> tuple[list[float], list[str]]:
+        if config:
+            quantize_kv_(model, config, codebooks=books)
+        runner = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+        samples = lm_eval.simple_evaluate(runner, tasks=tasks, log_samples=True, bootstrap_iters=0)["samples"]
+        texts = [ids_of(tokenizer, row["text"])[None] for row in rows]
+        mine = [model.generate(t, max_new_tokens=6, do_sample=False)[0, t.shape[1] :] for t in texts]
+        dequantize_kv_(model)
+        by_doc = {name: sorted(found, key=lambda s: s["doc_id"]) for name, found in samples.items()}
+        written = [s["resps"][0][0] for s in by_doc["write"]]
+        assert written == [tokenizer.decode(m, skip_special_tokens=True) for m in mine]
+        return [s["resps"][0][0][0] for s in by_doc["likely"]], written
+
+    full, _ = asked(None)
+    exact, _ = asked(GSRQConfig())
+    read, _ = asked(GSRQConfig(prefill="quantized"))
+    torch.testing.assert_close(exact, full, rtol=1e-3, atol=1e-3)
+    assert all(abs(a - b) > 1e-3 for a, b in zip(read, full, strict=True))
+    with quantized(model, GSRQConfig(prefill="quantized"), books), torch.no_grad():
+        for row, found in zip(rows, read, strict=True):
+            text, word = ids_of(tokenizer, row["text"]), ids_of(tokenizer, " " + row["next"])
+            likely = model(torch.cat((text, word))[None]).logits[0].log_softmax(-1)[len(text) - 1 : -1]
+            torch.testing.assert_close(float(likely.gather(1, word[:, None]).sum()), found, rtol=1e-3, atol=1e-3)

@@ -199,8 +199,7 @@ def _table(name: str, layers: list[LayerInfo], books: Codebooks) -> str:
     for info in layers:
         if info.index in books:
             key, value = books[info.index]
-            rates = (8 * key.num_codes / info.head_dim, 8 * value.num_codes / info.head_dim)
-            what = "quantized: keys {:g} bits, values {:g} bits".format(*rates)
+            what = f"quantized: keys {key.bits:g} bits, values {value.bits:g} bits"
             what += f", {info.kv_heads} heads of {info.head_dim}, RoPE {info.rope}"
             what += ", changing with the length" if info.rotary else ""
             what += f", frames of {key.frame}" if key.frame > 1 else ""
@@ -213,7 +212,8 @@ def _table(name: str, layers: list[LayerInfo], books: Codebooks) -> str:
         else:
             rows.append(([info.index], what))
     lines = [f"  layers {r[0]}-{r[-1]}: {what}" if len(r) > 1 else f"  layer {r[0]}: {what}" for r, what in rows]
-    return "\n".join([f"KV cache of {name}", *lines])
+    mean = f", {books.bits:.3g} bits per element of quantized layers" if len(books) else ""
+    return "\n".join([f"KV cache of {name}{mean}", *lines])
 
 
 def _fitting(
@@ -238,10 +238,7 @@ def _fitting(
                     f"the model has {info.kv_heads} of {info.head_dim}"
                 )
     cut = Codebooks({info.index: books[info.index] for info in wanted}, books.metadata)
-    key, value = cut[wanted[0].index]
-    have = (8 * key.num_codes / key.head_dim, 8 * value.num_codes / value.head_dim)
-    if have != (config.key_rate, config.value_rate):
-        cut = cut.at(config.key_rate, config.value_rate)
+    cut = cut.at(config.key_rate, config.value_rate)
     if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
         cut = cut.with_beam(config.beam)
     return cut

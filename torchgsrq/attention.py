@@ -150,7 +150,7 @@ def observed_attention(
 ) -> tuple[Tensor, None]:
     """`dense_attention`, telling calibration's observer what it sees."""
     scaling = kwargs.get("scaling")
-    models.notify(
+    weigh = models.notify(
         module,
         query,
         key,
@@ -159,7 +159,10 @@ def observed_attention(
         softcap=kwargs.get("softcap") or 0.0,
         s_aux=kwargs.get("s_aux"),
     )
-    return dense_attention(module, query, key, value, attention_mask, **kwargs)
+    out, weights = dense_attention(module, query, key, value, attention_mask, **kwargs)
+    if weigh is not None and out.requires_grad:
+        out.register_hook(weigh)
+    return out, weights
 
 
 for _name, _function in ((NAME, gsrq_attention), (models.OBSERVED, observed_attention)):

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchgsrq.allocation import layer_rates
 from torchgsrq.config import GSRQConfig
 from torchgsrq.kmeans import train_codebook
-from torchgsrq.layout import CODEWORDS, Layout, num_codes
+from torchgsrq.layout import CODEWORDS, Layout, num_codes, rates
 
 FORMAT = "torchgsrq.codebooks"
 VERSION = 4
@@ -145,9 +146,22 @@ class Codec:
                 f"must lie between {least:g} and {self.layout.bits:g} and give whole bytes. Calibrate at that rate; "
                 "with layout='quality', 2 bits serve every lower rate"
             )
+        if codes == self.layout.codes:
+            return self
         layout = dataclasses.replace(self.layout, codes=int(codes))
         codebook = self.codebook[:, : int(codes)].contiguous()
         return dataclasses.replace(self, layout=layout, codebook=codebook, _copies={}, _turned=[])
+
+    @property
+    def bits(self) -> float:
+        """Bits per element."""
+        return 8 * self.num_codes / self.head_dim
+
+    def nested_rates(self) -> list[float]:
+        """The rates that `at` takes."""
+        gain = bool(self.gains.numel())
+        least, most = self.layout.groups + gain, self.layout.codes + gain
+        return [bits for bits in rates(self.head_dim) if least <= bits * self.head_dim / 8 <= most]
 
     def with_frequencies(self, inv_freq: Tensor) -> Codec:
         """The same codec for keys that a model turned by other RoPE frequencies; the last few are kept."""
@@ -190,7 +204,8 @@ class Codebooks:
     Args:
         layers: layer index to `LayerCodec`; layers that stay in full precision are absent.
         metadata: JSON-able facts: ``model`` (`models.fingerprint`), ``config`` (what was asked), ``source``,
-            ``tokens``.
+            ``tokens``; where layers have rates of their own, ``sensitivity``: layer to the costs of its keys and values
+            (`learning.sensitivity`).
     """
 
     def __init__(self, layers: dict[int, LayerCodec], metadata: dict[str, Any]) -> None:
@@ -215,8 +230,13 @@ class Codebooks:
         return self  # read only, so copies of a model share it
 
     def __repr__(self) -> str:
-        rate = next((f"{8 * c.key.num_codes / c.key.head_dim:g}" for c in self.layers.values()), "no")
-        return f"Codebooks({len(self)} layers, {rate} bits, source={self.metadata.get('source')!r})"
+        return f"Codebooks({len(self)} layers, {self.bits:.3g} bits, source={self.metadata.get('source')!r})"
+
+    @property
+    def bits(self) -> float:
+        """Mean bits per element of keys and values."""
+        sizes = [(c.heads * c.head_dim, c.bits) for layer in self.layers.values() for c in layer]
+        return sum(size * bits for size, bits in sizes) / max(sum(size for size, _ in sizes), 1)
 
     @classmethod
     def universal(cls, config: GSRQConfig, num_layers: int, num_kv_heads: int, head_dim: int) -> Codebooks:
@@ -263,11 +283,38 @@ class Codebooks:
         return found.hexdigest()
 
     def at(self, bits: float, value_bits: float | None = None) -> Codebooks:
-        """The same codebooks at a lower rate; residual stages are nested (see `Codec.at`)."""
+        """The same codebooks at a lower rate; residual stages are nested (see `Codec.at`).
+
+        Where layers have rates of their own, the mean is at most ``bits``, and is spread over them anew.
+
+        Raises:
+            ValueError: the rate is higher, or not nested in every codec.
+        """
         value_bits = bits if value_bits is None else value_bits
-        layers = {i: LayerCodec(c.key.at(bits), c.value.at(value_bits)) for i, c in self.layers.items()}
+        each = dict.fromkeys(self.layers, (bits, value_bits))
+        if "sensitivity" in self.metadata and self.layers:
+            each = self._spread(bits, value_bits)
+        layers = {i: LayerCodec(c.key.at(each[i][0]), c.value.at(each[i][1])) for i, c in self.layers.items()}
         config = {**self.metadata.get("config", {}), "key_bits": float(bits), "value_bits": float(value_bits)}
         return Codebooks(layers, {**self.metadata, "config": config})
+
+    def _spread(self, key_bits: float, value_bits: float) -> dict[int, tuple[float, float]]:
+        """Rates of every layer's keys and values at a lower mean."""
+        have = self.metadata["config"]["key_bits"], self.metadata["config"]["value_bits"]
+        if key_bits > have[0] or value_bits > have[1]:
+            raise ValueError(
+                f"bits={max(key_bits, value_bits)} is more than these codebooks were calibrated for ({have[0]:g} for "
+                f"keys, {have[1]:g} for values): calibrate at that rate"
+            )
+        costs = {i: self.metadata["sensitivity"][str(i)] for i in self.layers}
+        sizes = {i: c.key.heads * c.key.head_dim for i, c in self.layers.items()}
+        offered = {i: (c.key.nested_rates(), c.value.nested_rates()) for i, c in self.layers.items()}
+        try:
+            return layer_rates(costs, sizes, offered, key_bits, value_bits)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: calibrate at that rate; with layout='quality', 2 bits serve every lower rate"
+            ) from error
 
     def with_beam(self, beam: int) -> Codebooks:
         """The same codebooks, encoding with another width of the beam search."""
@@ -360,6 +407,12 @@ class Codebooks:
                         eta=facts["eta"],
                     )
                 metadata = json.loads(meta["metadata"])
+                costs, asked = metadata.get("sensitivity"), metadata.get("config")
+                if costs is not None and not (
+                    all(len(costs[str(i)]) == 2 and all(c >= 0 for c in costs[str(i)]) for i in layers)
+                    and all(asked[kind] > 0 for kind in ("key_bits", "value_bits"))
+                ):
+                    raise ValueError(f"{os.fspath(path)} says nothing that makes sense of how much its layers matter")
         except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{os.fspath(path)} is not a whole codebook file: {error}") from error
         return cls({i: LayerCodec(c["key"], c["value"]) for i, c in sorted(layers.items())}, metadata)

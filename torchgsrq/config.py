@@ -13,6 +13,7 @@ from typing import Any
 BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
 LAYOUTS = ("quality", "fast")
 PREFILLS = ("exact", "quantized")
+ALLOCATIONS = ("sensitivity", "uniform")
 RECIPES = ("gsrq", "gsrq-paper", "kmeans", "universal")
 
 
@@ -21,11 +22,14 @@ class GSRQConfig:
     """How a model's KV cache is quantized.
 
     Args:
-        bits: bits per element of keys and values, one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
+        bits: mean bits per element of keys and values, one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
         key_bits: bits per key element; defaults to ``bits``.
         value_bits: bits per value element; defaults to ``bits``.
         layout: ``"quality"`` (residual codes of whole heads) or ``"fast"`` (one code for each small group of elements:
             small tables, hardly any cost to encode).
+        allocation: ``"sensitivity"`` gives more bits to layers whose errors change more of what the model says, none
+            more than 2 and none less than half of the mean, which is ``bits``; ``"uniform"`` gives all the same, as do
+            recipes other than ``"gsrq"``. Where ``key_bits`` and ``value_bits`` differ, each is a mean of its own.
         frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512 with
             ``layout="quality"`` and 1024 with ``"fast"``.
         sink_tokens: first real tokens of each row, kept in full precision.
@@ -48,6 +52,7 @@ class GSRQConfig:
     key_bits: float | None = None
     value_bits: float | None = None
     layout: str = "quality"
+    allocation: str = "sensitivity"
     frame: int | None = None
     sink_tokens: int = 4
     recent_tokens: int = 128
@@ -74,7 +79,12 @@ class GSRQConfig:
                         else ""
                     )
                 )
-        for name, allowed in (("layout", LAYOUTS), ("prefill", PREFILLS), ("recipe", RECIPES)):
+        for name, allowed in (
+            ("layout", LAYOUTS),
+            ("allocation", ALLOCATIONS),
+            ("prefill", PREFILLS),
+            ("recipe", RECIPES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not offered; choose one of {', '.join(allowed)}")
         for name, least in (("frame", 1), ("sink_tokens", 0), ("recent_tokens", 0), ("block_tokens", 1), ("beam", 1)):
@@ -107,6 +117,11 @@ class GSRQConfig:
         return self.bits if self.value_bits is None else self.value_bits
 
     @property
+    def spreads_bits(self) -> bool:
+        """Whether layers get rates of their own."""
+        return self.recipe == "gsrq" and self.allocation == "sensitivity"
+
+    @property
     def key_frame(self) -> int:
         """Tokens per anchored frame."""
         return self.frame or (512 if self.layout == "quality" else 1024)
@@ -117,6 +132,7 @@ class GSRQConfig:
             "key_bits": float(self.key_rate),
             "value_bits": float(self.value_rate),
             "layout": self.layout,
+            "allocation": "sensitivity" if self.spreads_bits else "uniform",
             "frame": self.key_frame,
             "recipe": self.recipe,
             "seed": self.seed,

@@ -81,12 +81,24 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
         found = inner
 
 
+def rope_span(model: PreTrainedModel) -> int:
+    """How far apart a query and a key can be: the context that the model supports."""
+    return getattr(text_config(model), "max_position_embeddings", None) or 8192
+
+
 def path_to_decoder(model: PreTrainedModel) -> list[nn.Module]:
     """The modules from the model down to its decoder, both included: any of them may make a cache or generate."""
     inner = decoder(model)
     name = next(name for name, module in model.named_modules() if module is inner)
     parts = name.split(".") if name else []
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+
+
+def speaker(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost part that turns token ids into logits; the decoder of a model that has no head."""
+    path: list[Any] = path_to_decoder(model)
+    heads = [part for part in path if getattr(part, "get_output_embeddings", lambda: None)() is not None]
+    return heads[-1] if heads else path[-1]
 
 
 def takes_cache(module: nn.Module) -> bool:
@@ -146,7 +158,7 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 
 
 OBSERVED = "gsrq_observed"  # the attention implementation (attention.py) that calls `notify`
-Observer = Callable[..., None]
+Observer = Callable[..., Callable[[Tensor], None] | None]
 _here = threading.local()  # the observers of this thread's forwards
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 _locking = threading.Lock()
@@ -156,7 +168,8 @@ _locking = threading.Lock()
 def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     """Call ``observer(module, q, k, v, **kwargs)`` in every attention of the model's forwards in this thread.
 
-    A second thread that wants to observe the same model waits.
+    What it returns, if anything, is called with the gradient of that attention's output, ``[b, n, q_heads, d]``. A
+    second thread that wants to observe the same model waits.
     """
     with _locking:
         lock = _locks.setdefault(model, threading.RLock())
@@ -169,11 +182,10 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             observers.pop()
 
 
-def notify(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> None:
-    """Tell this thread's newest observer of an attention call."""
+def notify(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Callable[[Tensor], None] | None:
+    """Tell this thread's newest observer of an attention call; gives what wants to know its gradient."""
     observers = _here.__dict__.get("observers")
-    if observers:
-        observers[-1](module, q, k, v, **kwargs)
+    return observers[-1](module, q, k, v, **kwargs) if observers else None
 
 
 class _Recorder(DynamicCache):

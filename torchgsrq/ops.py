@@ -412,3 +412,9 @@ def _(grad: Tensor, shape: list[int]) -> Tensor:
 @torch.library.register_fake("torchgsrq::attention", lib=_library)
 def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
+
+
+def round_trip(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
+    """Vectors ``[b, heads, n, head_dim]`` at positions ``[b, n]``, encoded and decoded, float32."""
+    flat = (codec.tensors, codec.integers)
+    return decode(encode(x, position, *flat), position, *flat, torch.float32)

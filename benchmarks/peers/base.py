@@ -19,8 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from torchgsrq import Codec
-from torchgsrq.calibrate import Statistics
+from torchgsrq.learning.statistics import Statistics
 from torchgsrq.models import LayerInfo
+from torchgsrq.ops import round_trip
 from torchgsrq.rope import rotate
 
 NAME = "torchgsrq_peer"
@@ -32,7 +33,8 @@ class Method:
     Attributes:
         name: in tables. sinks, recent, block: tokens kept exact at the beginning and the end, and how many leave the
             window at a time.
-        forgets: what leaves the window is gone. layers: of the model, by index.
+        forgets: what leaves the window is gone. layers: of the model, by index. costs: how much errors of their keys
+            and values matter (`learning.sensitivity`), which the comparison measures once.
     """
 
     name = "full precision"
@@ -41,6 +43,7 @@ class Method:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerInfo] = {}
+        self.costs: dict[int, tuple[float, float]] = {}
         self.errors: dict[int, Tensor] = {}  # of the attention output, and its size, squared
 
     def fit(self, stats: dict[int, Statistics]) -> None:
@@ -95,8 +98,7 @@ def after_rope(k: Tensor, info: LayerInfo) -> Tensor:
 def as_decoded(x: Tensor, codec: Codec, position: Tensor | None = None) -> Tensor:
     """Vectors ``[b, heads, n, d]`` after one of this project's codecs; positions ``[n]`` matter to keys in frames."""
     at = torch.zeros(x.shape[2], dtype=torch.long) if position is None else position
-    at, flat = at.expand(x.shape[0], -1), (codec.tensors, codec.integers)
-    return torch.ops.torchgsrq.decode(torch.ops.torchgsrq.encode(x, at, *flat), at, *flat, torch.float32)
+    return round_trip(x, at.expand(x.shape[0], -1), codec)
 
 
 _method: Method | None = None

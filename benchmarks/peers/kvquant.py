@@ -11,7 +11,7 @@ import torch
 from peers.base import Method, after_rope, before_rope
 from torch import Tensor
 
-from torchgsrq.calibrate import Statistics
+from torchgsrq.learning.statistics import Statistics
 from torchgsrq.models import LayerInfo
 
 OUTLIERS = 0.01

@@ -6,9 +6,11 @@ import torch
 from peers.base import Method, as_decoded
 from torch import Tensor
 
-from torchgsrq.calibrate import Statistics, train
+from torchgsrq.calibrate import layer_configs
 from torchgsrq.codec import LayerCodec
 from torchgsrq.config import GSRQConfig
+from torchgsrq.learning.statistics import Statistics
+from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo
 
 
@@ -20,10 +22,14 @@ class GSRQ(Method):
         label = {"gsrq": f"GSRQ {config.layout}", "gsrq-paper": "GSRQ, the paper's", "kmeans": "k-means"}
         split = "" if config.key_bits is None else f" (keys {config.key_rate:g}, values {config.value_rate:g})"
         self.name, self.config, self.span = f"{label[config.recipe]} {config.bits:g} bit{split}", config, span
+        self.name += ", same bits everywhere" if config.recipe == "gsrq" and not config.spreads_bits else ""
         self.codecs: dict[int, LayerCodec] = {}
 
-    def fit_layer(self, index: int, stats: Statistics) -> None:
-        self.codecs[index] = train(stats, self.config, self.span)
+    def fit(self, stats: dict[int, Statistics]) -> None:
+        self.layers = {index: s.info for index, s in stats.items()}
+        spread = self.config.spreads_bits
+        configs = layer_configs(self.config, self.layers, self.costs) if spread else dict.fromkeys(stats, self.config)
+        self.codecs = {index: train(s, configs[index], self.span) for index, s in stats.items()}
 
     def keys(self, index: int, k: Tensor) -> Tensor:
         return as_decoded(k, self.codecs[index].key, torch.arange(k.shape[2]))
@@ -32,7 +38,7 @@ class GSRQ(Method):
         return as_decoded(v, self.codecs[index].value)
 
     def bits(self, info: LayerInfo) -> float:
-        return self.config.bits
+        return sum(codec.bits for codec in self.codecs[info.index]) / 2
 
     def codebook_bytes(self) -> int:
         return sum(codec.nbytes() for layer in self.codecs.values() for codec in layer)

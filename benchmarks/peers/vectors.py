@@ -17,9 +17,9 @@ from peers.base import Method, after_rope, as_decoded, before_rope
 from torch import Tensor
 
 from torchgsrq import Codec
-from torchgsrq.calibrate import Statistics
 from torchgsrq.kmeans import train_codebook
 from torchgsrq.layout import Layout
+from torchgsrq.learning.statistics import Statistics
 from torchgsrq.models import LayerInfo
 
 

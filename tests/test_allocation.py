@@ -1,0 +1,135 @@
+"""Which layer is given how many bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import SMALL, tiny_books, tiny_llama
+from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, models, quantize_kv_
+from torchgsrq.allocation import allocate, layer_rates
+from torchgsrq.config import BITS
+from torchgsrq.learning.sensitivity import sensitivity
+
+TOKENS = torch.randint(3, 100, (8, 64), generator=torch.Generator().manual_seed(0))
+
+
+@given(
+    costs=st.lists(st.floats(0, 1e6), min_size=1, max_size=8),
+    sizes=st.lists(st.sampled_from([64, 192, 1024]), min_size=8, max_size=8),
+    bits=st.sampled_from(BITS),
+)
+def test_no_step_is_left_and_none_was_taken_in_vain(costs, sizes, bits):
+    units = dict(enumerate(costs))
+    weight = dict(enumerate(sizes))
+    rates = allocate(units, weight, dict.fromkeys(units, BITS), bits)
+    total, used = sum(weight[u] for u in units), sum(weight[u] * rates[u] for u in units)
+    assert used <= bits * total + 1e-6
+    for unit, rate in rates.items():
+        assert rate in BITS
+        higher = min((b for b in BITS if b > rate), default=None)
+        assert higher is None or used + weight[unit] * (higher - rate) > bits * total
+    for a in units:  # who has more bits, of those alike, needs them no less
+        for b in units:
+            if sizes[a] == sizes[b] and rates[a] > rates[b]:
+                assert costs[a] >= costs[b]
+
+
+def test_equal_costs_get_equal_rates_and_too_few_bits_are_refused():
+    units = dict.fromkeys(range(6), 2.0)
+    assert set(allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, BITS), 1).values()) == {1}
+    with pytest.raises(ValueError, match=r"bits=0.5 is less than the lowest mean rate that can be had, 1\b"):
+        allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, (1, 2)), 0.5)
+
+
+def test_no_layer_is_given_less_than_half_and_asked_means_are_kept_apart():
+    costs = {0: (1e3, 1e-9), 1: (1.0, 1e-9), 2: (1e-9, 1e-9)}
+    sizes, offered = dict.fromkeys(costs, 64), dict.fromkeys(costs, (BITS, BITS))
+    together = layer_rates(costs, sizes, offered, 1, 1)
+    assert together[0][0] == 2 and min(min(pair) for pair in together.values()) == 0.5
+    assert sum(map(sum, together.values())) <= 6
+    apart = layer_rates(costs, sizes, offered, 1, 0.5)
+    assert sum(key for key, _ in apart.values()) <= 3 and sum(value for _, value in apart.values()) <= 1.5
+    assert apart[0][0] == 2
+
+
+def test_a_layer_that_says_nothing_costs_nothing():
+    model = tiny_llama()
+    model.model.layers[0].self_attn.v_proj.weight.requires_grad_(False)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    wants = {name: p.requires_grad for name, p in model.named_parameters()}
+    layers = models.inspect_layers(model)
+    costs = sensitivity(model, layers, TOKENS, progress=False)
+    assert costs[1] == (0, 0) and min(costs[0]) > 0
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wants
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight.mul_(0.5)
+    less = sensitivity(model, layers, TOKENS, progress=False)
+    assert all(a < b for a, b in zip(less[0], costs[0], strict=True))
+    assert sensitivity(model.model, layers, TOKENS, progress=False)[1] == (0, 0)  # without a head
+
+
+def test_what_an_estimate_says_is_what_happens():
+    """The estimate of both layers together against the KL divergence of a cache quantized at the same rate."""
+    from torchgsrq.evaluate import quality
+
+    model = tiny_llama()
+    with torch.no_grad():  # as it is made, a random model hardly heeds its attention
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(4)
+        model.lm_head.weight.mul_(4)
+    windows = torch.randint(3, 100, (16, 256), generator=torch.Generator().manual_seed(1))
+    config = GSRQConfig(layout="fast", allocation="uniform", sink_tokens=1, recent_tokens=32, block_tokens=1)
+    costs = sensitivity(model, models.inspect_layers(model), windows, progress=False)
+    books = calibrate(model, config, windows, tokens=4096, progress=False)
+    found = quality(model, windows[:6], {"": (config, books)})[""].kl
+    assert 0.6 < sum(map(sum, costs.values())) / 4 / found < 1.6
+
+
+def test_codebooks_spread_a_lower_rate_anew(tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.mul_(0.01)
+    books = tiny_books(model, dataclasses.replace(SMALL, bits=2))
+    assert books.bits == 2 and books.at(2)[0].key is books[0].key
+    half = books.at(1)
+    assert half.bits <= 1 and half[0].key.bits > half[1].key.bits
+    half.save(tmp_path / "half.safetensors")
+    again = Codebooks.load(tmp_path / "half.safetensors")
+    assert (
+        again.digest == half.digest
+        and again.at(0.5).bits <= 0.5
+        and repr(again).startswith("Codebooks(2 layers, 1 bits")
+    )
+    with pytest.raises(ValueError, match=r"bits=2 is more than .* \(1 for keys, 1 for values\): calibrate"):
+        again.at(2)
+    # Of fewer layers the mean is another: what is left is within the rate that was asked for.
+    quantize_kv_(model, dataclasses.replace(SMALL, bits=1, skip_layers=(1,)), codebooks=again)
+    assert model._gsrq.codebooks.bits <= 1
+    dequantize_kv_(model)
+    for wrong in ({"0": [1.0, 1.0]}, {"0": [1.0], "1": [1.0]}, {"0": ["a", "b"], "1": [1, 1]}, 3):
+        Codebooks(half.layers, {**half.metadata, "sensitivity": wrong}).save(tmp_path / "wrong.safetensors")
+        with pytest.raises(ValueError, match=r"wrong.safetensors (says nothing|is not a whole)"):
+            Codebooks.load(tmp_path / "wrong.safetensors")
+
+
+def test_a_model_without_a_backward_pass_is_refused_by_name(monkeypatch):
+    model = tiny_llama()
+    monkeypatch.setattr(model.model.norm, "forward", lambda x: torch.full_like(x, 0.5))  # nothing leads back
+    with pytest.raises(ValueError, match=r"a backward pass of LlamaForCausalLM.*choose allocation='uniform'"):
+        tiny_books(model)
+    assert len(tiny_books(model, dataclasses.replace(SMALL, allocation="uniform"))) == 2
+
+
+def test_recipes_other_than_the_default_are_uniform(llama):
+    model, _ = llama
+    assert not GSRQConfig(recipe="kmeans").spreads_bits
+    assert "sensitivity" not in tiny_books(model, dataclasses.replace(SMALL, recipe="kmeans")).metadata
+    with pytest.raises(ValueError, match=r"allocation='best' is not offered; choose one of sensitivity, uniform"):
+        GSRQConfig(allocation="best")

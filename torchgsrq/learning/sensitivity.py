@@ -1,0 +1,172 @@
+"""How much errors of each layer's keys and of its values cost in what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from torchgsrq import models, ops
+from torchgsrq.codec import Codec, LayerCodec
+from torchgsrq.config import GSRQConfig
+from torchgsrq.layout import rates
+from torchgsrq.learning.statistics import FAR, collect_statistics
+from torchgsrq.learning.train import train
+from torchgsrq.models import LayerInfo
+
+_WINDOWS = 4  # read for gradients; as many others train the codecs whose errors are measured
+
+
+def sensitivity(
+    model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
+) -> dict[int, tuple[float, float]]:
+    """What coding a layer's keys, and its values, would cost at rate 0, in nats per token.
+
+    To second order, an error ``e`` of a layer's attention output moves the distribution of the next tokens by a KL
+    divergence of ``E[(g . e)^2] / 2``, with ``g`` the gradient of the log-likelihood of tokens that the model itself
+    draws (its Fisher information). Errors are those of codecs that are quick to train, at one rate, with sinks and near
+    neighbours exact; from there each bit quarters them.
+
+    Args:
+        model: not quantized.
+        layers: those to measure.
+        windows: token ids ``[n, window]``; a few are read, evenly spread.
+
+    Returns:
+        layer to the costs of its keys and of its values.
+
+    Raises:
+        ValueError: the model has no backward pass.
+    """
+    layers = list(layers)
+    step = max(1, len(windows) // _WINDOWS)
+    span = models.rope_span(model)
+    codecs: dict[int, LayerCodec] = {}
+    stats = collect_statistics(model, layers, windows[step // 2 :: step], progress)
+    for info in layers:
+        offered = rates(info.head_dim)
+        config = GSRQConfig(bits=1 if 1 in offered else offered[0], layout="fast")
+        codecs[info.index] = train(stats.pop(info.index), config, span)
+    costs = {info.index: torch.zeros(2, dtype=torch.float64) for info in layers}
+    read = windows[::step]
+    what = f"a backward pass of {type(model).__name__}, by which layers are given their bits, failed"
+    with models.refusing(what, "; choose allocation='uniform'"):
+        for seed, window in enumerate(tqdm(read, desc="weighing layers", disable=not progress)):
+            _backward(model, window, seed, _observer(model, layers, codecs, costs))
+    tokens = 2 * read.numel()
+    return {i: (float(costs[i][0]) / tokens, float(costs[i][1]) / tokens) for i in costs}
+
+
+def _observer(
+    model: PreTrainedModel, layers: list[LayerInfo], codecs: dict[int, LayerCodec], costs: dict[int, Tensor]
+) -> models.Observer:
+    """Adds to ``costs``, of every layer, the errors of its codecs against the gradient of its attention output."""
+    rotary = models.rotaries(model, layers)
+
+    def observer(
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        s_aux: Tensor | None = None,
+    ) -> Callable[[Tensor], None] | None:
+        index: Any = getattr(module, "layer_idx", None)
+        if index not in codecs or getattr(module, "is_cross_attention", False):
+            return None
+        q, k, v = (x.detach()[0].float() for x in (q, k, v))
+        key, value = codecs[index]
+        key = key.with_frequencies(rotary[index]()) if index in rotary else key
+
+        @torch.no_grad()
+        def weigh(gradient: Tensor) -> None:  # [1, tokens, q_heads, head_dim]
+            decoded = _decoded(k, key), _decoded(v, value)
+            along = torch.zeros(2, k.shape[1], dtype=torch.float64, device=k.device)
+            group = q.shape[0] // k.shape[0]
+            sinks = None if s_aux is None else s_aux.detach().float()
+            for h in range(k.shape[0]):
+                some = slice(h * group, (h + 1) * group)
+                logits = None if sinks is None else sinks[some, None, None].expand(-1, k.shape[1], -1)
+                errors = _errors(q[some], k[h], v[h], decoded[0][h], decoded[1][h], scaling, softcap, logits)
+                slope = gradient[0, :, some].transpose(0, 1).float()
+                along += torch.stack([(error * slope).sum((0, 2)) for error in errors]).double()
+            bits = torch.tensor([8 * c.num_codes / c.head_dim for c in (key, value)], dtype=torch.float64)
+            costs[index] += along.square().sum(1).cpu() * 4**bits
+
+        return weigh
+
+    return observer
+
+
+def _decoded(x: Tensor, codec: Codec) -> Tensor:
+    """Vectors ``[heads, n, d]`` of the positions 0 to n after a round trip."""
+    return ops.round_trip(x[None], torch.arange(x.shape[1], device=x.device)[None], codec)[0]
+
+
+def _errors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    coded_k: Tensor,
+    coded_v: Tensor,
+    scaling: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Errors of the attention output ``[group, n, d]`` if far keys, and if far values, are the coded ones: q ``[group,
+    n, d]``, the others ``[n, d]``, sink logits ``[group, n, 1]``."""
+    slots = torch.arange(k.shape[0], device=k.device)
+    far = (slots[:, None] - slots >= FAR) & (slots >= 1)
+
+    def attend(scores: Tensor) -> Tensor:
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(slots > slots[:, None], -torch.inf)
+        scores = scores if sinks is None else torch.cat((scores, sinks), -1)
+        return scores.softmax(-1)[..., : k.shape[0]]
+
+    exact = q @ k.T * scaling
+    p = attend(exact)
+    return (attend(torch.where(far, q @ coded_k.T * scaling, exact)) - p) @ v, (p * far) @ (coded_v - v)
+
+
+def _backward(model: PreTrainedModel, window: Tensor, seed: int, observer: models.Observer) -> None:
+    """Read a window, draw the token after each of its tokens from the model, and go back from their log-likelihood."""
+    speaker = models.speaker(model)
+    device = models.input_device(model)
+    generator = torch.Generator().manual_seed(seed)
+    leaf = speaker.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    try:
+        with _frozen(model), torch.enable_grad(), models.observed(model, observer):
+            out = speaker(input_ids=window[None].to(device), use_cache=False)
+            if getattr(out, "logits", None) is None:  # without a head: any direction of its output, as its size goes
+                hidden = out[0].float()
+                drawn = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+                (hidden * drawn / hidden.detach().square().mean().sqrt().clamp_min(1e-30)).sum().backward()
+            else:
+                likely = out.logits[0].float().log_softmax(-1)
+                at = torch.rand(len(likely), 1, generator=generator).to(likely.device)
+                drawn = torch.searchsorted(likely.detach().exp().cumsum(-1), at).clamp_max(likely.shape[1] - 1)
+                likely.gather(1, drawn).sum().backward()
+    finally:
+        leaf.remove()
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -1,0 +1,111 @@
+"""What calibration keeps of a model's keys, values and queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from torchgsrq import models
+from torchgsrq.models import LayerInfo
+from torchgsrq.rope import rotate
+
+FAR = 32  # a query's nearer neighbours are in the recent window and do not count
+_QUERY_STRIDE = 4  # every 4th query is enough
+
+
+@dataclass
+class Statistics:
+    """What calibration keeps of one layer. N counts tokens over all windows.
+
+    Attributes:
+        keys: un-rotated, ``[heads, N, head_dim]``. values: ``[heads, N, head_dim]``.
+        places: ``[N]``, position in the window. window: ``[N]``, which window.
+        key_weight: ``[heads, N]``, ``sum_t p_ts^2 |v_s - o_t|^2`` over far queries: what a key error costs.
+        value_weight: ``[heads, N]``, ``sum_t p_ts^2``: what a value error costs.
+        query_metric: ``[heads, head_dim, head_dim]``, ``sum_t sqrt(b_t) q q^T`` of un-rotated queries, with
+            ``b_t = sum_s p_ts^2 |v_s - o_t|^2``.
+    """
+
+    info: LayerInfo
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
+    key_weight: list[Tensor] = field(default_factory=list)
+    value_weight: list[Tensor] = field(default_factory=list)
+    query_metric: Tensor | float = 0.0
+
+    def add(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        softcap: float,
+        sink_logits: Tensor | None,
+        inv_freq: Tensor | None = None,
+    ) -> None:
+        """Add a batch of windows: q ``[b, q_heads, t, d]``, k and v ``[b, heads, t, d]``, turned by the layer's RoPE
+        frequencies or, where these depend on the length, by ``inv_freq``."""
+        q, k, v = q.float(), k.float(), v.float()
+        info = self.info
+        inv_freq = info.inv_freq if inv_freq is None else inv_freq.to(k.device)
+        tokens = torch.arange(k.shape[2], device=k.device)
+        asking = tokens[_QUERY_STRIDE - 1 :: _QUERY_STRIDE]
+        some_q = q[:, :, asking].unflatten(1, (info.kv_heads, -1))  # [b, h, g, t/4, d]
+        scores = some_q @ k[:, :, None].transpose(-1, -2) * scaling
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(tokens > asking[:, None], -torch.inf)
+        if sink_logits is None:
+            p = scores.softmax(-1)
+        else:
+            logits = sink_logits.float().view(1, info.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
+            p = torch.cat((scores, logits), -1).softmax(-1)[..., :-1]
+        del scores
+        out = p @ v[:, :, None]
+        far = (asking[:, None] - tokens >= FAR) & (tokens >= 1)
+        p2 = p.square_().mul_(far)
+        spread = v.square().sum(-1)[:, :, None, None] + out.square().sum(-1, keepdim=True)
+        spread = spread.sub_(out @ v[:, :, None].transpose(-1, -2), alpha=2).clamp_min_(0).mul_(p2)
+        self.key_weight.append(spread.sum((2, 3)).transpose(0, 1).flatten(1))
+        self.value_weight.append(p2.sum((2, 3)).transpose(0, 1).flatten(1))
+        flat_q = rotate(some_q, -asking, inv_freq, info.interleaved)
+        weighted = flat_q * spread.sum(-1, keepdim=True).sqrt()
+        self.query_metric = self.query_metric + torch.einsum("bhgtd,bhgte->hde", weighted, flat_q)
+        self.keys.append(rotate(k, -tokens, inv_freq, info.interleaved).transpose(0, 1).flatten(1, 2))
+        self.values.append(v.transpose(0, 1).flatten(1, 2))
+        self.places.append(tokens.repeat(k.shape[0]))
+
+
+def collect_statistics(
+    model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
+) -> dict[int, Statistics]:
+    """Read token windows ``[n, window]`` and keep what calibration needs of these layers."""
+    layers = list(layers)
+    stats = {info.index: Statistics(info) for info in layers}
+
+    def observer(
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float,
+        softcap: float = 0.0,
+        s_aux: Tensor | None = None,
+    ) -> None:
+        index = getattr(module, "layer_idx", None)
+        if index in stats and not getattr(module, "is_cross_attention", False):
+            stats[index].add(q, k, v, scaling, softcap, s_aux, rotary[index]() if index in rotary else None)
+
+    inner, device = models.decoder(model), models.input_device(model)
+    rotary = models.rotaries(model, layers)
+    with torch.no_grad(), models.observed(model, observer):
+        for window in tqdm(windows, desc="reading", disable=not progress):
+            inner(input_ids=window[None].to(device), use_cache=False)
+    return stats
