@@ -68,10 +68,6 @@ def test_a_layer_that_says_nothing_costs_nothing():
     assert costs[1] == (0, 0) and min(costs[0]) > 0
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wants
     assert all(p.grad is None for p in model.parameters())
-    with torch.no_grad():
-        model.model.layers[0].self_attn.o_proj.weight.mul_(0.5)
-    less = sensitivity(model, layers, TOKENS, progress=False)
-    assert all(a < b for a, b in zip(less[0], costs[0], strict=True))
     assert sensitivity(model.model, layers, TOKENS, progress=False)[1] == (0, 0)  # without a head
 
 
