@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate, retrieval
-from torchgsrq.calibrate import layer_configs
+from torchgsrq.calibrate import rates_of_layers
 from torchgsrq.codec import LayerCodec
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.kmeans import METHODS
@@ -101,24 +101,26 @@ class Bench:
             return Codebooks.universal(config, len(self.layers), info.kv_heads, info.head_dim)
         stats, span = self.statistics(source, tokens), rope_span(self.model)
         begin = time.perf_counter()
-        configs, facts = dict.fromkeys(stats, config), {"config": config.codec_fields(), "source": source}
-        if config.spreads_bits:
-            configs = layer_configs(config, {i: s.info for i, s in stats.items()}, self.costs)
-            facts["sensitivity"] = {str(i): cost for i, cost in self.costs.items()}
+        costs = self.costs if config.spreads_bits else None
+        each = rates_of_layers(config, {i: s.info for i, s in stats.items()}, costs)
         layers = {}
         for i, s in stats.items():
             if config.recipe == "gsrq":
-                layers[i] = LayerCodec(train_key(s, configs[i], span, method), self.value(i, s, configs[i], method))
+                key = train_key(s, config, each[i][0], span, method)
+                layers[i] = LayerCodec(key, self.value(i, s, config, each[i][1], method))
             else:
-                layers[i] = train(s, config, span)
+                layers[i] = train(s, config, each[i], span)
+        facts: dict[str, Any] = {"config": config.codec_fields(), "source": source, "tokens": tokens}
+        if costs:
+            facts["sensitivity"] = {str(i): cost for i, cost in costs.items()}
         print(f"  trained in {time.perf_counter() - begin:.0f} s", flush=True)
-        return Codebooks(layers, {**facts, "tokens": tokens})
+        return Codebooks(layers, facts)
 
-    def value(self, index: int, stats: Any, config: GSRQConfig, method: str = "kmeans") -> Any:
+    def value(self, index: int, stats: Any, config: GSRQConfig, bits: float, method: str) -> Any:
         """A value codec; it does not depend on the frame, so frames share it."""
-        key = (index, config.value_rate, config.layout, method)
+        key = (index, bits, config.layout, method)
         if key not in self.values:
-            self.values[key] = train_value(stats, config, method)
+            self.values[key] = train_value(stats, config, bits, method)
         return self.values[key]
 
     def score(self, section: str, row: str, config: GSRQConfig, books: Codebooks, shift: int = 0) -> None:
@@ -172,7 +174,7 @@ class Bench:
             "and lists": torch.cat((long, recall[1])),
         }.items():
             stats = collect_statistics(self.model, self.layers, windows, False)
-            layers = {i: train(s, config, span) for i, s in stats.items()}
+            layers = {i: train(s, config, (1, 1), span) for i, s in stats.items()}
             books = Codebooks(layers, {"config": config.codec_fields(), "source": row, "tokens": windows.numel()})
             self.score("text", row, config, books)
             self.answers("text", f"{row}, answers", trials, (dataclasses.replace(config, **PROTOCOL), books))

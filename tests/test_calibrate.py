@@ -15,7 +15,7 @@ from torchgsrq.codec import Codec
 from torchgsrq.config import RECIPES
 from torchgsrq.kmeans import train_codebook
 from torchgsrq.layout import Layout
-from torchgsrq.learning.train import _deal
+from torchgsrq.learning.train import _deal, train
 from torchgsrq.models import inspect_layers
 from torchgsrq.reference import decode, encode
 from torchgsrq.rope import rotate
@@ -66,7 +66,7 @@ def test_statistics_are_the_formulas(model, stats):
 def test_the_codec_codes_what_it_was_trained_on(model, stats):
     """In sample, more codes mean less weighted error, and far less than the mean alone."""
     config = dataclasses.replace(SMALL, bits=2)
-    layer = module.train(stats[0], config, 512)
+    layer = train(stats[0], config, (config.key_rate, config.value_rate), 512)
     k = torch.stack([rotate(x, torch.arange(128), stats[0].info.inv_freq) for x in stats[0].keys])
     at = torch.arange(128).expand(4, -1)
     errors = []

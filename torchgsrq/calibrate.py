@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterable
@@ -95,23 +94,23 @@ def _calibrate(
         books = {i: made[info.kv_heads, info.head_dim] for i, info in layers.items()}
         return Codebooks(books, {**facts, "source": "none", "tokens": 0})
     windows, source = calibration_windows(model, data, tokenizer, tokens, config.seed, progress)
-    configs = dict.fromkeys(layers, config)
-    if config.spreads_bits:
-        costs = sensitivity(model, layers.values(), windows, progress)
-        configs = layer_configs(config, layers, costs)
+    costs = sensitivity(model, layers.values(), windows, progress) if config.spreads_bits else None
+    if costs:
         facts["sensitivity"] = {str(index): cost for index, cost in costs.items()}
-    trained = _train_layers(model, configs, layers, windows, max_memory, progress)
+    each = rates_of_layers(config, layers, costs)
+    trained = _train_layers(model, config, each, layers, windows, max_memory, progress)
     return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
 
 
-def layer_configs(
-    config: GSRQConfig, layers: dict[int, LayerInfo], costs: dict[int, tuple[float, float]]
-) -> dict[int, GSRQConfig]:
-    """The config of every layer, with the bits that its keys and values are given."""
+def rates_of_layers(
+    config: GSRQConfig, layers: dict[int, LayerInfo], costs: dict[int, tuple[float, float]] | None
+) -> dict[int, tuple[float, float]]:
+    """Bits per element of every layer's keys and values; the same everywhere without ``costs`` (`sensitivity`)."""
+    if costs is None:
+        return dict.fromkeys(layers, (config.key_rate, config.value_rate))
     sizes = {i: info.kv_heads * info.head_dim for i, info in layers.items()}
     offered = {i: (rates(info.head_dim),) * 2 for i, info in layers.items()}
-    found = layer_rates(costs, sizes, offered, config.key_rate, config.value_rate)
-    return {i: dataclasses.replace(config, key_bits=key, value_bits=value) for i, (key, value) in found.items()}
+    return layer_rates(costs, sizes, offered, config.key_rate, config.value_rate)
 
 
 def calibration_windows(
@@ -140,7 +139,8 @@ def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
 
 def _train_layers(
     model: PreTrainedModel,
-    configs: dict[int, GSRQConfig],
+    config: GSRQConfig,
+    each: dict[int, tuple[float, float]],
     layers: dict[int, LayerInfo],
     windows: Tensor,
     max_memory: int,
@@ -150,7 +150,7 @@ def _train_layers(
     for chunk in _chunks(list(layers.values()), windows.numel(), max_memory):
         stats = collect_statistics(model, chunk, windows, progress)
         for index in tqdm(list(stats), desc="training codebooks", disable=not progress):
-            trained[index] = train(stats.pop(index), configs[index], models.rope_span(model))
+            trained[index] = train(stats.pop(index), config, each[index], models.rope_span(model))
     return trained
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
+RATES = (4, 3, *BITS)  # what a layer may be given, under a mean that is one of BITS
 LAYOUTS = ("quality", "fast")
 PREFILLS = ("exact", "quantized")
 ALLOCATIONS = ("sensitivity", "uniform")
@@ -28,7 +29,7 @@ class GSRQConfig:
         layout: ``"quality"`` (residual codes of whole heads) or ``"fast"`` (one code for each small group of elements:
             small tables, hardly any cost to encode).
         allocation: ``"sensitivity"`` gives more bits to layers whose errors change more of what the model says, none
-            more than 2 and none less than half of the mean, which is ``bits``; ``"uniform"`` gives all the same, as do
+            more than 4 and none less than half of the mean, which is ``bits``; ``"uniform"`` gives all the same, as do
             recipes other than ``"gsrq"``. Where ``key_bits`` and ``value_bits`` differ, each is a mean of its own.
         frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512 with
             ``layout="quality"`` and 1024 with ``"fast"``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchgsrq.config import BITS
+from torchgsrq.config import BITS, RATES
 
 CODEWORDS = 256
 
@@ -65,8 +65,8 @@ class Layout:
 
 
 def rates(head_dim: int) -> list[float]:
-    """The rates of ``BITS`` that give a whole number of bytes for this head_dim."""
-    return [b for b in BITS if (b * head_dim) % 8 == 0 and b * head_dim >= 8]
+    """The rates of ``RATES`` that give a whole number of bytes for this head_dim."""
+    return [b for b in RATES if (b * head_dim) % 8 == 0 and b * head_dim >= 8]
 
 
 def num_codes(head_dim: int, bits: float) -> int:
@@ -76,7 +76,7 @@ def num_codes(head_dim: int, bits: float) -> int:
         ValueError: the rate is no whole number of bytes for this head_dim; says which rates are.
     """
     if bits not in rates(head_dim):
-        allowed = ", ".join(map(str, rates(head_dim))) or "none"
+        allowed = ", ".join(str(b) for b in rates(head_dim) if b in BITS) or "none"
         raise ValueError(f"bits={bits} is not offered for head_dim={head_dim}; choose one of {allowed}")
     return int(bits * head_dim) // 8
 
@@ -102,13 +102,16 @@ def key_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
     """Keys: whole heads up to 64 elements, 64-element groups above; ``"fast"``: groups of a single code.
 
     The spectrum of keys falls steeply: below 1.5 bits three quarters of their principal directions are coded, which
-    makes tables smaller and costs nothing that was measurable. Values have a flat spectrum and keep all.
+    makes tables smaller and costs nothing that was measurable. Values have a flat spectrum and keep all. Above 2 bits,
+    where many stages would cost much and gain little, groups are those of ``"fast"``.
     """
     codes = num_codes(head_dim, bits)
-    return _short(head_dim, codes) if preset == "fast" else grouped(head_dim, codes, 64, 1 if bits >= 1.5 else 0.75)
+    if preset == "fast" or bits > 2:
+        return _short(head_dim, codes)
+    return grouped(head_dim, codes, 64, 1 if bits >= 1.5 else 0.75)
 
 
 def value_layout(head_dim: int, bits: float, preset: str = "quality") -> Layout:
     """Values: whole heads or 64-element groups; ``"fast"``: groups of a single code."""
     codes = num_codes(head_dim, bits)
-    return _short(head_dim, codes) if preset == "fast" else grouped(head_dim, codes, 64)
+    return _short(head_dim, codes) if preset == "fast" or bits > 2 else grouped(head_dim, codes, 64)

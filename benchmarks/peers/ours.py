@@ -6,7 +6,7 @@ import torch
 from peers.base import Method, as_decoded
 from torch import Tensor
 
-from torchgsrq.calibrate import layer_configs
+from torchgsrq.calibrate import rates_of_layers
 from torchgsrq.codec import LayerCodec
 from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.statistics import Statistics
@@ -27,9 +27,8 @@ class GSRQ(Method):
 
     def fit(self, stats: dict[int, Statistics]) -> None:
         self.layers = {index: s.info for index, s in stats.items()}
-        spread = self.config.spreads_bits
-        configs = layer_configs(self.config, self.layers, self.costs) if spread else dict.fromkeys(stats, self.config)
-        self.codecs = {index: train(s, configs[index], self.span) for index, s in stats.items()}
+        each = rates_of_layers(self.config, self.layers, self.costs if self.config.spreads_bits else None)
+        self.codecs = {index: train(s, self.config, each[index], self.span) for index, s in stats.items()}
 
     def keys(self, index: int, k: Tensor) -> Tensor:
         return as_decoded(k, self.codecs[index].key, torch.arange(k.shape[2]))

@@ -50,8 +50,8 @@ def sensitivity(
     stats = collect_statistics(model, layers, windows[step // 2 :: step], progress)
     for info in layers:
         offered = rates(info.head_dim)
-        config = GSRQConfig(bits=1 if 1 in offered else offered[0], layout="fast")
-        codecs[info.index] = train(stats.pop(info.index), config, span)
+        bits: float = 1 if 1 in offered else offered[-1]
+        codecs[info.index] = train(stats.pop(info.index), GSRQConfig(layout="fast"), (bits, bits), span)
     costs = {info.index: torch.zeros(2, dtype=torch.float64) for info in layers}
     read = windows[::step]
     what = f"a backward pass of {type(model).__name__}, by which layers are given their bits, failed"
@@ -97,7 +97,7 @@ def _observer(
                 errors = _errors(q[some], k[h], v[h], decoded[0][h], decoded[1][h], scaling, softcap, logits)
                 slope = gradient[0, :, some].transpose(0, 1).float()
                 along += torch.stack([(error * slope).sum((0, 2)) for error in errors]).double()
-            bits = torch.tensor([8 * c.num_codes / c.head_dim for c in (key, value)], dtype=torch.float64)
+            bits = torch.tensor([key.bits, value.bits], dtype=torch.float64)
             costs[index] += along.square().sum(1).cpu() * 4**bits
 
         return weigh

@@ -55,12 +55,12 @@ def _normalised(weight: Tensor, power: float) -> Tensor:
     return weight.pow(power)
 
 
-def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "kmeans") -> Codec:
+def train_key(stats: Statistics, config: GSRQConfig, bits: float, span: int, method: str = "kmeans") -> Codec:
     """Keys, by the default recipe: anchored frames, the mean removed, errors weighed by what attention does.
 
     Args:
         stats: what was collected of the layer.
-        config: ``key_bits``, layout, frame, beam and seed are used.
+        config: layout, frame, beam and seed are used. bits: per element.
         span: how far apart a query and a key can be (`models.rope_span`).
         method: how to cluster (`kmeans.METHODS`).
     """
@@ -77,12 +77,12 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
     offsets = torch.randint(max(span, 1), (_ROTATIONS,), generator=generator).to(k.device)
     root = _root(_averaged(torch.as_tensor(stats.query_metric).double(), offsets, info)).float()
     y = rotate(k - mean.unsqueeze(1), places, info.inv_freq, info.interleaved) @ root.transpose(1, 2)
-    layout = key_layout(info.head_dim, config.key_rate, config.layout)
+    layout = key_layout(info.head_dim, bits, config.layout)
     deal = _deal(y, weight, layout)
     y = y @ deal.transpose(1, 2)
     scale = _scale(y)
     y = y / scale
-    fit = _fit(y, weight, KEY_ETA, config)
+    fit = _fit(y, weight, layout, KEY_ETA, config)
     codebook = train_codebook(y, weight, layout, method=method, seed=config.seed, fit=fit)
     return Codec.build(
         layout,
@@ -98,10 +98,12 @@ def train_key(stats: Statistics, config: GSRQConfig, span: int, method: str = "k
     )
 
 
-def _fit(y: Tensor, weight: Tensor, eta: int, config: GSRQConfig) -> Callable[[Layout, Tensor], Tensor] | None:
+def _fit(
+    y: Tensor, weight: Tensor, layout: Layout, eta: int, config: GSRQConfig
+) -> Callable[[Layout, Tensor], Tensor] | None:
     """Fits each stage to the encoder's loss on vectors ``y [heads, n, dims]`` in their metric (`fit_to_loss`); none for
-    wide codewords, which would overfit the tokens that calibration has."""
-    if config.layout != "fast":
+    wide codewords, which would overfit the tokens of a calibration, nor for many stages, which would take minutes."""
+    if config.layout != "fast" or layout.stages > 2:
         return None
 
     def fit(layout: Layout, codebook: Tensor) -> Tensor:
@@ -127,24 +129,24 @@ def _averaged(metric: Tensor, offsets: Tensor, info: LayerInfo) -> Tensor:
     return total / offsets.numel()
 
 
-def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -> Codec:
+def train_value(stats: Statistics, config: GSRQConfig, bits: float, method: str = "kmeans") -> Codec:
     """Values, by the default recipe: the mean removed, weighed by squared probabilities.
 
     Args:
         stats: what was collected of the layer.
-        config: ``value_bits``, layout, beam and seed are used.
+        config: layout, beam and seed are used. bits: per element.
         method: how to cluster (`kmeans.METHODS`).
     """
     v = torch.cat(stats.values, 1)
     weight = _normalised(torch.cat(stats.value_weight, 1), 0.25)
     mean = (v * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
     v = v - mean.unsqueeze(1)
-    layout = value_layout(stats.info.head_dim, config.value_rate, config.layout)
+    layout = value_layout(stats.info.head_dim, bits, config.layout)
     deal = _deal(v, weight, layout)
     v = v @ deal.transpose(1, 2)
     scale = _scale(v)
     v = v / scale
-    fit = _fit(v, weight, VALUE_ETA, config)
+    fit = _fit(v, weight, layout, VALUE_ETA, config)
     codebook = train_codebook(v, weight, layout, method=method, seed=config.seed + 1, fit=fit)
     return Codec.build(
         layout,
@@ -157,7 +159,7 @@ def train_value(stats: Statistics, config: GSRQConfig, method: str = "kmeans") -
     )
 
 
-def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCodec:
+def _train_paper(stats: Statistics, config: GSRQConfig, rates: tuple[float, float], method: str) -> LayerCodec:
     """GSRQ as the paper has it, in our reading, or the same with plain k-means.
 
     Un-rotated keys, 32-element groups, logarithmic weights, greedy encoding. The paper weighs by
@@ -166,8 +168,8 @@ def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCod
     info = stats.info
     codecs = []
     for vectors, weights, bits in (
-        (stats.keys, stats.key_weight, config.key_rate),
-        (stats.values, stats.value_weight, config.value_rate),
+        (stats.keys, stats.key_weight, rates[0]),
+        (stats.values, stats.value_weight, rates[1]),
     ):
         x, weight = torch.cat(vectors, 1), _normalised(torch.cat(weights, 1), 1).log1p()
         layout = grouped(info.head_dim, num_codes(info.head_dim, bits), 32)
@@ -190,8 +192,8 @@ def _train_paper(stats: Statistics, config: GSRQConfig, method: str) -> LayerCod
     return LayerCodec(*codecs)
 
 
-def train(stats: Statistics, config: GSRQConfig, span: int) -> LayerCodec:
-    """The codecs of one layer, by the config's recipe."""
+def train(stats: Statistics, config: GSRQConfig, bits: tuple[float, float], span: int) -> LayerCodec:
+    """The codecs of one layer, by the config's recipe, at bits per element of its keys and of its values."""
     if config.recipe == "gsrq":
-        return LayerCodec(train_key(stats, config, span), train_value(stats, config))
-    return _train_paper(stats, config, "gskm" if config.recipe == "gsrq-paper" else "kmeans")
+        return LayerCodec(train_key(stats, config, bits[0], span), train_value(stats, config, bits[1]))
+    return _train_paper(stats, config, bits, "gskm" if config.recipe == "gsrq-paper" else "kmeans")
