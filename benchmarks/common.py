@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from torchgsrq import Codec, GSRQConfig, GSRQTensor
+from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor
+from torchgsrq.allocation import layer_rates
+from torchgsrq.codec import LayerCodec
 from torchgsrq.config import encoded_tokens
-from torchgsrq.layout import Layout, key_layout, value_layout
+from torchgsrq.layout import Layout, key_layout, rates, value_layout
 from torchgsrq.learning.train import KEY_ETA, VALUE_ETA
 
 MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-3-70B": (64, 8, 128)}  # heads, KV heads, dim
@@ -30,14 +32,32 @@ def random_codec(
     )
 
 
-def random_codecs(heads: int, dim: int, config: GSRQConfig, device: torch.device | str = "cpu") -> tuple[Codec, Codec]:
-    """Key and value codecs of a config."""
-    keys = key_layout(dim, config.key_rate, config.layout)
-    values = value_layout(dim, config.value_rate, config.layout)
+def random_codecs(
+    heads: int,
+    dim: int,
+    config: GSRQConfig,
+    device: torch.device | str = "cpu",
+    each: tuple[float, float] | None = None,
+) -> tuple[Codec, Codec]:
+    """Key and value codecs of a config, or with the rates that a layer was given."""
+    key_bits, value_bits = each or (config.key_rate, config.value_rate)
+    keys = key_layout(dim, key_bits, config.layout)
+    values = value_layout(dim, value_bits, config.layout)
     return (
         random_codec(heads, keys, config.key_frame, device, config.beam, KEY_ETA),
         random_codec(heads, values, None, device, config.beam, VALUE_ETA),
     )
+
+
+def random_codebooks(layers: int, heads: int, dim: int, config: GSRQConfig) -> Codebooks:
+    """Random tables for a model, with rates as far apart as SmolLM2's: the speed is that of learned ones."""
+    generator = torch.Generator().manual_seed(0)
+    costs = {i: tuple(10 ** (2.5 * torch.rand(2, generator=generator)).tolist()) for i in range(layers)}
+    offered = dict.fromkeys(costs, (rates(dim), rates(dim)))
+    each = layer_rates(costs, dict.fromkeys(costs, heads * dim), offered, config.key_rate, config.value_rate)
+    found = {i: LayerCodec(*random_codecs(heads, dim, config, each=each[i])) for i in costs}
+    facts = {"config": config.codec_fields(), "source": "random", "tokens": 0}
+    return Codebooks(found, {**facts, "sensitivity": {str(i): cost for i, cost in costs.items()}})
 
 
 def random_cache(

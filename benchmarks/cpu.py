@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import MODELS, fill, random_cache, random_codecs
+from common import MODELS, fill, random_cache, random_codebooks, random_codecs
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.benchmark import Timer
 
 from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, new_cache, quantize_kv_
-from torchgsrq.codec import Codebooks, LayerCodec
+from torchgsrq.codec import Codebooks
 from torchgsrq.config import LAYOUTS
 from torchgsrq.ops import use_kernels
 
@@ -151,7 +151,7 @@ class Bench:
     # -- with the embedded model
 
     def model(self) -> Any:
-        """The embedded model, and codebooks with random tables for it."""
+        """The embedded model, or another."""
         from torchgsrq.embedded import load_model
 
         if not hasattr(self, "_model"):
@@ -164,14 +164,8 @@ class Bench:
         return text.num_key_value_heads, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
     def codebooks(self, config: GSRQConfig) -> Codebooks:
-        """Random tables: the speed is that of learned ones."""
-        text = self.model().config
-        heads, dim = (
-            text.num_key_value_heads,
-            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        )
-        layers = {i: LayerCodec(*random_codecs(heads, dim, config)) for i in range(text.num_hidden_layers)}
-        return Codebooks(layers, {"config": config.codec_fields(), "source": "random", "tokens": 0})
+        """Random ones for the embedded model."""
+        return random_codebooks(self.model().config.num_hidden_layers, *self.shape(), config)
 
     def gsrq_cache(self, config: GSRQConfig, length: int) -> Any:
         """A cache of the quantized model, holding random tokens."""
@@ -222,7 +216,7 @@ class Bench:
 
     def generate(self) -> None:
         """Tokens per second."""
-        for length in self.args.context or (512, 2048, 8192, 32768):
+        for length in self.args.context or (256, 512, 2048, 8192, 32768):
             tokens = 16 if length < 10000 else 6
             books = {layout: self.codebooks(GSRQConfig(layout=layout)) for layout in LAYOUTS}
             times: dict[str, list[float]] = {}

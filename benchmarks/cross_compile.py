@@ -41,11 +41,11 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
     from torchgsrq.kernels import attention, encode
 
     for dim, (q_heads, heads) in SHAPES.items():
-        for layout, bits in itertools.product(LAYOUTS, (2.0, 1.0, 0.5)):
+        for layout, bits in (*itertools.product(LAYOUTS, (2.0, 1.0, 0.5)), ("fast", 4.0)):
             if bits != 1 and dim != 128:
                 continue
-            config = GSRQConfig(bits=bits, layout=layout)
-            k, v = random_codecs(heads, dim, config)
+            config = GSRQConfig(layout=layout)
+            k, v = random_codecs(heads, dim, config, each=(bits, bits))
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 if dtype != torch.bfloat16 and (bits != 1 or dim not in (64, 128)):
                     continue

@@ -31,14 +31,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import MODELS, fill, random_cache, random_codecs
+from common import MODELS, fill, random_cache, random_codebooks, random_codecs
 from split_kv import decode as split_kv
 from torch import Tensor
 from torchgsrq.kernels import attention as kernel
 from torchgsrq.kernels import encode as encoder
 
 from torchgsrq import GSRQConfig, evaluate, new_cache, quantize_kv_, reference
-from torchgsrq.codec import Codebooks, LayerCodec
 
 SECTIONS = ("check", "attention", "encode", "model", "capacity")
 BUDGET = 450.0  # seconds; rows that would begin later are left out, and said to be
@@ -335,11 +334,8 @@ class Bench:
     def quantize(self, model: Any, config: GSRQConfig) -> None:
         """Quantize with random codebooks."""
         c = model.config
-        layers = {
-            i: LayerCodec(*random_codecs(c.num_key_value_heads, c.head_dim, config, self.device))
-            for i in range(c.num_hidden_layers)
-        }
-        quantize_kv_(model, config, codebooks=Codebooks(layers, {"config": config.codec_fields(), "source": "random"}))
+        books = random_codebooks(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, config)
+        quantize_kv_(model, config, codebooks=books)
 
     def caches(self, model: Any, batch: int, context: int, config: GSRQConfig | None) -> Any:
         """A static cache, as if ``context`` tokens had been read."""

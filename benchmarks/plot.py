@@ -20,7 +20,6 @@ STYLES = {
     "gsrq": ("GSRQ, quality", "#D55E00", "o"),
     "fast": ("GSRQ, fast", "#E69F00", "s"),
     "uniform": ("GSRQ, same bits everywhere", "#D55E00", "+"),
-    "keys-first": ("GSRQ, more bits for keys", "#D55E00", "x"),
     "gsrq-paper": ("GSRQ, the paper's", "#0072B2", "v"),
     "kmeans": ("the same with k-means", "#56B4E9", "^"),
     "vqllm": ("VQLLM", "#009E73", "D"),

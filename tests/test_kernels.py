@@ -27,6 +27,7 @@ gsrq = torch.ops.torchgsrq
 CODECS = {
     "quality": lambda dim, bits: (key_layout(dim, bits), value_layout(dim, bits)),
     "fast": lambda dim, bits: (key_layout(dim, bits, "fast"), value_layout(dim, bits, "fast")),
+    "mixed": lambda dim, bits: (key_layout(dim, 4), value_layout(dim, 0.5)),  # as layers are given their bits
     "ragged": lambda dim, bits: (Layout(dim, 2, 5, dim - 8), Layout(dim, 4, 7)),
 }
 
