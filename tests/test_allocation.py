@@ -96,6 +96,10 @@ def test_codebooks_spread_a_lower_rate_anew(tmp_path):
     assert books.bits == 2 and books.at(2)[0].key is books[0].key
     half = books.at(1)
     assert half.bits <= 1 and half[0].key.bits > half[1].key.bits
+    told = half.describe().splitlines()
+    assert (
+        len(told) == 3 and told[1].startswith(f"layer 0: keys {half[0].key.bits:g} bits, values ") and "% of" in told[1]
+    )
     half.save(tmp_path / "half.safetensors")
     again = Codebooks.load(tmp_path / "half.safetensors")
     assert (

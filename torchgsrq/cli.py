@@ -176,7 +176,7 @@ def calibrate_command(
     books = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens)
     books.save(output)
     facts = {"file": str(output), "layers": len(books), **books.metadata}
-    print(json.dumps(facts) if json_only else f"{books} written to {output}")
+    print(json.dumps(facts) if json_only else f"{books.describe()}\nwritten to {output}")
 
 
 @app.command("evaluate")

@@ -316,6 +316,18 @@ class Codebooks:
                 f"{error}: calibrate at that rate; with layout='quality', 2 bits serve every lower rate"
             ) from error
 
+    def describe(self) -> str:
+        """A line for every layer: bits per element of its keys and of its values; and, where these follow what errors
+        cost, its share of the cost of all layers if they had the same rate."""
+        costs = {int(i): sum(pair) for i, pair in self.metadata.get("sensitivity", {}).items()}
+        total = max(sum(costs[i] for i in self.layers), 1e-300) if costs else 1
+        lines = [
+            f"layer {i}: keys {layer.key.bits:g} bits, values {layer.value.bits:g} bits"
+            + (f", {costs[i] / total:.1%} of the cost" if costs else "")
+            for i, layer in self.layers.items()
+        ]
+        return "\n".join((repr(self), *lines))
+
     def with_beam(self, beam: int) -> Codebooks:
         """The same codebooks, encoding with another width of the beam search."""
         if all(codec.beam == beam for layer in self.layers.values() for codec in layer):
