@@ -325,6 +325,10 @@ def memory(
     for rate in bits or [1.0]:
         config = _config(bits=rate)
         books = cached_codebooks(llm, _config(bits=max(bits or [1.0])))
+        try:
+            books = books.at(rate)
+        except ValueError:  # not nested in those of the highest rate
+            books = cached_codebooks(llm, config)
         with measures.quantized(llm, config, books):
             cache = new_cache(llm)
             for layer in cache.quantized_layers:

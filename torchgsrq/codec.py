@@ -143,8 +143,7 @@ class Codec:
             least = 8 * self.layout.groups / self.head_dim
             raise ValueError(
                 f"bits={bits} is no prefix of a codec of {self.layout.bits:g} bits in {self.layout.groups} groups: it "
-                f"must lie between {least:g} and {self.layout.bits:g} and give whole bytes. Calibrate at that rate; "
-                "with layout='quality', 2 bits serve every lower rate"
+                f"must lie between {least:g} and {self.layout.bits:g} and give whole bytes. Calibrate at that rate"
             )
         if codes == self.layout.codes:
             return self
@@ -312,9 +311,7 @@ class Codebooks:
         try:
             return layer_rates(costs, sizes, offered, key_bits, value_bits)
         except ValueError as error:
-            raise ValueError(
-                f"{error}: calibrate at that rate; with layout='quality', 2 bits serve every lower rate"
-            ) from error
+            raise ValueError(f"{error}: calibrate at that rate") from error
 
     def describe(self) -> str:
         """A line for every layer: bits per element of its keys and of its values; and, where these follow what errors

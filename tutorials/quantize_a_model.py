@@ -25,13 +25,14 @@ ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=Fal
 # %% [markdown]
 # ## Calibrate once
 #
-# Codebooks are learned from a few thousand tokens; more and more varied text is better. Residual stages are nested, so
-# codebooks of 1 bit serve every lower rate too. We learn from the end of the document, from few tokens to be quick, and
-# measure at its start.
+# Codebooks are learned from a few thousand tokens; more and more varied text is better. Bits go to the layers whose
+# errors change most of what the model says; `bits` is their mean. Residual stages are nested, so codebooks of 1 bit
+# serve lower rates too, down to 0.375. We learn from the end of the document, from few tokens to be quick, and measure at
+# its start.
 
 # %%
 books = calibrate(model, GSRQConfig(bits=1), ids[-2048:])
-print(books)
+print(books.describe())
 
 # %% [markdown]
 # ## What it costs: KL divergence by rate
@@ -39,7 +40,7 @@ print(books)
 # Every token outside the recent window is quantized, as a long generation would have it.
 
 # %%
-rates = (1, 0.5, 0.25)
+rates = (1, 0.75, 0.5)
 candidates = {str(b): (GSRQConfig(bits=b), books.at(b)) for b in rates}
 found = quality(model, [ids[:512]], candidates)
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
