@@ -41,7 +41,7 @@ def sensitivity(
         layer to the costs of its keys and of its values.
 
     Raises:
-        ValueError: the model has no backward pass.
+        ValueError: the model has no backward pass, or one that overflows.
     """
     layers = list(layers)
     step = max(1, len(windows) // _WINDOWS)
@@ -58,6 +58,11 @@ def sensitivity(
     with models.refusing(what, "; choose allocation='uniform'"):
         for seed, window in enumerate(tqdm(read, desc="weighing layers", disable=not progress)):
             _backward(model, window, seed, _observer(model, layers, codecs, costs))
+    if not torch.stack(list(costs.values())).isfinite().all():
+        raise ValueError(
+            f"gradients of {type(model).__name__} in {model.dtype}, by which layers are given their bits, are not "
+            "finite; calibrate in float32 or bfloat16, or choose allocation='uniform'"
+        )
     tokens = 2 * read.numel()
     return {i: (float(costs[i][0]) / tokens, float(costs[i][1]) / tokens) for i in costs}
 
