@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import SMALL, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, models, quantize_kv_
 from torchgsrq.allocation import allocate, layer_rates
-from torchgsrq.config import BITS
+from torchgsrq.config import BITS, RATES
 from torchgsrq.learning.sensitivity import sensitivity
 
 TOKENS = torch.randint(3, 100, (8, 64), generator=torch.Generator().manual_seed(0))
@@ -41,7 +42,9 @@ def test_no_step_is_left_and_none_was_taken_in_vain(costs, sizes, bits):
 
 def test_equal_costs_get_equal_rates_and_too_few_bits_are_refused():
     units = dict.fromkeys(range(6), 2.0)
-    assert set(allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, BITS), 1).values()) == {1}
+    for cost in (2.0, 0.0):
+        units = dict.fromkeys(range(6), cost)
+        assert set(allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, RATES), 1).values()) == {1}
     with pytest.raises(ValueError, match=r"bits=0.5 is less than the lowest mean rate that can be had, 1\b"):
         allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, (1, 2)), 0.5)
 
@@ -88,7 +91,7 @@ def test_what_an_estimate_says_is_what_happens():
     assert 0.6 < sum(map(sum, costs.values())) / 4 / found < 1.6
 
 
-def test_codebooks_spread_a_lower_rate_anew(tmp_path):
+def test_codebooks_spread_a_lower_rate_anew(tmp_path, caplog):
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.mul_(0.01)
@@ -111,7 +114,11 @@ def test_codebooks_spread_a_lower_rate_anew(tmp_path):
         again.at(2)
     # Of fewer layers the mean is another: what is left is within the rate that was asked for.
     quantize_kv_(model, dataclasses.replace(SMALL, bits=1, skip_layers=(1,)), codebooks=again)
-    assert model._gsrq.codebooks.bits <= 1
+    assert 0.5 <= model._gsrq.codebooks.bits <= 1
+    dequantize_kv_(model)
+    with caplog.at_level("WARNING", "torchgsrq"):
+        quantize_kv_(model, dataclasses.replace(SMALL, bits=1, skip_layers=(0,)), codebooks=again)
+    assert f"those left have {model._gsrq.codebooks.bits:.3g}. Calibrate with skip_layers" in caplog.text
     dequantize_kv_(model)
     for wrong in ({"0": [1.0, 1.0]}, {"0": [1.0], "1": [1.0]}, {"0": ["a", "b"], "1": [1, 1]}, 3):
         Codebooks(half.layers, {**half.metadata, "sensitivity": wrong}).save(tmp_path / "wrong.safetensors")
@@ -119,17 +126,47 @@ def test_codebooks_spread_a_lower_rate_anew(tmp_path):
             Codebooks.load(tmp_path / "wrong.safetensors")
 
 
-def test_a_model_without_a_backward_pass_is_refused_by_name(monkeypatch):
+def test_a_model_without_gradients_gets_the_same_bits_everywhere(monkeypatch, caplog):
+    """With a warning; or it is refused, if gradients were asked for."""
+    asked = dataclasses.replace(SMALL, allocation="sensitivity")
     model = tiny_llama()
     monkeypatch.setattr(model.model.norm, "forward", lambda x: torch.full_like(x, 0.5))  # nothing leads back
     with pytest.raises(ValueError, match=r"a backward pass of LlamaForCausalLM.*choose allocation='uniform'"):
-        tiny_books(model)
-    assert len(tiny_books(model, dataclasses.replace(SMALL, allocation="uniform"))) == 2
+        tiny_books(model, asked)
+    with caplog.at_level("WARNING", "torchgsrq"):
+        books = tiny_books(model)
+    assert "all layers get the same bits: a backward pass of LlamaForCausalLM" in caplog.text
+    assert {codec.bits for layer in books.layers.values() for codec in layer} == {1}
+
+    model = tiny_llama()  # of whose first layer no gradient arrives, though the pass succeeds
+    project = model.model.layers[0].self_attn.o_proj
+    monkeypatch.setattr(project, "forward", lambda x: torch.nn.functional.linear(x.detach(), project.weight))
+    with pytest.raises(ValueError, match=r"no gradient came back to the attention of layers 0\b"):
+        tiny_books(model, asked)
+
+    model = tiny_llama()
+    model.hf_quantizer = SimpleNamespace(is_trainable=False)
+    with pytest.raises(ValueError, match=r"quantized weights of LlamaForCausalLM have no backward pass"):
+        tiny_books(model, asked)
+    with torch.inference_mode():
+        model = tiny_llama()
+    with pytest.raises(ValueError, match=r"made in inference mode"):
+        tiny_books(model, asked)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_compiled_forward_is_not_traced_with_its_gradients():
+    model = tiny_llama()
+    want = sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    assert sensitivity(model, models.inspect_layers(model), TOKENS, progress=False) == want
 
 
 def test_recipes_other_than_the_default_are_uniform(llama):
     model, _ = llama
     assert not GSRQConfig(recipe="kmeans").spreads_bits
     assert "sensitivity" not in tiny_books(model, dataclasses.replace(SMALL, recipe="kmeans")).metadata
+    with pytest.raises(ValueError, match=r"allocation='sensitivity' is for recipe='gsrq'; 'kmeans' gives"):
+        GSRQConfig(recipe="kmeans", allocation="sensitivity")
     with pytest.raises(ValueError, match=r"allocation='best' is not offered; choose one of sensitivity, uniform"):
         GSRQConfig(allocation="best")

@@ -30,14 +30,14 @@ def allocate(
         mean = bits - left / sum(sizes[unit] for unit in costs)
         raise ValueError(f"bits={bits} is less than the lowest mean rate that can be had, {mean:g}")
     while True:
-        best, most = None, -1.0
+        best, most = None, (-1.0, 0.0)
         for unit, rate in rates.items():
             higher = next((r for r in steps[unit] if r > rate), None)
             if higher is None or (higher - rate) * sizes[unit] > left:
                 continue
             saved = costs[unit] * (4**-rate - 4**-higher) / ((higher - rate) * sizes[unit])
-            if saved > most:
-                best, most = (unit, higher), saved
+            if (saved, -rate) > most:
+                best, most = (unit, higher), (saved, -rate)
         if best is None:
             return rates
         unit, higher = best
@@ -67,6 +67,6 @@ def layer_rates(
     for pool in pools:
         bits = asked[pool[0][1]]
         choice = {(i, kind): offered[i][kind] for i, kind in pool}
-        choice = {unit: [r for r in rates if r >= bits / 2] or [min(rates)] for unit, rates in choice.items()}
+        choice = {unit: [r for r in rates if r >= bits / 2] or [max(rates)] for unit, rates in choice.items()}
         found |= allocate({(i, k): costs[i][k] for i, k in pool}, {(i, k): sizes[i] for i, k in pool}, choice, bits)
     return {layer: (found[layer, 0], found[layer, 1]) for layer in sizes}

@@ -239,6 +239,15 @@ def _fitting(
                 )
     cut = Codebooks({info.index: books[info.index] for info in wanted}, books.metadata)
     cut = cut.at(config.key_rate, config.value_rate)
+    asked = (config.key_rate + config.value_rate) / 2
+    if cut.bits < 0.9 * asked:
+        log.warning(
+            "%s: the codebooks spread %g bits over layers of which some are skipped; those left have %.3g. Calibrate "
+            "with skip_layers to give them all",
+            type(model).__name__,
+            asked,
+            cut.bits,
+        )
     if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
         cut = cut.with_beam(config.beam)
     return cut

@@ -19,7 +19,7 @@ from torchgsrq.codec import VERSION, Codebooks, LayerCodec
 from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.layout import key_layout, rates, value_layout
 from torchgsrq.learning.sensitivity import sensitivity
-from torchgsrq.learning.statistics import collect_statistics
+from torchgsrq.learning.statistics import chunks, collect_statistics
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo
 from torchgsrq.text import TOKENS
@@ -94,12 +94,30 @@ def _calibrate(
         books = {i: made[info.kv_heads, info.head_dim] for i, info in layers.items()}
         return Codebooks(books, {**facts, "source": "none", "tokens": 0})
     windows, source = calibration_windows(model, data, tokenizer, tokens, config.seed, progress)
-    costs = sensitivity(model, layers.values(), windows, progress) if config.spreads_bits else None
+    costs = _costs(model, config, layers, windows, max_memory, progress) if config.spreads_bits else None
     if costs:
         facts["sensitivity"] = {str(index): cost for index, cost in costs.items()}
     each = rates_of_layers(config, layers, costs)
     trained = _train_layers(model, config, each, layers, windows, max_memory, progress)
     return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
+
+
+def _costs(
+    model: PreTrainedModel,
+    config: GSRQConfig,
+    layers: dict[int, LayerInfo],
+    windows: Tensor,
+    max_memory: int,
+    progress: bool,
+) -> dict[int, tuple[float, float]] | None:
+    """What errors of every layer cost; None, with a warning, without gradients, unless the config asks for them."""
+    try:
+        return sensitivity(model, layers.values(), windows, max_memory, progress)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        if config.allocation == "sensitivity":
+            raise
+        log.warning("all layers get the same bits: %s", error)
+        return None
 
 
 def rates_of_layers(
@@ -147,26 +165,11 @@ def _train_layers(
     progress: bool,
 ) -> dict[int, LayerCodec]:
     trained: dict[int, LayerCodec] = {}
-    for chunk in _chunks(list(layers.values()), windows.numel(), max_memory):
+    for chunk in chunks(list(layers.values()), windows.numel(), max_memory):
         stats = collect_statistics(model, chunk, windows, progress)
         for index in tqdm(list(stats), desc="training codebooks", disable=not progress):
             trained[index] = train(stats.pop(index), config, each[index], models.rope_span(model))
     return trained
-
-
-def _chunks(layers: list[LayerInfo], tokens: int, max_memory: int) -> Iterable[list[LayerInfo]]:
-    """Layers whose vectors fit in memory together."""
-    chunk: list[LayerInfo] = []
-    used = 0
-    for info in layers:
-        need = 4 * tokens * info.kv_heads * (2 * info.head_dim + 2)
-        if chunk and used + need > max_memory:
-            yield chunk
-            chunk, used = [], 0
-        chunk.append(info)
-        used += need
-    if chunk:
-        yield chunk
 
 
 def cached_codebooks(

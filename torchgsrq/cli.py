@@ -36,6 +36,7 @@ Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a progr
 Seed = Annotated[int, typer.Option("--seed")]
 Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
 Books = Annotated[Path | None, typer.Option("--codebooks", help="a file of codebooks; else cached or calibrated")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="the same bits for all layers")]
 
 
 @app.callback()
@@ -166,11 +167,13 @@ def calibrate_command(
     layout: Layout = "quality",
     frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
     recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",
+    uniform: Uniform = False,
     seed: Seed = 0,
     json_only: Json = False,
 ) -> None:
     """Learn a model's codebooks and write them to a file."""
-    config = _config(bits=bits, layout=layout, frame=frame, recipe=recipe, seed=seed)
+    allocation = "uniform" if uniform else None
+    config = _config(bits=bits, layout=layout, frame=frame, recipe=recipe, allocation=allocation, seed=seed)
     llm, tokenizer = load_model(model)
     data = None if text is None else [_read(text)]
     books = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens)
@@ -194,6 +197,7 @@ def evaluate_command(
     tokens: Annotated[int, typer.Option(help="tokens of calibration text")] = TOKENS,
     layout: Layout = "quality",
     frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
+    uniform: Uniform = False,
     sinks: Annotated[int, typer.Option(help="sink tokens")] = GSRQConfig.sink_tokens,
     recent: Annotated[int, typer.Option(help="recent tokens")] = GSRQConfig.recent_tokens,
     block: Annotated[int, typer.Option(help="tokens encoded together")] = GSRQConfig.block_tokens,
@@ -219,6 +223,7 @@ def evaluate_command(
             recipe=name,
             layout=layout,
             frame=frame,
+            allocation="uniform" if uniform else None,
             sink_tokens=sinks,
             recent_tokens=recent,
             block_tokens=block,

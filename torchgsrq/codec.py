@@ -1,4 +1,4 @@
-"""Codec and Codebooks: what was learned, and its file. Not how it was learned (calibrate.py)."""
+"""Codec and Codebooks: what was learned, and its file. Not how it was learned (learning/)."""
 
 from __future__ import annotations
 

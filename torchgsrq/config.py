@@ -1,4 +1,4 @@
-"""GSRQConfig: what a user chooses. Not how it is laid out (layout.py) or learned (calibrate.py)."""
+"""GSRQConfig: what a user chooses. Not how it is laid out (layout.py) or learned (learning/)."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class GSRQConfig:
 
     Args:
         bits: mean bits per element of keys and values, one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
-        key_bits: bits per key element; defaults to ``bits``.
-        value_bits: bits per value element; defaults to ``bits``.
+        key_bits: mean bits per key element; defaults to ``bits``.
+        value_bits: mean bits per value element; defaults to ``bits``.
         layout: ``"quality"`` (residual codes of whole heads) or ``"fast"`` (one code for each small group of elements:
             small tables, hardly any cost to encode).
-        allocation: ``"sensitivity"`` gives more bits to layers whose errors change more of what the model says, none
-            more than 4 and none less than half of the mean, which is ``bits``; ``"uniform"`` gives all the same, as do
-            recipes other than ``"gsrq"``. Where ``key_bits`` and ``value_bits`` differ, each is a mean of its own.
+        allocation: how calibration spreads bits over layers. ``"sensitivity"`` gives more to those whose errors change
+            more of what the model says, none more than 4 and none less than half of the mean; where ``key_bits`` and
+            ``value_bits`` differ, each is a mean of its own. ``"uniform"`` gives all the same, as do recipes other than
+            ``"gsrq"``. By default ``"sensitivity"``, or, with a warning, ``"uniform"`` for a model without gradients.
         frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512 with
             ``layout="quality"`` and 1024 with ``"fast"``.
         sink_tokens: first real tokens of each row, kept in full precision.
@@ -53,7 +54,7 @@ class GSRQConfig:
     key_bits: float | None = None
     value_bits: float | None = None
     layout: str = "quality"
-    allocation: str = "sensitivity"
+    allocation: str | None = None
     frame: int | None = None
     sink_tokens: int = 4
     recent_tokens: int = 128
@@ -86,8 +87,12 @@ class GSRQConfig:
             ("prefill", PREFILLS),
             ("recipe", RECIPES),
         ):
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed and not (name == "allocation" and self.allocation is None):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not offered; choose one of {', '.join(allowed)}")
+        if self.allocation == "sensitivity" and self.recipe != "gsrq":
+            raise ValueError(
+                f"allocation='sensitivity' is for recipe='gsrq'; {self.recipe!r} gives all layers the same"
+            )
         for name, least in (("frame", 1), ("sink_tokens", 0), ("recent_tokens", 0), ("block_tokens", 1), ("beam", 1)):
             value = getattr(self, name)
             if name == "frame" and value is None:
@@ -109,18 +114,18 @@ class GSRQConfig:
 
     @property
     def key_rate(self) -> float:
-        """Bits per key element."""
+        """Mean bits per key element."""
         return self.bits if self.key_bits is None else self.key_bits
 
     @property
     def value_rate(self) -> float:
-        """Bits per value element."""
+        """Mean bits per value element."""
         return self.bits if self.value_bits is None else self.value_bits
 
     @property
     def spreads_bits(self) -> bool:
         """Whether layers get rates of their own."""
-        return self.recipe == "gsrq" and self.allocation == "sensitivity"
+        return self.recipe == "gsrq" and self.allocation != "uniform"
 
     @property
     def key_frame(self) -> int:

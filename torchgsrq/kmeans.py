@@ -1,7 +1,7 @@
 """Clustering: gain-shape k-means (GSKM) and plain k-means, weighted and batched, residual stages of them, and codewords
 fitted to the encoder's loss.
 
-What is clustered, and how it is weighed, is decided in calibrate.py.
+What is clustered, and how it is weighed, is decided in learning/train.py.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=Fal
 #
 # Codebooks are learned from a few thousand tokens; more and more varied text is better. Bits go to the layers whose
 # errors change most of what the model says; `bits` is their mean. Residual stages are nested, so codebooks of 1 bit
-# serve lower rates too, down to 0.375. We learn from the end of the document, from few tokens to be quick, and
+# serve 0.75 and 0.5 too. We learn from the end of the document, from few tokens to be quick, and
 # measure at its start.
 
 # %%

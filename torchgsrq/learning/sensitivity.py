@@ -15,15 +15,19 @@ from torchgsrq import models, ops
 from torchgsrq.codec import Codec, LayerCodec
 from torchgsrq.config import GSRQConfig
 from torchgsrq.layout import rates
-from torchgsrq.learning.statistics import FAR, collect_statistics
+from torchgsrq.learning.statistics import FAR, chunks, collect_statistics
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo
 
-_WINDOWS = 4  # read for gradients; as many others train the codecs whose errors are measured
+_WINDOWS = 4  # most that are read for gradients; as many others train the codecs whose errors are measured
 
 
 def sensitivity(
-    model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
+    model: PreTrainedModel,
+    layers: Iterable[LayerInfo],
+    windows: Tensor,
+    max_memory: int = 2 << 30,
+    progress: bool = True,
 ) -> dict[int, tuple[float, float]]:
     """What coding a layer's keys, and its values, would cost at rate 0, in nats per token.
 
@@ -36,31 +40,43 @@ def sensitivity(
         model: not quantized.
         layers: those to measure.
         windows: token ids ``[n, window]``; a few are read, evenly spread.
+        max_memory: bytes of vectors held at a time to train codecs.
 
     Returns:
         layer to the costs of its keys and of its values.
 
     Raises:
-        ValueError: the model has no backward pass, or one that overflows.
+        ValueError: the model has no backward pass, or one that overflows; or its weights are offloaded, all of which a
+            backward pass would hold at once.
     """
+    name, instead = type(model).__name__, "; choose allocation='uniform'"
+    if any(p.device.type == "meta" for p in model.parameters()):
+        raise ValueError(f"{name} has offloaded weights, which a backward pass would hold all at once{instead}")
+    if getattr(getattr(model, "hf_quantizer", None), "is_trainable", True) is False:
+        raise ValueError(f"the quantized weights of {name} have no backward pass{instead}")
     layers = list(layers)
-    step = max(1, len(windows) // _WINDOWS)
+    step = max(2, -(-len(windows) // _WINDOWS))
+    read = windows[::step]
     span = models.rope_span(model)
     codecs: dict[int, LayerCodec] = {}
-    stats = collect_statistics(model, layers, windows[step // 2 :: step], progress)
-    for info in layers:
-        offered = rates(info.head_dim)
-        bits: float = 1 if 1 in offered else offered[-1]
-        codecs[info.index] = train(stats.pop(info.index), GSRQConfig(layout="fast"), (bits, bits), span)
+    learned = windows[step // 2 :: step] if len(windows) > 1 else windows
+    for chunk in chunks(layers, learned.numel(), max_memory):
+        stats = collect_statistics(model, chunk, learned, progress)
+        for info in chunk:
+            offered = rates(info.head_dim)
+            bits: float = 1 if 1 in offered else offered[-1]
+            codecs[info.index] = train(stats.pop(info.index), GSRQConfig(layout="fast"), (bits, bits), span)
     costs = {info.index: torch.zeros(2, dtype=torch.float64) for info in layers}
-    read = windows[::step]
-    what = f"a backward pass of {type(model).__name__}, by which layers are given their bits, failed"
-    with models.refusing(what, "; choose allocation='uniform'"):
+    with models.refusing(f"a backward pass of {name}, by which layers are given their bits, failed", instead):
         for seed, window in enumerate(tqdm(read, desc="weighing layers", disable=not progress)):
-            _backward(model, window, seed, _observer(model, layers, codecs, costs))
+            weighed: set[int] = set()
+            _backward(model, window, seed, _observer(model, layers, codecs, costs, weighed))
+            if weighed != set(costs):
+                missed = ", ".join(map(str, sorted(set(costs) - weighed)))
+                raise RuntimeError(f"no gradient came back to the attention of layers {missed}")
     if not torch.stack(list(costs.values())).isfinite().all():
         raise ValueError(
-            f"gradients of {type(model).__name__} in {model.dtype}, by which layers are given their bits, are not "
+            f"gradients of {name} in {model.dtype}, by which layers are given their bits, are not "
             "finite; calibrate in float32 or bfloat16, or choose allocation='uniform'"
         )
     tokens = 2 * read.numel()
@@ -68,9 +84,14 @@ def sensitivity(
 
 
 def _observer(
-    model: PreTrainedModel, layers: list[LayerInfo], codecs: dict[int, LayerCodec], costs: dict[int, Tensor]
+    model: PreTrainedModel,
+    layers: list[LayerInfo],
+    codecs: dict[int, LayerCodec],
+    costs: dict[int, Tensor],
+    weighed: set[int],
 ) -> models.Observer:
-    """Adds to ``costs``, of every layer, the errors of its codecs against the gradient of its attention output."""
+    """Adds to ``costs``, of every layer, the errors of its codecs against the gradient of its attention output, and to
+    ``weighed`` the layer."""
     rotary = models.rotaries(model, layers)
 
     def observer(
@@ -86,12 +107,13 @@ def _observer(
         index: Any = getattr(module, "layer_idx", None)
         if index not in codecs or getattr(module, "is_cross_attention", False):
             return None
-        q, k, v = (x.detach()[0].float() for x in (q, k, v))
+        given = [x.detach()[0] for x in (q, k, v)]
         key, value = codecs[index]
         key = key.with_frequencies(rotary[index]()) if index in rotary else key
 
         @torch.no_grad()
         def weigh(gradient: Tensor) -> None:  # [1, tokens, q_heads, head_dim]
+            q, k, v = (x.float() for x in given)
             decoded = _decoded(k, key), _decoded(v, value)
             along = torch.zeros(2, k.shape[1], dtype=torch.float64, device=k.device)
             group = q.shape[0] // k.shape[0]
@@ -104,6 +126,7 @@ def _observer(
                 along += torch.stack([(error * slope).sum((0, 2)) for error in errors]).double()
             bits = torch.tensor([key.bits, value.bits], dtype=torch.float64)
             costs[index] += along.square().sum(1).cpu() * 4**bits
+            weighed.add(index)
 
         return weigh
 
@@ -144,34 +167,36 @@ def _errors(
 
 def _backward(model: PreTrainedModel, window: Tensor, seed: int, observer: models.Observer) -> None:
     """Read a window, draw the token after each of its tokens from the model, and go back from their log-likelihood."""
-    speaker = models.speaker(model)
+    speaker: Any = models.speaker(model)
     device = models.input_device(model)
     generator = torch.Generator().manual_seed(seed)
-    leaf = speaker.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
-    try:
-        with _frozen(model), torch.enable_grad(), models.observed(model, observer):
-            out = speaker(input_ids=window[None].to(device), use_cache=False)
-            if getattr(out, "logits", None) is None:  # without a head: any direction of its output, as its size goes
-                hidden = out[0].float()
-                drawn = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-                (hidden * drawn / hidden.detach().square().mean().sqrt().clamp_min(1e-30)).sum().backward()
-            else:
-                likely = out.logits[0].float().log_softmax(-1)
-                at = torch.rand(len(likely), 1, generator=generator).to(likely.device)
-                drawn = torch.searchsorted(likely.detach().exp().cumsum(-1), at).clamp_max(likely.shape[1] - 1)
-                likely.gather(1, drawn).sum().backward()
-    finally:
-        leaf.remove()
+    # One thread at a time, by `observed`, freezes the weights; nothing is compiled for a pass that runs so seldom.
+    with models.observed(model, observer), _from_embeddings(model, speaker), torch.compiler.set_stance("force_eager"):
+        out = speaker(input_ids=window[None].to(device), use_cache=False)
+        if getattr(out, "logits", None) is None:  # without a head: any direction of its output, as its size goes
+            hidden = out[0].float()
+            drawn = torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden.device)
+            (hidden * drawn / hidden.detach().square().mean().sqrt().clamp_min(1e-30)).sum().backward()
+        else:
+            likely = out.logits[0].float().log_softmax(-1)
+            at = torch.rand(len(likely), 1, generator=generator, dtype=torch.float32).to(likely.device)
+            drawn = torch.searchsorted(likely.detach().exp().cumsum(-1), at).clamp_max(likely.shape[1] - 1)
+            likely.gather(1, drawn).sum().backward()
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No gradients of weights."""
+def _from_embeddings(model: nn.Module, speaker: Any) -> Iterator[None]:
+    """Gradients of what follows the token embeddings, and of no weight."""
+    if any(p.is_inference() for p in model.parameters()):
+        raise RuntimeError("its weights were made in inference mode")
     trained = [p for p in model.parameters() if p.requires_grad]
+    leaf = speaker.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
     try:
         for p in trained:
             p.requires_grad_(False)
-        yield
+        with torch.enable_grad():
+            yield
     finally:
+        leaf.remove()
         for p in trained:
             p.requires_grad_(True)

@@ -109,3 +109,18 @@ def collect_statistics(
         for window in tqdm(windows, desc="reading", disable=not progress):
             inner(input_ids=window[None].to(device), use_cache=False)
     return stats
+
+
+def chunks(layers: list[LayerInfo], tokens: int, max_memory: int) -> Iterable[list[LayerInfo]]:
+    """Layers whose vectors fit in memory together."""
+    chunk: list[LayerInfo] = []
+    used = 0
+    for info in layers:
+        need = 4 * tokens * info.kv_heads * (2 * info.head_dim + 2)
+        if chunk and used + need > max_memory:
+            yield chunk
+            chunk, used = [], 0
+        chunk.append(info)
+        used += need
+    if chunk:
+        yield chunk
