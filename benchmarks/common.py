@@ -52,7 +52,7 @@ def random_codecs(
 def random_codebooks(layers: int, heads: int, dim: int, config: GSRQConfig) -> Codebooks:
     """Random tables for a model, with rates as far apart as SmolLM2's: the speed is that of learned ones."""
     generator = torch.Generator().manual_seed(0)
-    costs = {i: tuple(10 ** (2.5 * torch.rand(2, generator=generator)).tolist()) for i in range(layers)}
+    costs = {i: tuple((10 ** (2.5 * torch.rand(2, generator=generator))).tolist()) for i in range(layers)}
     offered = dict.fromkeys(costs, (rates(dim), rates(dim)))
     each = layer_rates(costs, dict.fromkeys(costs, heads * dim), offered, config.key_rate, config.value_rate)
     found = {i: LayerCodec(*random_codecs(heads, dim, config, each=each[i])) for i in costs}
