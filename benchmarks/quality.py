@@ -152,7 +152,8 @@ class Bench:
         rates = self.args.bits or [1.0, 0.5]
         books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=max(rates)), "own")
         for tokens in self.args.retrieval_tokens or (1024, 2048):
-            trials = retrieval.trials(self.tokenizer, document(), tokens)
+            tasks = self.args.task or tuple(retrieval.TASKS)
+            trials = retrieval.trials(self.tokenizer, document(), tokens, tasks=tasks, count=self.args.trials)
             rows: dict[str, Any] = {"full precision": (trials, None)}
             rows["sinks and window alone"] = (retrieval.cut_short(trials, 4, 128), None)
             rows |= {f"{bits:g}": (trials, (GSRQConfig(bits=bits), books.at(bits))) for bits in rates}
@@ -248,6 +249,8 @@ def main() -> None:
     parser.add_argument(
         "--retrieval-tokens", action="append", type=int, help="prompt lengths; 1024 and 2048 by default"
     )
+    parser.add_argument("--task", action="append", choices=retrieval.TASKS, help="of retrieval; all by default")
+    parser.add_argument("--trials", type=int, default=8, help="texts of each retrieval task")
     parser.add_argument("--json", type=Path, help="add the results to this file")
     parser.add_argument("--codebooks", type=Path, help="written by own, and read by retrieval if it exists")
     args = parser.parse_args()
