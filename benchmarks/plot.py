@@ -29,6 +29,8 @@ STYLES = {
     "kvquant": ("KVQuant", "#B59F3B", "<"),
     "turboquant": ("TurboQuant", "#8C6BB1", ">"),
     "kivi": ("KIVI", "#A6761D", "p"),
+    "quanto": ("QuantizedCache, quanto", "#666666", "1"),
+    "hqq": ("QuantizedCache, hqq", "#999999", "2"),
     "streaming": ("StreamingLLM", "#BBBBBB", "h"),
 }
 
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("picture", type=Path, help="PNG file to write")
     args = parser.parse_args()
     results = json.loads(args.results.read_text())["methods"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
     for family, (label, colour, marker) in STYLES.items():
         rows: list[dict[str, Any]] = sorted(
             (r for r in results.values() if r["family"] == family), key=lambda r: r["bits_without_codebooks"]
@@ -77,9 +79,9 @@ def main() -> None:
     axes[0].set(yscale="log", ylabel="KL divergence, nats (lower is better)")
     axes[1].set(ylabel="answers found, % (higher is better)")
     for axis in axes:
-        axis.set(xlabel="bits per element of a 128k cache, codebooks apart", xlim=(0.15, 3.4))
+        axis.set(xlabel="bits per element of a 128k cache, codebooks apart", xlim=(0.15, 4.8))
         axis.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
     figure.savefig(args.picture, dpi=110)
     print(table(results))
 
