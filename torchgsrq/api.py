@@ -194,13 +194,12 @@ def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> GSRQC
 
 
 def _table(name: str, layers: list[LayerInfo], books: Codebooks) -> str:
-    """What happens to every layer's cache, consecutive equal layers in one line."""
+    """What happens to every layer's cache, consecutive layers alike but for their bits in one line."""
     rows: list[tuple[list[int], str]] = []
     for info in layers:
         if info.index in books:
-            key, value = books[info.index]
-            what = f"quantized: keys {key.bits:g} bits, values {value.bits:g} bits"
-            what += f", {info.kv_heads} heads of {info.head_dim}, RoPE {info.rope}"
+            key = books[info.index].key
+            what = f"quantized, {info.kv_heads} heads of {info.head_dim}, RoPE {info.rope}"
             what += ", changing with the length" if info.rotary else ""
             what += f", frames of {key.frame}" if key.frame > 1 else ""
         elif info.kind != "full_attention":
@@ -211,9 +210,21 @@ def _table(name: str, layers: list[LayerInfo], books: Codebooks) -> str:
             rows[-1][0].append(info.index)
         else:
             rows.append(([info.index], what))
-    lines = [f"  layers {r[0]}-{r[-1]}: {what}" if len(r) > 1 else f"  layer {r[0]}: {what}" for r, what in rows]
+    lines = []
+    for which, what in rows:
+        line = f"  layers {which[0]}-{which[-1]}: {what}" if len(which) > 1 else f"  layer {which[0]}: {what}"
+        if which[0] in books:
+            line += "; keys {}, values {}".format(
+                *(_span([books[i][kind].bits for i in which]) for kind in (0, 1)),
+            )
+        lines.append(line)
     mean = f", {books.bits:.3g} bits per element of quantized layers" if len(books) else ""
     return "\n".join([f"KV cache of {name}{mean}", *lines])
+
+
+def _span(bits: list[float]) -> str:
+    low, high = min(bits), max(bits)
+    return f"{low:g} bits" if low == high else f"{low:g} to {high:g} bits"
 
 
 def _fitting(
