@@ -194,10 +194,8 @@ def test_disk_cache(model, tmp_path, monkeypatch, caplog):
         caplog.clear()
         quantize_kv_(model, dataclasses.replace(SMALL, recent_tokens=16), progress=False)
         assert "codebooks cached at" in caplog.text and "wrote itself" not in caplog.text
-        assert (
-            "KV cache of LlamaForCausalLM, 1 bits per element of quantized layers\n  layer 0: quantized" in caplog.text
-        )
-        assert "bits, 2 heads of 32, RoPE half-split, frames of 32" in caplog.text
+        assert "LlamaForCausalLM, 1 bits per element of quantized layers\n  layers 0-1: quantized, 2" in caplog.text
+        assert "2 heads of 32, RoPE half-split, frames of 32; keys " in caplog.text
         dequantize_kv_(model)
     path = str(files[0])
     quantize_kv_(model, dataclasses.replace(SMALL, codebooks=path))
