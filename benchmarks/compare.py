@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import sys
@@ -88,8 +89,13 @@ class Bench:
         )
         text = [args.calibration.read_text()] if args.calibration else None
         windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, args.tokens, 0, True)
-        self.costs = sensitivity(self.model, self.layers, windows)
+        self.learned = windows
         self.stats = collect_statistics(self.model, self.layers, windows)
+
+    @functools.cached_property
+    def costs(self) -> dict[int, tuple[float, float]]:
+        """What errors of every layer cost, for the methods that ask."""
+        return sensitivity(self.model, self.layers, self.learned)
 
     @torch.no_grad()
     def read(self, window: Tensor) -> Tensor:
@@ -99,7 +105,8 @@ class Bench:
     def measure(self, method: Method) -> dict[str, Any]:
         """A row of the table."""
         begin = time.perf_counter()
-        method.costs = self.costs
+        if isinstance(method, GSRQ) and method.config.spreads_bits:
+            method.costs = self.costs
         method.fit(self.stats)
         facts: dict[str, Any] = {
             "bits": method.true_bits(LONG),

@@ -79,7 +79,7 @@ class Bench:
         self.bits = sorted(args.bits or RATES, reverse=True)
         self.stats: dict[tuple[str, int], Any] = {}
         self.values: dict[Any, Any] = {}
-        self.costs: Any = None
+        self.learned = self.costs = None
 
     def statistics(self, source: str, tokens: int) -> Any:
         """Calibration statistics of the text, or of what the model writes itself (``"own"``)."""
@@ -88,7 +88,7 @@ class Bench:
             self.values.clear()
             text = None if source == "own" else [self.args.calibration.read_text()]
             windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, tokens, 0, True)
-            self.costs = sensitivity(self.model, self.layers, windows)
+            self.learned, self.costs = windows, None
             self.stats[source, tokens] = collect_statistics(self.model, self.layers, windows, False)
         return self.stats[source, tokens]
 
@@ -101,6 +101,8 @@ class Bench:
             return Codebooks.universal(config, len(self.layers), info.kv_heads, info.head_dim)
         stats, span = self.statistics(source, tokens), rope_span(self.model)
         begin = time.perf_counter()
+        if config.spreads_bits and self.costs is None:
+            self.costs = sensitivity(self.model, self.layers, self.learned)
         costs = self.costs if config.spreads_bits else None
         each = rates_of_layers(config, {i: s.info for i, s in stats.items()}, costs)
         layers = {}

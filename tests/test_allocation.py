@@ -41,7 +41,6 @@ def test_no_step_is_left_and_none_was_taken_in_vain(costs, sizes, bits):
 
 
 def test_equal_costs_get_equal_rates_and_too_few_bits_are_refused():
-    units = dict.fromkeys(range(6), 2.0)
     for cost in (2.0, 0.0):
         units = dict.fromkeys(range(6), cost)
         assert set(allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, RATES), 1).values()) == {1}

@@ -182,6 +182,11 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             observers.pop()
 
 
+def layer_index(module: nn.Module) -> int | None:
+    """Which layer's self-attention an observed module is; None of cross-attention, and of what has no ``layer_idx``."""
+    return None if getattr(module, "is_cross_attention", False) else getattr(module, "layer_idx", None)
+
+
 def notify(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Callable[[Tensor], None] | None:
     """Tell this thread's newest observer of an attention call; gives what wants to know its gradient."""
     observers = _here.__dict__.get("observers")
@@ -350,8 +355,8 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Re
     seen: dict[int, _Seen] = {}
 
     def observer(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> None:
-        index = getattr(module, "layer_idx", None)
-        if index is not None and not getattr(module, "is_cross_attention", False):
+        index = layer_index(module)
+        if index is not None:
             seen[index] = _Seen(q, k, v, getattr(module, "is_causal", True), {})
 
     config = text_config(model)

@@ -33,8 +33,7 @@ class Method:
     Attributes:
         name: in tables. sinks, recent, block: tokens kept exact at the beginning and the end, and how many leave the
             window at a time.
-        forgets: what leaves the window is gone. layers: of the model, by index. costs: how much errors of their keys
-            and values matter (`learning.sensitivity`), which the comparison measures once.
+        forgets: what leaves the window is gone. layers: of the model, by index.
     """
 
     name = "full precision"
@@ -43,7 +42,6 @@ class Method:
 
     def __init__(self) -> None:
         self.layers: dict[int, LayerInfo] = {}
-        self.costs: dict[int, tuple[float, float]] = {}
         self.errors: dict[int, Tensor] = {}  # of the attention output, and its size, squared
 
     def fit(self, stats: dict[int, Statistics]) -> None:

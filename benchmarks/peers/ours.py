@@ -23,11 +23,12 @@ class GSRQ(Method):
         split = "" if config.key_bits is None else f" (keys {config.key_rate:g}, values {config.value_rate:g})"
         self.name, self.config, self.span = f"{label[config.recipe]} {config.bits:g} bit{split}", config, span
         self.name += ", same bits everywhere" if config.recipe == "gsrq" and not config.spreads_bits else ""
+        self.costs: dict[int, tuple[float, float]] | None = None  # `sensitivity`, if the config spreads bits
         self.codecs: dict[int, LayerCodec] = {}
 
     def fit(self, stats: dict[int, Statistics]) -> None:
         self.layers = {index: s.info for index, s in stats.items()}
-        each = rates_of_layers(self.config, self.layers, self.costs if self.config.spreads_bits else None)
+        each = rates_of_layers(self.config, self.layers, self.costs)
         self.codecs = {index: train(s, self.config, each[index], self.span) for index, s in stats.items()}
 
     def keys(self, index: int, k: Tensor) -> Tensor:

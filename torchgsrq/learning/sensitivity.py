@@ -95,17 +95,10 @@ def _observer(
     rotary = models.rotaries(model, layers)
 
     def observer(
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scaling: float,
-        softcap: float = 0.0,
-        s_aux: Tensor | None = None,
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Tensor | None
     ) -> Callable[[Tensor], None] | None:
-        index: Any = getattr(module, "layer_idx", None)
-        if index not in codecs or getattr(module, "is_cross_attention", False):
+        index: Any = models.layer_index(module)
+        if index not in codecs:
             return None
         given = [x.detach()[0] for x in (q, k, v)]
         key, value = codecs[index]

@@ -90,17 +90,10 @@ def collect_statistics(
     stats = {info.index: Statistics(info) for info in layers}
 
     def observer(
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scaling: float,
-        softcap: float = 0.0,
-        s_aux: Tensor | None = None,
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Tensor | None
     ) -> None:
-        index = getattr(module, "layer_idx", None)
-        if index in stats and not getattr(module, "is_cross_attention", False):
+        index = models.layer_index(module)
+        if index in stats:
             stats[index].add(q, k, v, scaling, softcap, s_aux, rotary[index]() if index in rotary else None)
 
     inner, device = models.decoder(model), models.input_device(model)
