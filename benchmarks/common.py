@@ -44,8 +44,8 @@ def random_codecs(
     keys = key_layout(dim, key_bits, config.layout)
     values = value_layout(dim, value_bits, config.layout)
     return (
-        random_codec(heads, keys, config.key_frame, device, config.beam, KEY_ETA),
-        random_codec(heads, values, None, device, config.beam, VALUE_ETA),
+        random_codec(heads, keys, config.key_frame, device, config.beam_width, KEY_ETA),
+        random_codec(heads, values, None, device, config.beam_width, VALUE_ETA),
     )
 
 

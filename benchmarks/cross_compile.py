@@ -3,7 +3,8 @@
     python benchmarks/cross_compile.py --capability 80 --capability 90 --json kernels.json
 
 One row per kernel and configuration: registers per thread, bytes spilled, shared memory per program, tensor-core
-instructions, and how wide the loads of codewords are.
+instructions, how wide the loads of codewords are, and how many instructions of a warp the loop over coded tokens takes
+for each (of bfloat16 attention).
 """
 
 from __future__ import annotations
@@ -55,11 +56,9 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
                 for queries in (1, 64) if bits == 1 else (1,):
                     rows = q_heads // heads * queries
                     q = torch.zeros(2, q_heads, queries, dim, dtype=dtype)
-                    for tables in (False, True) if half and rows <= 8 else (False,):
-                        p = attention.plan(k, rows, 1024, 2 * heads, 132, half)
-                        p = dataclasses.replace(p, tables=tables)
-                        name = f"{dim} {layout} {bits:g} {DTYPES[dtype]} q{queries}{' tables' if tables else ''}"
-                        yield "attention", name, functools.partial(_attend, q, cache, p)
+                    p = attention.plan(k, rows, 1024, 2 * heads, 132, half)
+                    name = f"{dim} {layout} {bits:g} {DTYPES[dtype]} q{queries}"
+                    yield "attention", name, functools.partial(attend, q, cache, p)
                 if dtype == torch.bfloat16:
                     x, slots = torch.zeros(2, heads, 64, dim, dtype=dtype), torch.arange(64)
                     for which, kv in zip(("keys", "values"), cache, strict=True):
@@ -100,11 +99,12 @@ def variants() -> Iterator[tuple[str, str, Callable[[], None]]]:
         x, position = torch.zeros(2, heads, 40, dim, dtype=q.dtype), torch.arange(40).expand(2, -1)
         if "beam" not in name:
             for what, facts in calls.items() if name == "plain" else [("several queries", {})]:
-                yield "attention", f"64 {name} {what}", functools.partial(_attend, q, pair, None, **facts)
+                yield "attention", f"64 {name} {what}", functools.partial(attend, q, pair, None, **facts)
         yield "encode", f"64 {name} encode", functools.partial(encode.encode, x, position, codec)
 
 
-def _attend(q: torch.Tensor, cache: list[reference.Packed], p: Any, **facts: Any) -> None:
+def attend(q: torch.Tensor, cache: list[reference.Packed], p: Any, **facts: Any) -> None:
+    """Attention of queries on a cache of keys and values, with a plan."""
     from torchgsrq.kernels import attention
 
     plain = {"mask": None, "sink_logits": None, "tails": None, "tail_start": None}
@@ -165,11 +165,14 @@ def compile_call(recorder: Recorder, capability: int) -> dict[str, Any]:
     warps = {k: options[k] for k in ("num_warps", "num_stages")}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=warps)
     ptx = built.asm["ptx"]
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+        usage, machine = (
+            subprocess.run([tools / "cuobjdump", what, file.name], capture_output=True, text=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK"))
     return {
         "kernel": kernel.__name__,
@@ -181,7 +184,31 @@ def compile_call(recorder: Recorder, capability: int) -> dict[str, Any]:
         "mma": len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
         "wide loads": len(re.findall(r"ld\.global(?:\.\w+)*\.v4", ptx)),
         "async copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        "per token": token_instructions(machine, options) if kernel.__name__ == "split_kernel" else 0.0,
     }
+
+
+def token_instructions(machine: str, options: dict[str, Any]) -> float:
+    """Instructions of a warp for each coded token and tile of query rows, off the disassembly of `split_kernel`.
+
+    The loop over tiles of coded tokens is the innermost one with tensor-core products of float16, which bfloat16
+    attention has nowhere else; inside it may be loops over pairs of residual stages.
+    """
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", machine)]
+    loops = []
+    for at, text in code:
+        target = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            loops.append((int(target[1], 16), at))
+    body = {x: [text for at, text in code if x[0] <= at <= x[1]] for x in loops}
+    coded = [x for x in loops if any("HMMA.16816.F32 " in text for text in body[x])]
+    if not coded or options["DTYPE"].name != "bf16":
+        return 0.0
+    tile = min(coded, key=lambda x: len(body[x]))
+    inner = [x for x in loops if tile[0] <= x[0] and x[1] < tile[1]]
+    pairs = max(-(-options[f"{x}N"] // options[f"{x}G"]) for x in "KV") / 2
+    count = len(body[tile]) + sum(len(body[x]) for x in inner) * (pairs - 1)
+    return round(count * options["num_warps"] / options["BT"], 1)
 
 
 def everything() -> Iterator[tuple[str, str, Callable[[], None]]]:

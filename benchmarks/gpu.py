@@ -16,7 +16,6 @@ Sections, in this order; one that fails says so, and the others go on:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import gc
 import json
@@ -134,10 +133,8 @@ class Bench:
             want = reference.attention(q, key.packed, value.packed, **plain).double()
             rows = group * queries
             p = kernel.plan(codecs[0], rows, length, 2 * heads, count, half)
-            for tables in (False, True) if half and rows <= 8 else (False,):
-                got = kernel.attention(q, key.packed, value.packed, **full, plan_=dataclasses.replace(p, tables=tables))
-                name = f"attention {dtype}".replace("torch.", "") + (" tables" if tables else "")
-                yield name, float((got.double() - want).norm() / want.norm())
+            got = kernel.attention(q, key.packed, value.packed, **full, plan_=p)
+            yield f"attention {dtype}".replace("torch.", ""), float((got.double() - want).norm() / want.norm())
         x = torch.randn(2, heads, 40, dim, device=self.device, dtype=dtype)
         position = torch.arange(40, device=self.device).expand(2, -1)
         same = encoder.encode(x, position, codecs[0]) == reference.encode(x, position, codecs[0])
@@ -242,20 +239,17 @@ class Bench:
         for layout in ("quality", "fast"):
             for bits in (1.0,) if self.small else (2.0, 1.0, 0.5):
                 config = GSRQConfig(bits=bits, layout=layout)
-                # Every layer has tables of its own, as in a model.
-                tables_size = sum(c.nbytes() for c in random_codecs(heads, dim, config))
+                # Every layer has codebooks of its own, as in a model.
+                books = sum(c.nbytes() for c in random_codecs(heads, dim, config))
                 caches = [
                     random_cache(batch, heads, dim, length, config, half, self.device)
-                    for _ in range(self.layers_for(int(full * bits / 16) + tables_size))
+                    for _ in range(self.layers_for(int(full * bits / 16) + books))
                 ]
                 codecs = (caches[0][0].codec, caches[0][1].codec)
                 p = kernel.plan(codecs[0], q_heads // heads, length, batch * heads, count, True)
-                for tables in (False, True):
-                    plan = dataclasses.replace(p, tables=tables)
-                    taken = self.seconds(functools.partial(self.attend_all, q, caches, plan)) / len(caches)
-                    name = f"gsrq {layout} {bits:g}, {'tables' if tables else 'decode'}"
-                    chosen = "chosen" if tables == p.tables else "not chosen"
-                    self.record("attention", **facts, what=name, us=taken * 1e6, over_best=best / taken, plan=chosen)
+                taken = self.seconds(functools.partial(self.attend_all, q, caches, p)) / len(caches)
+                name = f"gsrq {layout} {bits:g}"
+                self.record("attention", **facts, what=name, us=taken * 1e6, over_best=best / taken)
                 del caches
                 self.free()
 

@@ -23,6 +23,7 @@ import torch
 from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate, retrieval
 from torchgsrq.calibrate import rates_of_layers
 from torchgsrq.codec import LayerCodec
+from torchgsrq.config import LAYOUTS
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.kmeans import METHODS
 from torchgsrq.learning.sensitivity import sensitivity
@@ -213,11 +214,13 @@ class Bench:
         elif section == "uniform":
             self.each_rate(section, allocation=section)
         elif section == "beam":
-            trained = self.each_rate(section)
-            for beam in (1, 2, 8):
-                for bits, books in trained.items():
-                    config = GSRQConfig(bits=bits, beam=beam)
-                    self.score(section, f"{bits:g}, beam {beam}", config, books.with_beam(beam))
+            for layout in LAYOUTS:
+                for bits in self.bits:
+                    config = GSRQConfig(bits=bits, layout=layout)
+                    books = self.train(config)
+                    for beam in (1, 2, 4, 8):
+                        with_beam = dataclasses.replace(config, beam=beam)
+                        self.score(section, f"{layout}, {bits:g}, beam {beam}", with_beam, books.with_beam(beam))
         elif section == "eta":  # what the encoder minimises, keys and values each alone
             for bits in self.bits:
                 config = GSRQConfig(bits=bits)

@@ -2,31 +2,37 @@
 
     python benchmarks/roofline.py --gpu H100 --json roofline.json
 
-Counts bytes from memory, bytes gathered from the first-level cache (codewords), look-ups in shared memory and
-multiply-adds on tensor cores of one layer, as `torchgsrq.kernels` would launch it, padding included; the floor is the
-largest of the four times, as if all else were hidden behind it. bfloat16 attention is taken at the speed of memory.
-These are bounds, not predictions: nothing here was measured.
+Counts bytes from memory, bytes gathered from the first-level cache (codewords), instructions of the compiled loop over
+coded tokens (cross_compile.py) and multiply-adds on tensor cores of one layer, as `torchgsrq.kernels` would launch it,
+padding included; the floor is the largest of the four times, as if all else were hidden behind it. bfloat16 attention
+is taken at the speed of memory. These are bounds, not predictions: nothing here was measured. All layers have the
+same bits; needs Triton's compiler, and no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import MODELS, random_codecs
+from cross_compile import attend, compile_call, recorded
 from torchgsrq.kernels import attention
 from torchgsrq.kernels.common import Shape
 
-from torchgsrq import Codec, GSRQConfig
+from torchgsrq import Codec, GSRQConfig, GSRQTensor
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """Public figures of a GPU: processors, clock in GHz, memory in TB/s, dense bfloat16 TFLOP/s."""
+    """Public figures of a GPU: compute capability, processors, clock in GHz, memory in TB/s, dense bfloat16 TFLOP/s."""
 
+    capability: int
     processors: int
     clock: float
     memory: float
@@ -38,15 +44,15 @@ class Gpu:
         return 64 * self.processors * self.clock * 1e9
 
     @property
-    def lookups(self) -> float:
-        """8-byte entries per second from shared memory at random banks: 32 banks serve about 10 of 32 lanes."""
-        return 10 * self.processors * self.clock * 1e9
+    def issued(self) -> float:
+        """Instructions of a warp per second: four schedulers a processor, each one per clock."""
+        return 4 * self.processors * self.clock * 1e9
 
 
 GPUS = {
-    "A100": Gpu(108, 1.41, 2.0, 312),
-    "H100": Gpu(132, 1.76, 3.35, 989),
-    "H200": Gpu(132, 1.76, 4.8, 989),
+    "A100": Gpu(80, 108, 1.41, 2.0, 312),
+    "H100": Gpu(90, 132, 1.76, 3.35, 989),
+    "H200": Gpu(90, 132, 1.76, 4.8, 989),
 }
 
 
@@ -56,7 +62,7 @@ class Work:
 
     memory: float = 0.0  # bytes
     gathered: float = 0.0  # bytes
-    lookups: float = 0.0  # 8-byte entries
+    issued: float = 0.0  # instructions of a warp
     multiplied: float = 0.0  # multiply-adds on tensor cores, in bfloat16 ones
 
     def seconds(self, gpu: Gpu) -> dict[str, float]:
@@ -64,13 +70,25 @@ class Work:
         return {
             "memory": self.memory / (gpu.memory * 1e12),
             "gathers": self.gathered / gpu.gathered,
-            "look-ups": self.lookups / gpu.lookups,
+            "instructions": self.issued / gpu.issued,
             "tensor cores": 2 * self.multiplied / (gpu.tensor * 1e12),
         }
 
 
-def decode_step(key: Codec, value: Codec, q_heads: int, batch: int, context: int, gpu: Gpu, tables: bool) -> Work:
-    """Attention of one query token per row, by look-up or by decoding."""
+@functools.cache
+def instructions(config: GSRQConfig, model: str, capability: int) -> float:
+    """Of a warp, for each coded token of a KV head, with the queries that share it in one tile."""
+    q_heads, heads, dim = MODELS[model]
+    pair = random_codecs(heads, dim, config)
+    cache = [GSRQTensor.empty(1, heads, 1024, dim, codec=c, dtype=torch.bfloat16, config=config).packed for c in pair]
+    q = torch.zeros(1, q_heads, 1, dim, dtype=torch.bfloat16)
+    plan = attention.plan(pair[0], q_heads // heads, 1024, heads, 132, True)
+    split, _ = recorded(functools.partial(attend, q, cache, plan))
+    return compile_call(split, capability)["per token"]
+
+
+def decode_step(key: Codec, value: Codec, q_heads: int, batch: int, context: int, gpu: Gpu, per_token: float) -> Work:
+    """Attention of one query token per row."""
     k, v = Shape.of(key), Shape.of(value)
     heads = key.heads
     rows = q_heads // heads
@@ -85,20 +103,12 @@ def decode_step(key: Codec, value: Codec, q_heads: int, batch: int, context: int
     config = GSRQConfig()
     window = config.sink_tokens + config.recent_tokens + config.block_tokens // 2
     work.memory += each * 2 * window * k.d * 2
-    stages = value.layout.stages
-    work.gathered = tokens * stages * v.g * v.w * 2
+    work.issued = tokens * per_token
+    work.gathered = tokens * (value.layout.stages * v.g * v.w + key.layout.stages * k.g * k.w) * 2
     mean = p.rows * 2 * k.rotary["BP"] if k.pairs else 0
-    work.multiplied = tokens * (p.rows * v.gp * v.wp + mean)
+    work.multiplied = tokens * (p.rows * (v.gp * v.wp + k.gp * k.wp) + mean)
     query = 2 * p.rows * k.d * k.gp * k.wp  # in tf32, at half the rate, once per frame
     work.multiplied += frames * query
-    if tables:
-        packs = -(-rows // 4)
-        work.lookups = tokens * k.n * packs
-        work.multiplied += frames * packs * k.n * 256 * max(16, k.wp) * p.rows
-        work.gathered += frames * packs * k.n * 256 * k.w * 2
-    else:
-        work.gathered += tokens * key.layout.stages * k.g * k.w * 2
-        work.multiplied += tokens * p.rows * k.gp * k.wp
     return work
 
 
@@ -125,28 +135,29 @@ def main() -> None:
     parser.add_argument("--bits", type=float, default=1.0)
     parser.add_argument("--json", type=Path, help="write the rows here")
     args = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "0"
     rows: list[dict[str, Any]] = []
     for name in args.gpu or GPUS:
         gpu = GPUS[name]
         for model in ("Llama-3-8B", "Llama-3-70B"):
             q_heads, heads, dim = MODELS[model]
             for layout in ("quality", "fast"):
-                key, value = random_codecs(heads, dim, GSRQConfig(bits=args.bits, layout=layout))
+                config = GSRQConfig(bits=args.bits, layout=layout)
+                key, value = random_codecs(heads, dim, config)
+                per_token = instructions(config, model, gpu.capability)
                 for batch in args.batch or (1, 8, 64):
                     for context in args.context or (4096, 32768, 131072, 1048576):
                         full = batch * heads * context * dim * 4 / (gpu.memory * 1e12)
-                        for form in ("decode", "tables"):
-                            work = decode_step(key, value, q_heads, batch, context, gpu, form == "tables")
-                            parts = work.seconds(gpu)
-                            bound = max(parts, key=parts.__getitem__)
-                            facts = {"gpu": name, "model": model, "layout": layout, "form": form}
-                            facts |= {"batch": batch, "context": context, "bf16_us": full * 1e6}
-                            facts |= {"us": parts[bound] * 1e6, "bound": bound, "over_bf16": full / parts[bound]}
-                            rows.append(facts)
+                        parts = decode_step(key, value, q_heads, batch, context, gpu, per_token).seconds(gpu)
+                        bound = max(parts, key=parts.__getitem__)
+                        facts = {"gpu": name, "model": model, "layout": layout, "what": "decode step"}
+                        facts |= {"batch": batch, "context": context, "instructions": per_token}
+                        facts |= {"bf16_us": full * 1e6, "us": parts[bound] * 1e6, "bound": bound}
+                        rows.append({**facts, "over_bf16": full / parts[bound]})
                 tokens = 4096
                 taken = 32 * sum(max(encode_tokens(c, tokens).seconds(gpu).values()) for c in (key, value))
                 prefill = 2 * 7.5e9 * tokens / (gpu.tensor * 1e12)
-                facts = {"gpu": name, "model": model, "layout": layout, "form": "encode, all layers", "batch": 1}
+                facts = {"gpu": name, "model": model, "layout": layout, "what": "encode, all layers", "batch": 1}
                 rows.append({**facts, "context": tokens, "us": taken * 1e6, "share_of_prefill": taken / prefill})
     for row in rows:
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))

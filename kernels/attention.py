@@ -30,19 +30,15 @@ class Plan:
         rows: query rows of a program (grouped queries of one KV head share it), a power of two of at least 16.
         tokens: tokens of an iteration; all of one frame.
         splits: programs that share the codes of a row and KV head.
-        tables: score by look-up tables of one frame at a time, instead of decoding.
         warps: warps of a program.
     """
 
     rows: int
     tokens: int
     splits: int
-    tables: bool
     warps: int
 
 
-_TABLE_ROWS = 8  # a table entry packs 4 queries; with more than two of them, decoding is as cheap
-_TABLE_TOKENS = 1024  # tokens looked up at a time: a table is stored once for so many
 _MERGE_ROWS = 16  # query rows that a program of the merge takes
 
 
@@ -52,17 +48,14 @@ def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, h
     wide = key.head_dim > 128
     block = 32 if rows > 16 and half and not wide else 16
     frame = _frame(key)
-    tokens = 64 if half else 16 if wide else 32
+    tokens = 16
+    if half:
+        tokens = 128 if block == 16 and not wide else 64
     while frame % tokens:
         tokens //= 2
     tiles = programs * triton.cdiv(rows, block)
     splits = max(1, min(triton.cdiv(2 * processors, tiles), triton.cdiv(capacity, 256), 256))
-    # Tables are made for whole frames, so there must be frames enough to give every processor one.
-    tables = half and rows <= _TABLE_ROWS and 256 <= frame <= _TABLE_TOKENS and frame & (frame - 1) == 0
-    tables = tables and programs * (capacity // frame) >= processors
-    if tables:
-        splits = min(splits, triton.cdiv(capacity, frame) + 1)
-    return Plan(block, tokens, splits, tables, 8)
+    return Plan(block, tokens, splits, 8)
 
 
 def _frame(key: Codec) -> int:
@@ -191,63 +184,15 @@ def _coded_query(
 
 
 @triton.jit
-def _frame_scores(
-    q, base, row, inverse, inv_freq, books, codes, stride, origin, coded, scale, frame, scratch,
-    D: tl.constexpr, PAIRS: tl.constexpr, INTERLEAVED: tl.constexpr, FRAME: tl.constexpr, KG: tl.constexpr,
-    KW: tl.constexpr, KWP: tl.constexpr, KN: tl.constexpr, BM: tl.constexpr, PACKS: tl.constexpr, LT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Coded scores of a whole frame by look-up, [4 * PACKS rows, FRAME], to a scratch that stays in cache.
-
-    A table entry is one 64-bit word, the float16 products of a codeword with 4 query rows, so one gather serves all 4.
-    """
-    wide: tl.constexpr = KWP if KWP > 16 else 16  # products are over at least 16 elements
-    w = tl.arange(0, wide)
-    word = tl.arange(0, 256)
-    for part in range(0, PACKS * FRAME, LT):
-        pack = part // FRAME
-        token = part % FRAME + tl.arange(0, LT)
-        slots = frame * FRAME + token + origin
-        held = (slots >= 0) & (slots < coded)
-        s0 = tl.zeros([LT], tl.float32)
-        s1 = tl.zeros([LT], tl.float32)
-        s2 = tl.zeros([LT], tl.float32)
-        s3 = tl.zeros([LT], tl.float32)
-        for g in range(KG):
-            inside = (w < KW)[None, :]
-            turned = _coded_query(q, base, row, inverse, inv_freq, frame * FRAME, g * KW + w, inside, D, PAIRS,
-                                  INTERLEAVED, KG * KW, BM, wide, PRECISION)  # fmt: skip
-            turned = tl.trans((turned * scale).to(DTYPE))
-            for m in range(g, KN, KG):
-                book = tl.load(books + (m * 256 + word[:, None]) * KW + w[None, :], mask=inside, other=0)
-                four = tl.reshape(tl.dot(book.to(DTYPE), turned), [256, BM // 4, 4])
-                four = tl.sum(tl.where(tl.arange(0, BM // 4)[None, :, None] == pack, four, 0.0), 1).to(tl.float16)
-                bits = four.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
-                packed = tl.sum(bits << (16 * tl.arange(0, 4))[None, :].to(tl.int64), 1)
-                code = tl.load(codes + slots * stride + m, mask=held, other=0).to(tl.int32)
-                entry = tl.gather(packed, code, 0)
-                s0 += entry.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                s1 += (entry >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                s2 += (entry >> 32).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                s3 += (entry >> 48).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        to = scratch + 4 * pack * FRAME + token
-        tl.store(to, s0 / scale)
-        tl.store(to + FRAME, s1 / scale)
-        tl.store(to + 2 * FRAME, s2 / scale)
-        tl.store(to + 3 * FRAME, s3 / scale)
-    tl.debug_barrier()
-
-
-@triton.jit
 def _coded(
     q, base, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct, k_mean, k_inverse, k_book, k_freq, v_book,
-    b, h, tile, bh, split, row, head, query, query_slot, place, total, coded, boundary, origin, first_sink,
-    past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, scratch, SPLITS,
+    b, h, split, row, head, query, query_slot, place, total, coded, boundary, origin, first_sink,
+    past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, SPLITS,
     D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, INTERLEAVED: tl.constexpr,
     FRAME: tl.constexpr, KG: tl.constexpr, KGP: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, KN: tl.constexpr,
     VG: tl.constexpr, VGP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, VN: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    TABLES: tl.constexpr, PACKS: tl.constexpr, LT: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of the codes."""
     top = tl.full([BM], -float("inf"), tl.float32)
@@ -268,6 +213,7 @@ def _coded(
     mr = tl.load(mean + 2 * PAIRS + j, mask=2 * PAIRS + j < D, other=0)
     still = tl.sum(xr * mr[None, :], 1)
     t = tl.arange(0, BT)
+    tile_cos, tile_sin = turn(BT, freq)
     place_cos, place_sin = turn(t[None, :], freq[:, None])
     mean_a = (ma[:, None] * place_cos - mb[:, None] * place_sin).to(DTYPE)
     mean_b = (mb[:, None] * place_cos + ma[:, None] * place_sin).to(DTYPE)
@@ -284,51 +230,42 @@ def _coded(
 
     # Tiles are cut by position, so that none straddles two frames.
     first_tile = floor_div(0 - origin, BT)
-    if TABLES:  # whole frames
-        first_tile = floor_div(first_tile, FRAME // BT) * (FRAME // BT)
     tiles = tl.where(coded > 0, floor_div(coded - 1 - origin, BT) + 1 - first_tile, 0)
     each = tl.cdiv(tiles, SPLITS)
-    if TABLES:
-        each = tl.cdiv(each, FRAME // BT) * (FRAME // BT)
     begin = first_tile + split * each
     end = tl.minimum(first_tile + tiles, begin + each)
     first_frame = floor_div(begin, FRAME // BT)
     for frame in range(first_frame, tl.where(end > begin, floor_div(end - 1, FRAME // BT) + 1, first_frame)):
-        if TABLES:
-            mine = scratch + ((bh * tl.num_programs(0) + tile) * SPLITS + split) * (4 * PACKS * FRAME)
-            _frame_scores(
-                q, base, row, inverse, k_freq, books, kc, k_ct, origin, coded, scale, frame, mine, D, PAIRS,
-                INTERLEAVED, FRAME, KG, KW, KWP, KN, BM, PACKS, LT, DTYPE, PRECISION,
-            )  # fmt: skip
-        else:
-            turned = _coded_query(q, base, row, inverse, k_freq, frame * FRAME, column, in_code[None, :], D, PAIRS,
-                                  INTERLEAVED, KG * KW, BM, KGP * KWP, PRECISION).to(DTYPE)  # fmt: skip
+        turned = _coded_query(q, base, row, inverse, k_freq, frame * FRAME, column, in_code[None, :], D, PAIRS,
+                              INTERLEAVED, KG * KW, BM, KGP * KWP, PRECISION)  # fmt: skip
+        # Codewords are float16, which holds what a metric makes of a query only when scaled.
+        size = tl.max(tl.abs(turned), 1)
+        size = tl.where(size > 0, size, 1.0)
+        turned = (turned / size[:, None]).to(CODE)
         lower = tl.maximum(begin, frame * (FRAME // BT))
         upper = tl.minimum(end, (frame + 1) * (FRAME // BT))
+        if PAIRS:  # the query where the first tile begins; a tile further on it is turned by as much again
+            cos, sin = turn(lower * BT, freq)
+            here_a = xa * cos[None, :] + xb * sin[None, :]
+            here_b = xb * cos[None, :] - xa * sin[None, :]
         for step in range(lower, upper):
             slots = step * BT + t + origin
             held = (slots >= 0) & (slots < coded)
-            if TABLES:
-                at = tl.arange(0, BM)[:, None] * FRAME + (step * BT - frame * FRAME + t)[None, :]
-                s = tl.load(mine + at, mask=row[:, None], other=0)
-            else:
-                y = codewords(kc, books, slots, held, k_ct, KG, KGP, KW, KWP, KN, BT, DTYPE)
-                s = tl.dot(turned, tl.trans(y), input_precision=PRECISION)
+            y = codewords(kc, books, slots, held, k_ct, KG, KGP, KW, KWP, KN, BT, CODE)
+            s = tl.dot(turned, tl.trans(y), input_precision=PRECISION) * size[:, None]
             if PAIRS:
-                cos, sin = turn(step * BT, freq)
-                here_a = (xa * cos[None, :] + xb * sin[None, :]).to(DTYPE)
-                here_b = (xb * cos[None, :] - xa * sin[None, :]).to(DTYPE)
-                s = tl.dot(here_a, mean_a, s, input_precision=PRECISION)
-                s = tl.dot(here_b, mean_b, s, input_precision=PRECISION)
+                s = tl.dot(here_a.to(DTYPE), mean_a, s, input_precision=PRECISION)
+                s = tl.dot(here_b.to(DTYPE), mean_b, s, input_precision=PRECISION)
+                ahead = here_a * tile_cos[None, :] + here_b * tile_sin[None, :]
+                here_b = here_b * tile_cos[None, :] - here_a * tile_sin[None, :]
+                here_a = ahead
             s += still[:, None]
             held = held & ((slots < first_sink) | (slots >= past_sink))
             allowed = held[None, :] & (slots[None, :] < boundary[:, None])
             s = _finish(s, slots, allowed, row, head, query, b, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale,
                         softcap, query_slot, MASK, SOFTCAP, CAUSAL)  # fmt: skip
-            v = codewords(vc, values, slots, held, v_ct, VG, VGP, VW, VWP, VN, BT, DTYPE)
+            v = codewords(vc, values, slots, held, v_ct, VG, VGP, VW, VWP, VN, BT, CODE)
             top, mass, out = _absorb(s, v, top, mass, out, PRECISION)
-        if TABLES:
-            tl.debug_barrier()  # all have read the scratch before the next frame writes it
     c = tl.arange(0, VGP * VWP)
     live = (c // VWP < VG) & (c % VWP < VW)
     to = (split * total + place)[:, None] * (VG * VW) + (c // VWP * VW + c % VWP)[None, :]
@@ -341,7 +278,7 @@ def split_kernel(
     q, q_b, q_h, q_q, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct,
     k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
     start, length_, encoded_, tail_start_, k_mean, k_inverse, k_book, k_freq, v_book,
-    mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, part_top, part_mass, exact_out, scratch,
+    mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, part_top, part_mass, exact_out,
     HEADS, GROUP, QUERIES, TAIL, SPLITS,
     D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     INTERLEAVED: tl.constexpr, FRAME: tl.constexpr,
@@ -349,8 +286,8 @@ def split_kernel(
     VG: tl.constexpr, VGP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, VN: tl.constexpr,
     SINKS: tl.constexpr, BS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
     VIEW: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
-    BM: tl.constexpr, BT: tl.constexpr, TABLES: tl.constexpr, PACKS: tl.constexpr, LT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BT: tl.constexpr,
+    DTYPE: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of the codes for a tile of query rows of a KV head; the last split does what is exact."""
     tile, bh, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
@@ -391,10 +328,10 @@ def split_kernel(
     else:
         top, mass = _coded(
             q, base, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct, k_mean, k_inverse, k_book, k_freq, v_book,
-            b, h, tile, bh, split, row, head, query, query_slot, place, total, coded, boundary, origin,
+            b, h, split, row, head, query, query_slot, place, total, coded, boundary, origin,
             first_sink, past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out,
-            scratch, SPLITS, D, PAIRS, BP, BR, INTERLEAVED, FRAME, KG, KGP, KW, KWP, KN, VG, VGP, VW, VWP, VN,
-            CAUSAL, MASK, SOFTCAP, BM, BT, TABLES, PACKS, LT, DTYPE, PRECISION,
+            SPLITS, D, PAIRS, BP, BR, INTERLEAVED, FRAME, KG, KGP, KW, KWP, KN, VG, VGP, VW, VWP, VN,
+            CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, CODE, PRECISION,
         )  # fmt: skip
     tl.store(part_top + split * total + place, top, mask=row)
     tl.store(part_mass + split * total + place, mass, mask=row)
@@ -489,9 +426,6 @@ def attention(
     part_out = q.new_empty((p.splits, places, value.codec.layout.dims), dtype=torch.float32)
     part_top, part_mass = q.new_empty((2, p.splits + 1, places), dtype=torch.float32)
     exact_out = q.new_empty((places, dim), dtype=torch.float32)
-    packs = triton.cdiv(rows, 4) if p.tables else 1
-    wide = batch * heads * tiles * p.splits * 4 * packs * _frame(key.codec) if p.tables else 1
-    scratch = q.new_empty(wide, dtype=torch.float32)
     exact = (key.window, value.window) if tails is None else tails
     exact = tuple(t if t.stride(3) == 1 else t.contiguous() for t in exact)
     windows = [t if t.stride(2) == dim and t.stride(3) == 1 else t.contiguous() for t in (key.window, value.window)]
@@ -505,8 +439,8 @@ def attention(
             windows[1], *windows[1].stride()[:2], key.start, key.length, key.encoded,
             key.encoded if tail_start is None else tail_start, key.codec.mean, key.codec.inverse, key.codec.codebook,
             key.codec.inv_freq if shape.pairs else key.codec.mean, value.codec.codebook, mask_, *strides, scale,
-            softcap, part_out, part_top, part_mass, exact_out, scratch, heads, q_heads // heads, queries,
-            exact[0].shape[2], p.splits, **constants(key, value, p, view, causal, kind, bool(softcap), q.dtype, packs),
+            softcap, part_out, part_top, part_mass, exact_out, heads, q_heads // heads, queries,
+            exact[0].shape[2], p.splits, **constants(key, value, p, view, causal, kind, bool(softcap), q.dtype),
             num_warps=p.warps, num_stages=1,
         )  # fmt: skip
         merge_kernel[(triton.cdiv(rows, _MERGE_ROWS), batch * heads)](
@@ -526,9 +460,8 @@ def constants(
     mask: int,
     softcap: bool,
     dtype: torch.dtype,
-    packs: int,
 ) -> dict[str, Any]:
-    """The compile-time arguments of `split_kernel`; ``packs`` of 4 query rows share a table."""
+    """The compile-time arguments of `split_kernel`."""
     frame = _frame(key.codec)
     k, v = Shape.of(key.codec), Shape.of(value.codec)
     full = {f"K{name}": getattr(k, name.lower()) for name in ("G", "GP", "W", "WP", "N")}
@@ -549,10 +482,8 @@ def constants(
         "SOFTCAP": softcap,
         "BM": p.rows,
         "BT": p.tokens,
-        "TABLES": p.tables,
-        "PACKS": packs,
-        "LT": min(frame, _TABLE_TOKENS),
         "DTYPE": DTYPES[dtype],
+        "CODE": tl.float32 if dtype == torch.float32 else tl.float16,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
 

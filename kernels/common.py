@@ -86,12 +86,18 @@ def codewords(
 ):  # fmt: skip
     """Sums of the codewords of tokens, [BT, GP * WP]; rows of the book are aligned, so loads are of 16 bytes."""
     g, e = tl.arange(0, GP), tl.arange(0, WP)
-    y = tl.zeros([BT, GP, WP], tl.float32)
+    if N == G:  # one stage: nothing to sum
+        code = tl.load(codes + slots[:, None] * stride + g[None, :], mask=held[:, None] & (g < G)[None, :], other=0)
+        at = (g[None, :] * 256 + code.to(tl.int32)) * W
+        inside = (g < G)[None, :, None] & (e < W)[None, None, :]
+        word = tl.load(book + at[:, :, None] + e[None, None, :], mask=inside, other=0.0)
+        return tl.reshape(word.to(DTYPE), [BT, GP * WP])
+    y = tl.zeros([BT, GP, WP], DTYPE)
     for first in tl.range(0, N, G, loop_unroll_factor=2):
         m = first + g
         live = (g < G) & (m < N)
         code = tl.load(codes + slots[:, None] * stride + m[None, :], mask=held[:, None] & live[None, :], other=0)
         at = (m[None, :] * 256 + code.to(tl.int32)) * W
         inside = live[None, :, None] & (e < W)[None, None, :]
-        y += tl.load(book + at[:, :, None] + e[None, None, :], mask=inside, other=0.0).to(tl.float32)
-    return tl.reshape(y.to(DTYPE), [BT, GP * WP])
+        y += tl.load(book + at[:, :, None] + e[None, None, :], mask=inside, other=0.0).to(DTYPE)
+    return tl.reshape(y, [BT, GP * WP])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,9 @@ def test_kernels_fit_the_chip(tmp_path):
         assert r["async copies"] == 0, r  # they bypass the first-level cache, where codewords live
         if "beam 7" in r["configuration"]:
             continue  # wider than the default, and more than registers hold
-        assert r["spilled"] <= (440 if r["kernel"] == "encode_kernel" else 96), r  # bytes of a thread; most have none
+        assert r["spilled"] <= (440 if r["kernel"] == "encode_kernel" else 104), r  # bytes of a thread; most have none
+        if re.fullmatch(r"(64|80|96|128) fast 1 bf16 q1", r["configuration"]) and r["kernel"] == "split_kernel":
+            assert 20 < r["per token"] <= 60, r  # instructions, which bound the speed: see roofline.py
         if r["kernel"] in ("split_kernel", "encode_kernel"):
             assert r["wide loads"] and r["mma"], r  # whole codewords at a time, products on tensor cores
 

@@ -466,9 +466,9 @@ def test_an_empty_cache_takes_any_batch(llama):
 @torch.no_grad()
 def test_the_beam_is_the_users(llama):
     model, books = llama
-    for beam in (1, 3):
-        with quantized(model, dataclasses.replace(SMALL, beam=beam), books):
-            assert model(PROMPT, use_cache=True).past_key_values.layers[0].keys.codec.beam == beam
+    for given, used in ({"beam": 1}, 1), ({"beam": 3}, 3), ({}, 4), ({"layout": "fast"}, 1):
+        with quantized(model, dataclasses.replace(SMALL, **given), books):
+            assert model(PROMPT, use_cache=True).past_key_values.layers[0].keys.codec.beam == used
 
 
 def test_fingerprint_does_not_depend_on_the_dtype(llama):

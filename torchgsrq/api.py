@@ -260,7 +260,7 @@ def _fitting(
             cut.bits,
         )
     if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
-        cut = cut.with_beam(config.beam)
+        cut = cut.with_beam(config.beam_width)
     return cut
 
 

@@ -264,7 +264,7 @@ class Codebooks:
             eye = torch.eye(head_dim, dtype=torch.float32).repeat(num_kv_heads, 1, 1)
             mean = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32)
             codebook = codebook.repeat(num_kv_heads, 1, 1, 1)
-            codecs[bits] = Codec.build(layout, mean, eye, codebook, inverse=eye, gains=gains, beam=config.beam)
+            codecs[bits] = Codec.build(layout, mean, eye, codebook, inverse=eye, gains=gains, beam=config.beam_width)
         layer = LayerCodec(codecs[config.key_rate], codecs[config.value_rate])
         metadata = {"config": config.codec_fields(), "model": None, "source": "none", "tokens": 0}
         return cls(dict.fromkeys(range(num_layers), layer), metadata)

@@ -42,7 +42,8 @@ class GSRQConfig:
             forwards with ``use_cache=False`` too, which else are those of the full-precision model.
         skip_layers: indices of the layers that keep their full-precision cache.
         recipe: ``"gsrq"`` (default), ``"gsrq-paper"``, ``"kmeans"``, or ``"universal"`` (no data).
-        beam: width of the encoder's beam search.
+        beam: width of the encoder's beam search; by default (``None``) 4 with ``"quality"``, and 1, greedy, with
+            ``"fast"``, whose sweep over the stages makes up for nearly all of it.
         seed: seed of calibration.
         codebooks: path of a file of codebooks; ``None`` looks in the disk cache, then calibrates.
 
@@ -62,7 +63,7 @@ class GSRQConfig:
     prefill: str = "exact"
     skip_layers: tuple[int, ...] = ()
     recipe: str = "gsrq"
-    beam: int = 4
+    beam: int | None = None
     seed: int = 0
     codebooks: str | os.PathLike[str] | None = None
 
@@ -95,7 +96,7 @@ class GSRQConfig:
             )
         for name, least in (("frame", 1), ("sink_tokens", 0), ("recent_tokens", 0), ("block_tokens", 1), ("beam", 1)):
             value = getattr(self, name)
-            if name == "frame" and value is None:
+            if name in ("frame", "beam") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
@@ -131,6 +132,11 @@ class GSRQConfig:
     def key_frame(self) -> int:
         """Tokens per anchored frame."""
         return self.frame or (512 if self.layout == "quality" else 1024)
+
+    @property
+    def beam_width(self) -> int:
+        """Candidates of the encoder's search."""
+        return self.beam or (4 if self.layout == "quality" else 1)
 
     def codec_fields(self) -> dict[str, Any]:
         """The fields that decide what the codebooks are; the others only say how they are used."""

@@ -93,7 +93,7 @@ def train_key(stats: Statistics, config: GSRQConfig, bits: float, span: int, met
         inv_freq=info.inv_freq,
         frame=frame,
         interleaved=info.interleaved,
-        beam=config.beam,
+        beam=config.beam_width,
         eta=KEY_ETA,
     )
 
@@ -111,7 +111,7 @@ def _fit(
         mean, into = y.new_zeros(heads, layout.head_dim), y.new_zeros(heads, layout.dims, layout.head_dim)
 
         def encode(words: Tensor) -> Tensor:
-            codec = Codec.build(layout, mean, into, words, inverse=into.mT, beam=config.beam, eta=eta)
+            codec = Codec.build(layout, mean, into, words, inverse=into.mT, beam=config.beam_width, eta=eta)
             return torch.ops.torchgsrq.search(y, codec.tensors, codec.integers)
 
         return fit_to_loss(y, weight, layout, codebook, encode, eta)
@@ -154,7 +154,7 @@ def train_value(stats: Statistics, config: GSRQConfig, bits: float, method: str 
         deal / scale,
         codebook,
         inverse=deal.transpose(1, 2) * scale,
-        beam=config.beam,
+        beam=config.beam_width,
         eta=VALUE_ETA,
     )
 
