@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from torchgsrq import Codebooks, GSRQConfig, reference
+from torchgsrq.models import decoder
 
 
 class _Rows:
@@ -35,9 +36,10 @@ class Oracle(_Rows, DynamicCache):
 
     def __init__(self, books: Codebooks, config: GSRQConfig, model_config: Any) -> None:
         super().__init__(config=model_config)
-        self.layers = [
-            OracleLayer(self, books[i], config) if i in books else layer for i, layer in enumerate(self.layers)
-        ]
+        for i, layer in enumerate(self.layers):
+            if i in books:
+                hybrid = isinstance(layer, LinearAttentionLayer)
+                self.layers[i] = (OracleHybridLayer if hybrid else OracleLayer)(self, books[i], config)
         self.positions: Tensor | None = None  # [rows, slots]
         self.real: Tensor | None = None  # [rows, slots]
 
@@ -45,10 +47,15 @@ class Oracle(_Rows, DynamicCache):
         """A forward pre-hook of the decoder: note each token's position, and whether it is padding."""
         if kwargs.get("past_key_values") is not self:
             return
-        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         rows, n = tokens.shape[:2]
         past = self.get_seq_length()
         positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention", mask.get("hybrid"))
+        if mask is not None and mask.ndim == 4:
+            mask = (mask if mask.dtype == torch.bool else mask > -1)[:, 0].any(1)
         if positions is None:
             positions = torch.arange(past, past + n)[None]
         if positions.ndim == 3:
@@ -110,6 +117,21 @@ class OracleLayer(_Rows, DynamicLayer):
         self.coded = min(self.coded, self.get_seq_length())
 
 
+class OracleHybridLayer(LinearAttentionLayer, OracleLayer):
+    """The same beside linear attention."""
+
+    def __init__(self, *args: Any) -> None:
+        LinearAttentionLayer.__init__(self)
+        OracleLayer.__init__(self, *args)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        (OracleLayer if args else LinearAttentionLayer).lazy_initialization(self, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        OracleLayer.reorder_cache(self, beam_idx)
+
+
 def watch(model: nn.Module, oracle: Oracle) -> Any:
     """Let an oracle see the inputs of a model's decoder; returns the hook's handle."""
-    return model.get_decoder().register_forward_pre_hook(oracle.see, with_kwargs=True)
+    return decoder(model).register_forward_pre_hook(oracle.see, with_kwargs=True)

@@ -111,8 +111,8 @@ def quantize_kv_(
     wanted = [info for info in layers if quantizes(info, config)]
     if not wanted:
         raise ValueError(
-            f"{name} has no layer to quantize, so use it as it is (a window bounds its cache already):\n"
-            + _table(name, layers, Codebooks({}, {}))
+            f"{name} has no layer to quantize, so use it as it is:\n"
+            + _table(name, layers, Codebooks({}, {}), config.skip_layers)
         )
     if codebooks is None:
         codebooks = cached_codebooks(model, config, progress, layers)
@@ -141,7 +141,7 @@ def quantize_kv_(
     except BaseException:
         dequantize_kv_(model)
         raise
-    log.info("%s", _table(name, layers, books))
+    log.info("%s", _table(name, layers, books, config.skip_layers))
     unknown = [info.index for info in wanted if info.rope == models.UNKNOWN_ROPE]
     if unknown:
         log.warning(
@@ -193,7 +193,7 @@ def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> GSRQC
     return cache
 
 
-def _table(name: str, layers: list[LayerInfo], books: Codebooks) -> str:
+def _table(name: str, layers: list[LayerInfo], books: Codebooks, skipped: tuple[int, ...] = ()) -> str:
     """What happens to every layer's cache, consecutive layers alike but for their bits in one line."""
     rows: list[tuple[list[int], str]] = []
     for info in layers:
@@ -202,10 +202,12 @@ def _table(name: str, layers: list[LayerInfo], books: Codebooks) -> str:
             what = f"quantized, {info.kv_heads} heads of {info.head_dim}, RoPE {info.rope}"
             what += ", changing with the length" if info.rotary else ""
             what += f", frames of {key.frame}" if key.frame > 1 else ""
-        elif info.kind != "full_attention":
-            what = f"kept in full precision: {info.kind} is bounded by its window"
-        else:
+        elif info.index in skipped:
             what = "kept in full precision: in skip_layers"
+        elif info.kind == "sliding_attention":
+            what = "kept in full precision: a sliding window bounds it already (sliding='quantize' quantizes it)"
+        else:
+            what = f"kept in full precision: {info.kind}, which is bounded"
         if rows and rows[-1][1] == what:
             rows[-1][0].append(info.index)
         else:
@@ -364,5 +366,6 @@ def _prepare_cache_for_generation(
     made = model_kwargs.get("past_key_values")
     if made is None or made is given:
         return
-    capacity = max(layer.max_cache_len for layer in made.layers) if isinstance(made, StaticCache) else None
+    fixed = [getattr(layer, "max_cache_len", 0) for layer in made.layers]  # of a sliding window, no more than that
+    capacity = max(max_cache_length, *fixed) if isinstance(made, StaticCache) else None
     model_kwargs["past_key_values"] = state.new_cache(self, capacity, made)

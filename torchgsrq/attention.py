@@ -158,6 +158,7 @@ def observed_attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=kwargs.get("softcap") or 0.0,
         s_aux=kwargs.get("s_aux"),
+        reach=kwargs.get("sliding_window"),
     )
     out, weights = dense_attention(module, query, key, value, attention_mask, **kwargs)
     if weigh is not None and out.requires_grad:

@@ -12,12 +12,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+    StaticCache,
+)
 
-from torchgsrq import reference
+from torchgsrq import kept, reference
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
-from torchgsrq.layer import GSRQLayer
+from torchgsrq.layer import GSRQHybridLayer, GSRQLayer
 from torchgsrq.memory import MemoryReport
 from torchgsrq.models import Rotary
 
@@ -52,11 +58,13 @@ class GSRQCache(Cache):
         if template is None:
             fixed = max_cache_len is not None
             template = StaticCache(model_config, max_cache_len) if fixed else DynamicCache(config=model_config)
-        follow = rotaries or {}
-        layers = [
-            GSRQLayer(codebooks[i], config, max_cache_len, i, follow.get(i)) if i in codebooks else layer
-            for i, layer in enumerate(template.layers)
-        ]
+        follow, layers = rotaries or {}, []
+        for i, layer in enumerate(template.layers):
+            if i in codebooks:
+                hybrid = isinstance(layer, LinearAttentionCacheLayerMixin)
+                make = GSRQHybridLayer if hybrid else GSRQLayer
+                layer = make(codebooks[i], config, max_cache_len, i, follow.get(i))
+            layers.append(layer)
         offload_only_non_sliding = getattr(template, "only_non_sliding", True)
         super().__init__(layers, offloading=template.offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.codebooks, self.config = codebooks, config
@@ -150,10 +158,8 @@ class GSRQCache(Cache):
         parts = dict.fromkeys(("codes", "unused", "sinks", "window", "counters", "full_precision_layers"), 0)
         elements = full = 0
         for layer in self.layers:
+            parts["full_precision_layers"] += kept.nbytes(layer)
             if not isinstance(layer, GSRQLayer):
-                for tensor in (layer.keys, layer.values):
-                    if tensor is not None:
-                        parts["full_precision_layers"] += tensor.untyped_storage().nbytes()
                 continue
             if not layer.is_initialized:
                 continue
@@ -180,7 +186,9 @@ class GSRQCache(Cache):
         """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
         tensors = {}
         for i, layer in enumerate(self.layers):
-            if not layer.is_initialized:
+            state = kept.linear_state(layer)
+            tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
+            if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
                 continue
             if isinstance(layer, GSRQLayer):
                 state = layer.state()
@@ -190,8 +198,10 @@ class GSRQCache(Cache):
                 held = layer.keys.shape[2] if layer.is_sliding else int(layer.get_seq_length())
                 state = {"keys": layer.keys[:, :, :held], "values": layer.values[:, :, :held]}
             tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
-        lengths = [int(layer.get_seq_length()) for layer in self.layers]
-        rows = next((layer.keys.shape[0] for layer in self.layers if layer.is_initialized), 0)
+        attention = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin)]
+        whole = int(self.get_seq_length())  # linear attention has seen it, and does not count
+        lengths = [int(layer.get_seq_length()) if layer in attention else whole for layer in self.layers]
+        rows = next((layer.keys.shape[0] for layer in attention if layer.is_initialized), 0)
         windows = {field: getattr(self.config, field) for field in _WINDOWS}
         facts = {**windows, "codebooks": self.codebooks.digest, "lengths": lengths, "rows": rows}
         save_file(tensors, path, {"format": _FORMAT, "version": _VERSION, "facts": json.dumps(facts)})
@@ -204,9 +214,9 @@ class GSRQCache(Cache):
                 is left as it was.
         """
         name = os.fspath(path)
-        if any(int(layer.get_seq_length()) for layer in self.layers):
+        if int(self.get_seq_length()):
             raise ValueError("this cache holds tokens already; load into a new one")
-        if any(not isinstance(layer, GSRQLayer) and layer.is_sliding and layer.is_compileable for layer in self.layers):
+        if any(sliding and layer.is_compileable for sliding, layer in zip(self.is_sliding, self.layers, strict=True)):
             raise ValueError("fixed sliding-window layers cannot be filled from a file; use a growing cache")
         try:
             with safe_open(name, framework="pt") as file:
@@ -242,6 +252,8 @@ class GSRQCache(Cache):
             if wrong:
                 raise ValueError(f"{name} is not a whole cache file: layer {i} {wrong}")
         for layer, state, length in zip(self.layers, states, lengths, strict=True):
+            linear, state = _split(state)
+            kept.set_linear_state(layer, linear, self.model_device, self.model_dtype)
             if not state:
                 continue
             if isinstance(layer, GSRQLayer):
@@ -256,8 +268,19 @@ class GSRQCache(Cache):
         self.rows_are_placed = longest > 0
 
 
+def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The states of linear attention among a file's tensors for a layer, and those of its keys and values."""
+    linear = {name: x for name, x in state.items() if name.partition(".")[0] in kept.STATES}
+    return linear, {name: x for name, x in state.items() if name not in linear}
+
+
 def _wrong_with(layer: Any, state: dict[str, Tensor], length: int, rows: int) -> str | None:
     """What is wrong with a file's tensors for a layer, if anything."""
+    linear, state = _split(state)
+    if linear or isinstance(layer, LinearAttentionCacheLayerMixin):
+        wrong = kept.wrong_with_linear(layer, linear, rows, length)
+        if wrong or not isinstance(layer, CacheLayerMixin):
+            return wrong
     if not state:
         return f"is missing, and should hold {length} tokens" if length else None
     if isinstance(layer, GSRQLayer):
@@ -273,14 +296,19 @@ def _wrong_with(layer: Any, state: dict[str, Tensor], length: int, rows: int) ->
 
 
 def _real_tokens(mask: Any, batch: int, first: int, last: int, device: torch.device) -> Tensor:
-    """Which of the slots ``[first, last)`` hold real tokens, bool ``[batch, last - first]``: from a 2-D mask, what the
-    newest query sees by a 4-D one (or that of full attention), or all. Slots past the mask hold none."""
-    mask = mask.get("full_attention") if isinstance(mask, dict) else mask
+    """Which of the slots ``[first, last)`` hold real tokens, bool ``[batch, last - first]``: from a 2-D mask, what any
+    query sees by a 4-D one (of several, by kind of layer, the one that sees most), or all. Slots past the mask hold
+    none."""
+    if isinstance(mask, dict):
+        some = [m for m in mask.values() if isinstance(m, Tensor) and m.ndim in (2, 4)]
+        wide = [mask[kind] for kind in ("full_attention", "hybrid") if kind in mask]
+        mask = next(iter(wide or some), None)
     if isinstance(mask, Tensor) and mask.ndim in (2, 4):
-        seen = (mask if mask.ndim == 2 else mask[:, 0, -1])[:, first:last].to(device)
         if mask.ndim == 2:
-            seen = seen.bool()
-        elif seen.dtype != torch.bool:  # additive
-            seen = seen > -1
+            seen = mask[:, first:last].bool()
+        else:
+            seen = mask[:, 0, :, first:last]
+            seen = (seen if seen.dtype == torch.bool else seen > -1).any(1)  # else additive
+        seen = seen.to(device)
         return F.pad(seen, (0, last - first - seen.shape[1])).expand(batch, -1)
     return torch.ones(batch, last - first, dtype=torch.bool, device=device)

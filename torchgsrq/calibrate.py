@@ -151,8 +151,10 @@ def calibration_windows(
 
 
 def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
-    """Whether a layer's cache is quantized: full attention, not skipped. A sliding window is bounded already."""
-    return info.kind == "full_attention" and info.index not in config.skip_layers
+    """Whether a layer's cache is quantized: full attention, not skipped. A sliding window is bounded already, and
+    quantized if the config says so."""
+    kinds = ("full_attention", "hybrid") + (("sliding_attention",) if config.sliding == "quantize" else ())
+    return info.kind in kinds and info.index not in config.skip_layers
 
 
 def _train_layers(

@@ -13,6 +13,7 @@ from typing import Any
 BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
 RATES = (4, 3, *BITS)  # what a layer may be given, under a mean that is one of BITS
 LAYOUTS = ("quality", "fast")
+SLIDINGS = ("keep", "quantize")
 PREFILLS = ("exact", "quantized")
 ALLOCATIONS = ("sensitivity", "uniform")
 RECIPES = ("gsrq", "gsrq-paper", "kmeans", "universal")
@@ -40,6 +41,9 @@ class GSRQConfig:
         prefill: what a prompt attends to: ``"exact"``, its own full-precision keys and values, or
             ``"quantized"``, what a token-by-token decode would have seen. Use that to measure quality: it holds for
             forwards with ``use_cache=False`` too, which else are those of the full-precision model.
+        sliding: layers with a sliding window: ``"keep"`` their full-precision cache, which the window bounds, or
+            ``"quantize"`` them too. Codes of all tokens are then held: less than the window in full precision up to
+            contexts of 16 / bits times the window.
         skip_layers: indices of the layers that keep their full-precision cache.
         recipe: ``"gsrq"`` (default), ``"gsrq-paper"``, ``"kmeans"``, or ``"universal"`` (no data).
         beam: width of the encoder's beam search; by default (``None``) 4 with ``"quality"``, and 1, greedy, with
@@ -61,6 +65,7 @@ class GSRQConfig:
     recent_tokens: int = 128
     block_tokens: int = 32
     prefill: str = "exact"
+    sliding: str = "keep"
     skip_layers: tuple[int, ...] = ()
     recipe: str = "gsrq"
     beam: int | None = None
@@ -86,6 +91,7 @@ class GSRQConfig:
             ("layout", LAYOUTS),
             ("allocation", ALLOCATIONS),
             ("prefill", PREFILLS),
+            ("sliding", SLIDINGS),
             ("recipe", RECIPES),
         ):
             if getattr(self, name) not in allowed and not (name == "allocation" and self.allocation is None):
@@ -140,7 +146,8 @@ class GSRQConfig:
 
     def codec_fields(self) -> dict[str, Any]:
         """The fields that decide what the codebooks are; the others only say how they are used."""
-        return {
+        more = {"sliding": self.sliding} if self.sliding != "keep" else {}  # older files know no other
+        return more | {
             "key_bits": float(self.key_rate),
             "value_bits": float(self.value_rate),
             "layout": self.layout,

@@ -22,6 +22,7 @@ from torchgsrq.attention import dense_attention, gsrq_attention
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig, encoded_tokens
 from torchgsrq.layer import GSRQLayer
+from torchgsrq.learning.statistics import unseen
 
 Candidate = tuple[GSRQConfig, Codebooks]
 
@@ -179,14 +180,18 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
     small = for_measuring(config)
     errors = {}
 
-    def observer(module: Any, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Any) -> None:
+    def observer(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Any, reach: int | None
+    ) -> None:
         index: int = getattr(module, "layer_idx", -1)
         if index not in codebooks:
             return
+        slots = torch.arange(k.shape[2], device=k.device)
+        mask = None if reach is None else ~unseen(slots, slots, reach)[None, None]
         keys, values = GSRQLayer(codebooks[index], small, index=index).update(k, v)
         given = {"scaling": scaling, "softcap": softcap or None, "s_aux": s_aux}
-        exact = dense_attention(module, q, k, v, None, **given)[0].float()
-        got = gsrq_attention(module, q, keys, values, None, **given)[0].float()
+        exact = dense_attention(module, q, k, v, mask, **given)[0].float()
+        got = gsrq_attention(module, q, keys, values, mask, **given)[0].float()
         errors[index] = float((got - exact).square().sum() / exact.square().sum())
 
     with models.observed(model, observer):

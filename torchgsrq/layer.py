@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.utils import logging as hf_logging
 
 from torchgsrq import ops, reference
@@ -364,6 +364,46 @@ class GSRQLayer(CacheLayerMixin):
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized, self.is_empty = True, length == 0
         self._set_length(length)
+
+
+class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
+    """A layer that has linear attention, kept as it is, beside attention whose keys and values are quantized."""
+
+    is_croppable = False  # shadows a property of linear attention
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        LinearAttentionLayer.__init__(self)
+        GSRQLayer.__init__(self, *args, **kwargs)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of the attention, by position; of the linear attention, by name: as transformers' own hybrid layers."""
+        kind: Any = GSRQLayer if args else LinearAttentionLayer
+        kind.lazy_initialization(self, *args, **kwargs)
+
+    def offload(self) -> None:
+        """Move what the layer owns to the CPU."""
+        LinearAttentionLayer.offload(self)
+        GSRQLayer.offload(self)
+
+    def prefetch(self) -> None:
+        """Bring it back."""
+        LinearAttentionLayer.prefetch(self)
+        GSRQLayer.prefetch(self)
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        LinearAttentionLayer.reset(self)
+        GSRQLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows for beam search."""
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        GSRQLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end, where linear attention can."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        GSRQLayer.crop(self, tokens_to_remove)
 
 
 def _start_of(name: str, start: Tensor, capacity: int) -> Tensor:

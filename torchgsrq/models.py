@@ -224,14 +224,6 @@ def check_supported(model: nn.Module) -> PreTrainedModel:
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ValueError(f"{name} does not use transformers' attention interface, so its attention cannot be replaced")
-    kinds = set(layer_kinds(model))
-    odd = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if odd:
-        raise ValueError(
-            f"{name} has layers of kind {', '.join(sorted(odd))}, whose state is no keys and values per token"
-        )
     if getattr(text_config(model), "num_kv_shared_layers", 0):
         raise ValueError(f"{name} shares keys and values between layers, which is not supported")
     if model.dtype == torch.float64:
@@ -280,7 +272,10 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
             beyond = [(p, _probe(model, p)[0]) for p in (2 * most + 64, 2 * most + 7)]
             _probe(model, 1)  # puts the frequencies of short inputs back
     if not near:
-        raise ValueError(f"{name}: no attention layer was seen in a forward, so there is nothing to quantize")
+        raise ValueError(
+            f"{name}: no attention was seen in a forward: it has none, or does not call transformers' attention "
+            "interface, so its attention cannot be replaced"
+        )
     _check_cached(name, near, cache)
 
     has_rope = any(x.rotary for x in near.values())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from torchgsrq import models
+from torchgsrq import kept, models
 from torchgsrq.cache import GSRQCache
 from torchgsrq.config import GSRQConfig
 from torchgsrq.layer import GSRQLayer
@@ -51,15 +51,17 @@ def _difference(model: PreTrainedModel, inner: PreTrainedModel, cache: GSRQCache
     with models.plain_precision(model), models.evaluating(inner):
         x = models.some_input(model, _TOKENS)
         _forward(inner, x, slice(0, _TOKENS - 1), cache)
-        kept = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, GSRQLayer)}
+        others = {i: copy.deepcopy(layer) for i, layer in enumerate(cache.layers) if not isinstance(layer, GSRQLayer)}
+        states = [{name: t.clone() for name, t in kept.linear_state(layer).items()} for layer in cache.layers]
         got = _forward(inner, x, slice(_TOKENS - 1, _TOKENS), cache)
         twin = DynamicCache(config=models.text_config(model))
         for i, layer in enumerate(cache.layers):
             if isinstance(layer, GSRQLayer):
                 past = (buffer.dequantize()[:, :, : _TOKENS - 1] for buffer in (layer.keys, layer.values))
                 twin.layers[i].update(*past)
+                kept.set_linear_state(twin.layers[i], states[i])
             else:
-                twin.layers[i] = kept[i]
+                twin.layers[i] = others[i]
         with models.attention_implementation(model, "eager"):
             want = _forward(inner, x, slice(_TOKENS - 1, _TOKENS), twin)
     return models.difference(got, want)

@@ -15,7 +15,7 @@ from torchgsrq import models, ops
 from torchgsrq.codec import Codec, LayerCodec
 from torchgsrq.config import GSRQConfig
 from torchgsrq.layout import rates
-from torchgsrq.learning.statistics import FAR, chunks, collect_statistics
+from torchgsrq.learning.statistics import FAR, chunks, collect_statistics, unseen
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo
 
@@ -95,7 +95,15 @@ def _observer(
     rotary = models.rotaries(model, layers)
 
     def observer(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Tensor | None
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float,
+        softcap: float,
+        s_aux: Tensor | None,
+        reach: int | None,
     ) -> Callable[[Tensor], None] | None:
         index: Any = models.layer_index(module)
         if index not in codecs:
@@ -114,7 +122,7 @@ def _observer(
             for h in range(k.shape[0]):
                 some = slice(h * group, (h + 1) * group)
                 logits = None if sinks is None else sinks[some, None, None].expand(-1, k.shape[1], -1)
-                errors = _errors(q[some], k[h], v[h], decoded[0][h], decoded[1][h], scaling, softcap, logits)
+                errors = _errors(q[some], k[h], v[h], decoded[0][h], decoded[1][h], scaling, softcap, logits, reach)
                 slope = gradient[0, :, some].transpose(0, 1).float()
                 along += torch.stack([(error * slope).sum((0, 2)) for error in errors]).double()
             bits = torch.tensor([key.bits, value.bits], dtype=torch.float64)
@@ -140,16 +148,17 @@ def _errors(
     scaling: float,
     softcap: float,
     sinks: Tensor | None,
+    reach: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Errors of the attention output ``[group, n, d]`` if far keys, and if far values, are the coded ones: q ``[group,
-    n, d]``, the others ``[n, d]``, sink logits ``[group, n, 1]``."""
+    n, d]``, the others ``[n, d]``, sink logits ``[group, n, 1]``; each query sees ``reach`` tokens, or all."""
     slots = torch.arange(k.shape[0], device=k.device)
     far = (slots[:, None] - slots >= FAR) & (slots >= 1)
 
     def attend(scores: Tensor) -> Tensor:
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(slots > slots[:, None], -torch.inf)
+        scores = scores.masked_fill(unseen(slots, slots, reach), -torch.inf)
         scores = scores if sinks is None else torch.cat((scores, sinks), -1)
         return scores.softmax(-1)[..., : k.shape[0]]
 

@@ -48,9 +48,10 @@ class Statistics:
         softcap: float,
         sink_logits: Tensor | None,
         inv_freq: Tensor | None = None,
+        reach: int | None = None,
     ) -> None:
         """Add a batch of windows: q ``[b, q_heads, t, d]``, k and v ``[b, heads, t, d]``, turned by the layer's RoPE
-        frequencies or, where these depend on the length, by ``inv_freq``."""
+        frequencies or, where these depend on the length, by ``inv_freq``; each query sees ``reach`` tokens, or all."""
         q, k, v = q.float(), k.float(), v.float()
         info = self.info
         inv_freq = info.inv_freq if inv_freq is None else inv_freq.to(k.device)
@@ -60,7 +61,7 @@ class Statistics:
         scores = some_q @ k[:, :, None].transpose(-1, -2) * scaling
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(tokens > asking[:, None], -torch.inf)
+        scores = scores.masked_fill(unseen(asking, tokens, reach), -torch.inf)
         if sink_logits is None:
             p = scores.softmax(-1)
         else:
@@ -82,6 +83,13 @@ class Statistics:
         self.places.append(tokens.repeat(k.shape[0]))
 
 
+def unseen(queries: Tensor, keys: Tensor, reach: int | None) -> Tensor:
+    """Which tokens ``keys [n]`` each of ``queries [m]`` does not see, bool ``[m, n]``: later ones, and those beyond the
+    ``reach`` of a sliding window."""
+    later = keys > queries[:, None]
+    return later if reach is None else later | (keys <= queries[:, None] - reach)
+
+
 def collect_statistics(
     model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
 ) -> dict[int, Statistics]:
@@ -90,15 +98,25 @@ def collect_statistics(
     stats = {info.index: Statistics(info) for info in layers}
 
     def observer(
-        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *, scaling: float, softcap: float, s_aux: Tensor | None
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scaling: float,
+        softcap: float,
+        s_aux: Tensor | None,
+        reach: int | None,
     ) -> None:
         index = models.layer_index(module)
         if index in stats:
-            stats[index].add(q, k, v, scaling, softcap, s_aux, rotary[index]() if index in rotary else None)
+            stats[index].add(q, k, v, scaling, softcap, s_aux, rotary[index]() if index in rotary else None, reach)
 
     inner, device = models.decoder(model), models.input_device(model)
     rotary = models.rotaries(model, layers)
-    with torch.no_grad(), models.observed(model, observer):
+    name, tokens = type(model).__name__, windows.shape[1]
+    what = f"{name} cannot be calibrated: a forward of {tokens} tokens, as its config allows, failed"
+    with torch.no_grad(), models.observed(model, observer), models.refusing(what):
         for window in tqdm(windows, desc="reading", disable=not progress):
             inner(input_ids=window[None].to(device), use_cache=False)
     return stats

@@ -1,0 +1,91 @@
+"""Models of every family are quantized and right, or refused by name: the table of docs/models.md."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests import families
+from tests.conftest import SMALL, tiny_books
+from torchgsrq import new_cache
+from torchgsrq.evaluate import quantized
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+COMMON = {  # what is run most, and one of each kind of cache: quantized layers, of all
+    "llama": (4, 4),
+    "qwen3": (4, 4),
+    "qwen3_moe": (4, 4),
+    "mistral": (4, 4),
+    "gemma3_text": (2, 4),  # sliding windows
+    "gpt_oss": (2, 4),  # and sink logits
+    "qwen3_next": (2, 4),  # linear attention
+    "nemotron_h": (1, 4),  # and layers without attention
+    "lfm2": (2, 4),  # convolutions
+    "falcon_h1": (4, 4),  # attention and linear attention in one layer
+    "zaya": (4, 4),
+    "stablelm": (4, 4),
+}
+
+
+@pytest.mark.parametrize("kind", COMMON)
+def test_a_family_generates_right(kind):
+    found = families.outcome(kind)
+    assert not found.refused and not found.unbuilt and not found.wrong, found
+    assert (found.quantized, found.layers) == COMMON[kind]
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "ministral"])
+def test_sliding_windows_are_quantized_where_asked_for(kind):
+    """Also in a model of nothing else, which is refused by default."""
+    found = families.outcome(kind, config=dataclasses.replace(SMALL, sliding="quantize"))
+    assert found.quantized == found.layers == 4 and not found.wrong, found
+
+
+def test_a_model_of_sliding_windows_alone_is_refused_with_what_to_do():
+    assert "sliding='quantize'" in families.outcome("ministral").refused
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1"])
+@families.torch.no_grad()
+def test_a_saved_cache_goes_on_with_linear_attention(kind, tmp_path):
+    """States are in the file, and counted as full precision; a file without them is refused."""
+    model = families.tiny_model(kind)
+    books = tiny_books(model)
+    ids = families.PROMPT
+    with quantized(model, SMALL, books):
+        cache = new_cache(model)
+        model(ids, past_key_values=cache, use_cache=True)
+        assert cache.memory().full_precision_layers > 0
+        cache.save(tmp_path / "cache")
+        twin = new_cache(model)
+        twin.load(tmp_path / "cache")
+        more = [model(ids[:, :5], past_key_values=c, use_cache=True).logits for c in (cache, twin)]
+        assert families.torch.equal(*more)
+        with pytest.raises(ValueError, match="holds tokens already"):
+            twin.load(tmp_path / "cache")
+
+        from safetensors import safe_open
+        from safetensors.torch import save_file
+
+        with safe_open(tmp_path / "cache", "pt") as file:
+            left = {k: file.get_tensor(k) for k in file.keys() if "recurrent" not in k and "conv" not in k}  # noqa: SIM118
+            save_file(left, tmp_path / "less", file.metadata())
+        with pytest.raises(ValueError, match="0 states of linear attention"):
+            new_cache(model).load(tmp_path / "less")
+
+
+def test_a_model_that_fails_to_read_is_refused_by_calibrate():
+    """RoBERTa counts positions from 2, so that its config promises two more than it has."""
+    assert "cannot be calibrated" in families.outcome("roberta").refused
+
+
+@pytest.mark.slow
+def test_the_table_is_what_happens():
+    """Every family; the page is of one version of transformers."""
+    page = PAGE.read_text()
+    if f"transformers {transformers.__version__} " not in page:
+        pytest.skip(f"docs/models.md is not of transformers {transformers.__version__}")
+    assert families.table() == page[page.index("| model type |") :].strip()

@@ -1,0 +1,55 @@
+"""Layers of a cache that stay transformers' own: sliding windows, linear attention and others; what they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from torchgsrq.tensor import GSRQTensor
+
+STATES = ("conv_states", "recurrent_states")  # of linear attention, each a dict of tensors
+
+
+def linear_state(layer: Any) -> dict[str, Tensor]:
+    """The states of a layer of linear attention, or of one that has such beside its attention; else nothing."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return {}
+    named = {f"{name}.{i}": t for name in STATES for i, t in getattr(layer, name).items()}
+    return {name: t for name, t in named.items() if t is not None}
+
+
+def set_linear_state(
+    layer: Any, state: dict[str, Tensor], device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Fill a layer with what `linear_state` gave."""
+    for name, tensor in state.items():
+        which, _, index = name.partition(".")
+        tensor = tensor.to(device, dtype)
+        layer.lazy_initialization(**{which: tensor, "state_idx": int(index)})
+        getattr(layer, which)[int(index)].copy_(tensor)
+        layer.has_previous_state[int(index)] = True
+
+
+def wrong_with_linear(layer: Any, state: dict[str, Tensor], rows: int, tokens: int) -> str | None:
+    """What is wrong with a file's tensors for the states of linear attention that has seen ``tokens``, if anything."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return f"has {', '.join(sorted(state))}, but no linear attention"
+    if bool(state) != bool(tokens):
+        return f"has {len(state)} states of linear attention after {tokens} tokens"
+    known = {f"{name}.{i}" for name in STATES for i in getattr(layer, name)}
+    if not set(state) <= known:
+        return f"has {', '.join(sorted(set(state) - known))}"
+    for name, x in state.items():
+        if not x.is_floating_point() or x.ndim < 2 or x.shape[0] != rows:
+            return f"has {name} of {x.dtype} {list(x.shape)}, not of {rows} rows"
+    return None
+
+
+def nbytes(layer: Any) -> int:
+    """Bytes that a layer holds in full precision."""
+    own = [getattr(layer, name, None) for name in ("keys", "values")]
+    plain = [t for t in own if isinstance(t, Tensor) and not isinstance(t, GSRQTensor)]
+    return sum(t.untyped_storage().nbytes() for t in [*linear_state(layer).values(), *plain])
