@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -233,8 +234,13 @@ def _fitting(
     books: Codebooks, layers: list[LayerInfo], wanted: list[LayerInfo], model: PreTrainedModel, config: GSRQConfig
 ) -> Codebooks:
     """The given codebooks, checked against the model and cut to the config's layers and rate."""
-    owner = books.metadata.get("model")
-    if owner is not None and not models.same_model(owner, models.fingerprint(model, layers)):
+    owner, mine = books.metadata.get("model"), models.fingerprint(model, layers)
+    ranks = getattr(model, "tp_size", None) or 1
+    if ranks > 1 and owner is not None and owner["shape"] != mine["shape"]:  # made by one process, for all heads
+        whole = [dataclasses.replace(x, q_heads=ranks * x.q_heads, kv_heads=ranks * x.kv_heads) for x in layers]
+        if owner["shape"] == models.fingerprint(model, whole)["shape"]:
+            books, owner = books.shard(torch.distributed.get_rank() % ranks, ranks), None
+    if owner is not None and not models.same_model(owner, mine):
         raise ValueError(
             f"the codebooks belong to another model (a {owner['class']} with other keys and values than this "
             f"{type(model).__name__}): calibrate this one"

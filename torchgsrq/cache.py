@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 
 from torchgsrq import kept, reference
-from torchgsrq.codec import Codebooks
+from torchgsrq.codec import Codebooks, checksum
 from torchgsrq.config import GSRQConfig
 from torchgsrq.layer import GSRQHybridLayer, GSRQLayer
 from torchgsrq.memory import MemoryReport
@@ -203,8 +203,9 @@ class GSRQCache(Cache):
         lengths = [int(layer.get_seq_length()) if layer in attention else whole for layer in self.layers]
         rows = next((layer.keys.shape[0] for layer in attention if layer.is_initialized), 0)
         windows = {field: getattr(self.config, field) for field in _WINDOWS}
-        facts = {**windows, "codebooks": self.codebooks.digest, "lengths": lengths, "rows": rows}
-        save_file(tensors, path, {"format": _FORMAT, "version": _VERSION, "facts": json.dumps(facts)})
+        facts = json.dumps({**windows, "codebooks": self.codebooks.digest, "lengths": lengths, "rows": rows})
+        meta = {"format": _FORMAT, "version": _VERSION, "facts": facts, "checksum": checksum(tensors, facts)}
+        save_file(tensors, path, meta)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Fill this cache from a file that `save` wrote; of any kind, growing or fixed.
@@ -223,7 +224,7 @@ class GSRQCache(Cache):
                 meta = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         except SafetensorError as error:
-            raise ValueError(f"{name} is not a whole cache file: {error}") from error
+            raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
         if (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
             raise ValueError(f"{name} is not a torchgsrq cache file that this version reads")
         try:
@@ -232,7 +233,7 @@ class GSRQCache(Cache):
             windows = {field: int(facts[field]) for field in _WINDOWS}
             digest = str(facts["codebooks"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} is not a whole cache file: {error}") from error
+            raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
         if digest != self.codebooks.digest or len(lengths) != len(self.layers):
             raise ValueError(f"{name} was written with other codebooks than this cache's")
         for field, value in windows.items():
@@ -250,7 +251,9 @@ class GSRQCache(Cache):
             if length != longest and not wrong:
                 wrong = f"is said to hold {length} tokens, others {longest}"
             if wrong:
-                raise ValueError(f"{name} is not a whole cache file: layer {i} {wrong}")
+                raise ValueError(f"{name} is damaged, not a whole cache file: layer {i} {wrong}")
+        if meta.get("checksum", "") not in ("", checksum(tensors, meta["facts"])):
+            raise ValueError(f"{name} is damaged, not a whole cache file: its checksum is not that of what it holds")
         for layer, state, length in zip(self.layers, states, lengths, strict=True):
             linear, state = _split(state)
             kept.set_linear_state(layer, linear, self.model_device, self.model_dtype)

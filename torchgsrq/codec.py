@@ -335,6 +335,24 @@ class Codebooks:
         }
         return Codebooks(layers, self.metadata)
 
+    def shard(self, rank: int, ranks: int) -> Codebooks:
+        """Those of one rank of a tensor-parallel model, which has an equal part of every layer's KV heads.
+
+        Raises:
+            ValueError: the heads of a layer cannot be dealt equally.
+        """
+
+        def part(codec: Codec) -> Codec:
+            if codec.heads % ranks or not 0 <= rank < ranks:
+                raise ValueError(f"{codec.heads} KV heads cannot be dealt to rank={rank} of ranks={ranks}")
+            each = codec.heads // ranks
+            mine = slice(rank * each, (rank + 1) * each)
+            tables = {x: getattr(codec, x)[mine].contiguous() for x in ("mean", "transform", "inverse", "codebook")}
+            return dataclasses.replace(codec, **tables, _copies={}, _turned=[])
+
+        layers = {i: LayerCodec(part(c.key), part(c.value)) for i, c in self.layers.items()}
+        return Codebooks(layers, self.metadata)
+
     def to(self, device: torch.device | str) -> Codebooks:
         """The same codebooks on a device."""
         layers = {i: LayerCodec(c.key.to(device), c.value.to(device)) for i, c in self.layers.items()}
@@ -361,9 +379,10 @@ class Codebooks:
                     "beam": codec.beam,
                     "eta": codec.eta,
                 }
-        meta = {"format": FORMAT, "version": str(VERSION), "codecs": json.dumps(codecs)}
+        texts = {"codecs": json.dumps(codecs), "metadata": json.dumps(self.metadata)}
+        meta = {"format": FORMAT, "version": str(VERSION), **texts, "checksum": checksum(tensors, *texts.values())}
         partial = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.partial"
-        save_file(tensors, partial, {**meta, "metadata": json.dumps(self.metadata)})
+        save_file(tensors, partial, meta)
         os.replace(partial, path)  # a killed process leaves no half-written file behind
 
     @classmethod
@@ -372,7 +391,7 @@ class Codebooks:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: not a codebook file, truncated, or of an unknown format version.
+            ValueError: not a codebook file, damaged, or of an unknown format version.
         """
         if not os.path.exists(path):
             raise FileNotFoundError(f"no codebook file at {os.fspath(path)}")
@@ -415,6 +434,9 @@ class Codebooks:
                         beam=facts["beam"],
                         eta=facts["eta"],
                     )
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+                if meta.get("checksum", "") not in ("", checksum(held, meta["codecs"], meta["metadata"])):
+                    raise ValueError(f"{os.fspath(path)} is damaged: its checksum is not that of what it holds")
                 metadata = json.loads(meta["metadata"])
                 costs, asked = metadata.get("sensitivity"), metadata.get("config")
                 if costs is not None and not (
@@ -423,5 +445,15 @@ class Codebooks:
                 ):
                     raise ValueError(f"{os.fspath(path)} says nothing that makes sense of how much its layers matter")
         except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)} is not a whole codebook file: {error}") from error
+            raise ValueError(f"{os.fspath(path)} is damaged, not a whole codebook file: {error}") from error
         return cls({i: LayerCodec(c["key"], c["value"]) for i, c in sorted(layers.items())}, metadata)
+
+
+def checksum(tensors: dict[str, Tensor], *texts: str) -> str:
+    """A hash of named tensors and texts, by which a file is found to be damaged."""
+    found = hashlib.sha256("\n".join(texts).encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name}{x.dtype}{list(x.shape)}".encode())
+        found.update(x.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

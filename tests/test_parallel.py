@@ -1,0 +1,61 @@
+"""Tensor parallelism: two processes, each with half of the heads, say what one says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import SMALL
+from torchgsrq.evaluate import quantized
+
+SCRIPT = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM
+from tests.conftest import SMALL
+from torchgsrq import new_cache, quantize_kv_
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto").eval()
+quantize_kv_(model, SMALL, codebooks=sys.argv[1] + "/books.safetensors")
+ids = torch.arange(3, 43)[None].repeat(2, 1)
+cache = new_cache(model)
+out = model.generate(ids, max_new_tokens=24, do_sample=False, past_key_values=cache)
+print("heads", cache.layers[0].keys.shape[1], "tokens", out[:, 40:].tolist())
+"""
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_two_ranks_say_what_one_says(llama, tmp_path):
+    """With codebooks that one process made, of which each rank takes its heads."""
+    model, books = llama
+    model.save_pretrained(tmp_path)
+    books.save(tmp_path / "books.safetensors")
+    ids = torch.arange(3, 43)[None].repeat(2, 1)
+    with quantized(model, SMALL, books):
+        want = model.generate(ids, max_new_tokens=24, do_sample=False)[:, 40:].tolist()
+    (tmp_path / "run.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "run.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"heads 1 tokens {want}") == 2, done.stdout
+
+
+def test_shards_are_parts_of_the_heads(llama):
+    _, books = llama
+    parts = [books.shard(rank, 2) for rank in (0, 1)]
+    for i, layer in books.layers.items():
+        for kind, codec in enumerate(layer):
+            for name in ("mean", "transform", "inverse", "codebook"):
+                assert torch.equal(torch.cat([getattr(p[i][kind], name) for p in parts]), getattr(codec, name))
+    with pytest.raises(ValueError, match="2 KV heads cannot be dealt to rank=0 of ranks=3"):
+        books.shard(0, 3)
