@@ -77,6 +77,18 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "ctrl": {"dff": 64},
     "deepseek_v4": {"o_lora_rank": 16, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 16},
     "falcon": {"head_dim": None},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "activation_sparsity_pattern": [0.0] * 6,
+        "laurel_rank": 8,
+    },
+    "gemma4_text": {
+        "num_kv_shared_layers": 2,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "inkling_text": {"swa_num_attention_heads": 4, "swa_head_dim": 16, "rel_extent": 64, "sliding_window_size": 32},

@@ -12,6 +12,8 @@ from tests import families
 from tests.conftest import SMALL, tiny_books
 from torchgsrq import new_cache
 from torchgsrq.evaluate import quantized
+from torchgsrq.learning.statistics import collect_statistics
+from torchgsrq.models import inspect_layers
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 COMMON = {  # what is run most, and one of each kind of cache: quantized layers, of all
@@ -26,6 +28,8 @@ COMMON = {  # what is run most, and one of each kind of cache: quantized layers,
     "lfm2": (2, 4),  # convolutions
     "falcon_h1": (4, 4),  # attention and linear attention in one layer
     "zaya": (4, 4),
+    "gemma3n_text": (2, 6),  # two layers attend to what others cache
+    "gemma4_text": (2, 6),
     "stablelm": (4, 4),
 }
 
@@ -46,6 +50,16 @@ def test_sliding_windows_are_quantized_where_asked_for(kind):
 
 def test_a_model_of_sliding_windows_alone_is_refused_with_what_to_do():
     assert "sliding='quantize'" in families.outcome("ministral").refused
+
+
+def test_layers_that_read_another_ones_cache_count_in_what_is_learned():
+    """Their queries weigh the keys of the layer that caches them."""
+    model = families.tiny_model("gemma3n_text")
+    layers = inspect_layers(model)
+    assert [(x.index, x.readers) for x in layers] == [(0, ()), (1, ()), (2, (4,)), (3, (5,))]
+    stats = collect_statistics(model, layers, families.PROMPT, progress=False)
+    tokens = {index: sum(k.shape[1] for k in s.keys) for index, s in stats.items()}
+    assert tokens == {0: 120, 1: 120, 2: 240, 3: 240}
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1"])

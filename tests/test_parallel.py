@@ -1,4 +1,4 @@
-"""Tensor parallelism: two processes, each with half of the heads, say what one says."""
+"""Two processes: each with half of the heads, and one that reads a prompt for the other."""
 
 from __future__ import annotations
 
@@ -28,6 +28,20 @@ print("heads", cache.layers[0].keys.shape[1], "tokens", out[:, 40:].tolist())
 """
 
 
+def torchrun(script, folder):
+    """What two processes that run a script print."""
+    (folder / "run.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(folder / "run.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_two_ranks_say_what_one_says(llama, tmp_path):
@@ -38,16 +52,8 @@ def test_two_ranks_say_what_one_says(llama, tmp_path):
     ids = torch.arange(3, 43)[None].repeat(2, 1)
     with quantized(model, SMALL, books):
         want = model.generate(ids, max_new_tokens=24, do_sample=False)[:, 40:].tolist()
-    (tmp_path / "run.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "run.py"), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"heads 1 tokens {want}") == 2, done.stdout
+    out = torchrun(SCRIPT, tmp_path)
+    assert out.count(f"heads 1 tokens {want}") == 2, out
 
 
 def test_shards_are_parts_of_the_heads(llama):
@@ -59,3 +65,39 @@ def test_shards_are_parts_of_the_heads(llama):
                 assert torch.equal(torch.cat([getattr(p[i][kind], name) for p in parts]), getattr(codec, name))
     with pytest.raises(ValueError, match="2 KV heads cannot be dealt to rank=0 of ranks=3"):
         books.shard(0, 3)
+
+
+HANDOVER = """
+import sys
+import torch
+import torch.distributed as dist
+from tests.conftest import SMALL, tiny_llama
+from torchgsrq import new_cache, quantize_kv_
+
+dist.init_process_group("gloo")
+model = tiny_llama()
+quantize_kv_(model, SMALL, codebooks=sys.argv[1] + "/books.safetensors")
+ids = torch.arange(3, 63)[None]
+cache = new_cache(model)
+size = torch.zeros(1, dtype=torch.long)
+with torch.no_grad():
+    if dist.get_rank() == 0:  # reads the prompt
+        model(ids[:, :-1], past_key_values=cache)
+        data = torch.frombuffer(bytearray(cache.dumps()), dtype=torch.uint8)
+        dist.send(size + len(data), 1)
+        dist.send(data, 1)
+    else:  # writes the answer
+        dist.recv(size, 0)
+        data = torch.empty(int(size), dtype=torch.uint8)
+        dist.recv(data, 0)
+        cache.loads(data.numpy().tobytes())
+    print("tokens", model.generate(ids, max_new_tokens=16, do_sample=False, past_key_values=cache)[:, 60:].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_a_prompt_read_here_goes_on_there(llama, tmp_path):
+    _, books = llama
+    books.save(tmp_path / "books.safetensors")
+    here, there = [line for line in torchrun(HANDOVER, tmp_path).splitlines() if line.startswith("tokens")]
+    assert here == there

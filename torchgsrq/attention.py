@@ -45,6 +45,14 @@ class Incoming(NamedTuple):
     view: int
     graph: tuple[Tensor, ...] = ()
 
+    def to(self, device: torch.device) -> Incoming:
+        """On a device, for layers that attend to another one's keys and values."""
+        if self.tail.device == device:
+            return self
+        buffer: Any = self.buffer
+        graph = tuple(x.to(device) for x in self.graph)
+        return Incoming(buffer.to(device), self.tail.to(device), self.tail_start.to(device), self.view, graph)
+
 
 def gsrq_attention(
     module: nn.Module,

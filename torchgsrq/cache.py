@@ -1,34 +1,29 @@
-"""GSRQCache: transformers' Cache of quantized layers (layer.py) and others, and its file."""
+"""GSRQCache: transformers' Cache of quantized layers (layer.py) and others (kept.py)."""
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     LinearAttentionCacheLayerMixin,
     StaticCache,
 )
 
-from torchgsrq import kept, reference
-from torchgsrq.codec import Codebooks, checksum
+from torchgsrq import files, kept, reference
+from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.layer import GSRQHybridLayer, GSRQLayer
 from torchgsrq.memory import MemoryReport
 from torchgsrq.models import Rotary
-
-_FORMAT, _VERSION = "torchgsrq.cache", "2"
-_WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")
 
 
 class GSRQCache(Cache):
@@ -184,118 +179,25 @@ class GSRQCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
-        tensors = {}
-        for i, layer in enumerate(self.layers):
-            state = kept.linear_state(layer)
-            tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
-            if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
-                continue
-            if isinstance(layer, GSRQLayer):
-                state = layer.state()
-            elif layer.is_sliding and layer.is_compileable:
-                raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be saved; use a growing cache")
-            else:  # a fixed layer is longer than what it holds
-                held = layer.keys.shape[2] if layer.is_sliding else int(layer.get_seq_length())
-                state = {"keys": layer.keys[:, :, :held], "values": layer.values[:, :, :held]}
-            tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
-        attention = [layer for layer in self.layers if isinstance(layer, CacheLayerMixin)]
-        whole = int(self.get_seq_length())  # linear attention has seen it, and does not count
-        lengths = [int(layer.get_seq_length()) if layer in attention else whole for layer in self.layers]
-        rows = next((layer.keys.shape[0] for layer in attention if layer.is_initialized), 0)
-        windows = {field: getattr(self.config, field) for field in _WINDOWS}
-        facts = json.dumps({**windows, "codebooks": self.codebooks.digest, "lengths": lengths, "rows": rows})
-        meta = {"format": _FORMAT, "version": _VERSION, "facts": facts, "checksum": checksum(tensors, facts)}
-        save_file(tensors, path, meta)
+        tensors, facts = files.pack(self)
+        save_file(tensors, path, facts)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Fill this cache from a file that `save` wrote; of any kind, growing or fixed.
 
         Raises:
-            ValueError: not such a file, written with other codebooks or windows, or too long for this cache, which
-                is left as it was.
+            ValueError: not such a file, damaged, written with other codebooks or windows, or too long for this cache,
+                which is left as it was.
         """
-        name = os.fspath(path)
-        if int(self.get_seq_length()):
-            raise ValueError("this cache holds tokens already; load into a new one")
-        if any(sliding and layer.is_compileable for sliding, layer in zip(self.is_sliding, self.layers, strict=True)):
-            raise ValueError("fixed sliding-window layers cannot be filled from a file; use a growing cache")
-        try:
-            with safe_open(name, framework="pt") as file:
-                meta = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-        except SafetensorError as error:
-            raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
-        if (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
-            raise ValueError(f"{name} is not a torchgsrq cache file that this version reads")
-        try:
-            facts = json.loads(meta["facts"])
-            lengths, rows = [int(x) for x in facts["lengths"]], int(facts["rows"])
-            windows = {field: int(facts[field]) for field in _WINDOWS}
-            digest = str(facts["codebooks"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
-        if digest != self.codebooks.digest or len(lengths) != len(self.layers):
-            raise ValueError(f"{name} was written with other codebooks than this cache's")
-        for field, value in windows.items():
-            if value != getattr(self.config, field):
-                raise ValueError(f"{name} has {field}={value}; this cache has {self.config}")
-        longest, fits = max(lengths, default=0), [x.get_max_length() for x in self.quantized_layers]
-        if any(-1 < capacity < longest for capacity in fits):
-            raise ValueError(f"{name} holds {longest} tokens; this cache holds {min(fits)}")
-        states = [
-            {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.partition(".")[0] == str(i)}
-            for i in range(len(self.layers))
-        ]
-        for i, (layer, state, length) in enumerate(zip(self.layers, states, lengths, strict=True)):
-            wrong = _wrong_with(layer, state, length, rows)
-            if length != longest and not wrong:
-                wrong = f"is said to hold {length} tokens, others {longest}"
-            if wrong:
-                raise ValueError(f"{name} is damaged, not a whole cache file: layer {i} {wrong}")
-        if meta.get("checksum", "") not in ("", checksum(tensors, meta["facts"])):
-            raise ValueError(f"{name} is damaged, not a whole cache file: its checksum is not that of what it holds")
-        for layer, state, length in zip(self.layers, states, lengths, strict=True):
-            linear, state = _split(state)
-            kept.set_linear_state(layer, linear, self.model_device, self.model_dtype)
-            if not state:
-                continue
-            if isinstance(layer, GSRQLayer):
-                layer.set_state(state, length, self.model_dtype)
-            else:
-                keys, values = (
-                    state[x].to(self.model_device, self.model_dtype or state[x].dtype) for x in ("keys", "values")
-                )
-                layer.update(keys, values)
-                if isinstance(getattr(layer, "cumulative_length", None), int):
-                    layer.cumulative_length = length  # a sliding window saw more tokens than it holds
-        self.rows_are_placed = longest > 0
+        files.unpack(self, *files.read(os.fspath(path)), os.fspath(path))
 
+    def dumps(self) -> bytes:
+        """What `save` writes, to send to another process: prefill here, decode there."""
+        return safetensors.torch.save(*files.pack(self))
 
-def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The states of linear attention among a file's tensors for a layer, and those of its keys and values."""
-    linear = {name: x for name, x in state.items() if name.partition(".")[0] in kept.STATES}
-    return linear, {name: x for name, x in state.items() if name not in linear}
-
-
-def _wrong_with(layer: Any, state: dict[str, Tensor], length: int, rows: int) -> str | None:
-    """What is wrong with a file's tensors for a layer, if anything."""
-    linear, state = _split(state)
-    if linear or isinstance(layer, LinearAttentionCacheLayerMixin):
-        wrong = kept.wrong_with_linear(layer, linear, rows, length)
-        if wrong or not isinstance(layer, CacheLayerMixin):
-            return wrong
-    if not state:
-        return f"is missing, and should hold {length} tokens" if length else None
-    if isinstance(layer, GSRQLayer):
-        return layer.check_state(state, length, rows)
-    if set(state) != {"keys", "values"}:
-        return f"has {', '.join(sorted(state))} instead of keys and values"
-    keys, values = state["keys"], state["values"]
-    least = min(length, layer.sliding_window - 1) if layer.is_sliding else length
-    for x in (keys, values):
-        if not x.is_floating_point() or x.ndim != 4 or x.shape[0] != rows or not least <= x.shape[2] <= length:
-            return f"has {x.dtype} {list(x.shape)}, not {least} tokens of {rows} rows"
-    return None
+    def loads(self, data: bytes) -> None:
+        """Fill this cache with what `dumps` gave; raises as `load` does."""
+        files.unpack(self, *files.read(data), f"what was given, {len(data)} bytes,")
 
 
 def _real_tokens(mask: Any, batch: int, first: int, last: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ import inspect
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,7 @@ class LayerInfo:
         rope: one word for the report.
         rotary: where the frequencies depend on the length of the input, the buffer of the decoder that holds the
             present ones, by its dotted name; empty where they are fixed.
+        readers: other layers that attend to this layer's keys and values, and have none of their own.
         sample: some elements of a fixed input's keys and values, by which `same_model` knows a model again.
     """
 
@@ -46,6 +47,7 @@ class LayerInfo:
     interleaved: bool
     rope: str
     rotary: str = ""
+    readers: tuple[int, ...] = ()
     sample: tuple[float, ...] = field(default=(), repr=False)
 
 
@@ -182,6 +184,11 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             observers.pop()
 
 
+def cached_by(layers: Iterable[LayerInfo]) -> dict[int | None, int]:
+    """Layer to the one whose keys and values it attends to: itself, but for readers."""
+    return {index: info.index for info in layers for index in (info.index, *info.readers)}
+
+
 def layer_index(module: nn.Module) -> int | None:
     """Which layer's self-attention an observed module is; None of cross-attention, and of what has no ``layer_idx``."""
     return None if getattr(module, "is_cross_attention", False) else getattr(module, "layer_idx", None)
@@ -224,8 +231,6 @@ def check_supported(model: nn.Module) -> PreTrainedModel:
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
-    if getattr(text_config(model), "num_kv_shared_layers", 0):
-        raise ValueError(f"{name} shares keys and values between layers, which is not supported")
     if model.dtype == torch.float64:
         raise ValueError(f"{name} is float64; the cache holds float32, float16 or bfloat16: call model.float() first")
     return model
@@ -276,6 +281,8 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
             f"{name}: no attention was seen in a forward: it has none, or does not call transformers' attention "
             "interface, so its attention cannot be replaced"
         )
+    readers = _readers(near, cache)
+    near = {index: x for index, x in near.items() if index not in sum(readers.values(), ())}
     _check_cached(name, near, cache)
 
     has_rope = any(x.rotary for x in near.values())
@@ -300,10 +307,23 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
                 interleaved,
                 rope,
                 rotary if beyond else "",
+                readers.get(index, ()),
                 tuple(float(f"{e:.4g}") for t in (x.k, x.v) for e in _some(t)),
             )
         )
     return layers
+
+
+def _readers(seen: dict[int, _Seen], cache: _Recorder) -> dict[int, tuple[int, ...]]:
+    """The layers that attend to what another one cached, by that layer."""
+    found: dict[int, tuple[int, ...]] = {}
+    own = {index for index, *_ in cache.given}
+    held = {seen[index].k.data_ptr(): index for index in own & set(seen)}
+    for index in sorted(set(seen) - own):
+        source = held.get(seen[index].k.data_ptr())
+        if source is not None:
+            found[source] = (*found.get(source, ()), index)
+    return found
 
 
 def _some(x: Tensor) -> list[float]:
@@ -376,7 +396,10 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Re
 def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
     """Always the same input of a decoder, one row: made-up embeddings, or token ids where it takes nothing else."""
     config, device = text_config(model), input_device(model)
-    if "inputs_embeds" not in inspect.signature(decoder(model).forward).parameters:
+    takes = inspect.signature(decoder(model).forward).parameters
+    if "inputs_embeds" not in takes or getattr(
+        config, "hidden_size_per_layer_input", None
+    ):  # Gemma's look ids up again
         return {"input_ids": torch.arange(tokens, device=device)[None] % config.vocab_size}
     width = (
         getattr(config, "word_embed_proj_dim", None) or getattr(config, "embedding_size", None) or config.hidden_size

@@ -93,6 +93,7 @@ def _observer(
     """Adds to ``costs``, of every layer, the errors of its codecs against the gradient of its attention output, and to
     ``weighed`` the layer."""
     rotary = models.rotaries(model, layers)
+    source = models.cached_by(layers)
 
     def observer(
         module: nn.Module,
@@ -105,7 +106,7 @@ def _observer(
         s_aux: Tensor | None,
         reach: int | None,
     ) -> Callable[[Tensor], None] | None:
-        index: Any = models.layer_index(module)
+        index = source.get(models.layer_index(module), -1)
         if index not in codecs:
             return None
         given = [x.detach()[0] for x in (q, k, v)]

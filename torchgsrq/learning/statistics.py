@@ -108,11 +108,12 @@ def collect_statistics(
         s_aux: Tensor | None,
         reach: int | None,
     ) -> None:
-        index = models.layer_index(module)
+        index = source.get(models.layer_index(module), -1)
         if index in stats:
             stats[index].add(q, k, v, scaling, softcap, s_aux, rotary[index]() if index in rotary else None, reach)
 
     inner, device = models.decoder(model), models.input_device(model)
+    source = models.cached_by(layers)
     rotary = models.rotaries(model, layers)
     name, tokens = type(model).__name__, windows.shape[1]
     what = f"{name} cannot be calibrated: a forward of {tokens} tokens, as its config allows, failed"

@@ -1,0 +1,155 @@
+"""A cache as a file: what stands in it, and what is checked before a cache is filled from one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from torchgsrq import kept
+from torchgsrq.codec import checksum
+from torchgsrq.layer import GSRQLayer
+
+_FORMAT, _VERSION = "torchgsrq.cache", "2"
+_WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")
+
+
+def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A GSRQCache as named tensors and facts.
+
+    Raises:
+        ValueError: it has fixed sliding-window layers.
+    """
+    tensors = {}
+    for i, layer in enumerate(cache.layers):
+        state = kept.linear_state(layer)
+        tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
+        if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
+            continue
+        if isinstance(layer, GSRQLayer):
+            state = layer.state()
+        elif layer.is_sliding and layer.is_compileable:
+            raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be saved; use a growing cache")
+        else:  # a fixed layer is longer than what it holds
+            held = layer.keys.shape[2] if layer.is_sliding else int(layer.get_seq_length())
+            state = {"keys": layer.keys[:, :, :held], "values": layer.values[:, :, :held]}
+        tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
+    attention = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+    whole = int(cache.get_seq_length())  # linear attention has seen it, and does not count
+    lengths = [int(layer.get_seq_length()) if layer in attention else whole for layer in cache.layers]
+    rows = next((layer.keys.shape[0] for layer in attention if layer.is_initialized), 0)
+    windows = {field: getattr(cache.config, field) for field in _WINDOWS}
+    facts = json.dumps({**windows, "codebooks": cache.codebooks.digest, "lengths": lengths, "rows": rows})
+    return tensors, {"format": _FORMAT, "version": _VERSION, "facts": facts, "checksum": checksum(tensors, facts)}
+
+
+def read(source: str | bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and facts of a file, or of its bytes.
+
+    Raises:
+        ValueError: no safetensors.
+    """
+    try:
+        if isinstance(source, bytes):
+            tensors = load_bytes(source)
+            header = json.loads(source[8 : 8 + int.from_bytes(source[:8], "little")])
+            return tensors, header.get("__metadata__", {})
+        with safe_open(source, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+    except SafetensorError as error:
+        name = source if isinstance(source, str) else f"what was given, {len(source)} bytes,"
+        raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
+
+
+def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: str) -> None:
+    """Fill an empty GSRQCache with what `pack` gave; ``name`` is for messages.
+
+    Raises:
+        ValueError: it does not fit this cache, which is left as it was.
+    """
+    if int(cache.get_seq_length()):
+        raise ValueError("this cache holds tokens already; load into a new one")
+    if any(sliding and layer.is_compileable for sliding, layer in zip(cache.is_sliding, cache.layers, strict=True)):
+        raise ValueError("fixed sliding-window layers cannot be filled from a file; use a growing cache")
+    lengths, rows = _facts(cache, meta, name)
+    longest = max(lengths, default=0)
+    states = [
+        {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.partition(".")[0] == str(i)}
+        for i in range(len(cache.layers))
+    ]
+    for i, (layer, state, length) in enumerate(zip(cache.layers, states, lengths, strict=True)):
+        wrong = _wrong_with(layer, state, length, rows)
+        if length != longest and not wrong:
+            wrong = f"is said to hold {length} tokens, others {longest}"
+        if wrong:
+            raise ValueError(f"{name} is damaged, not a whole cache file: layer {i} {wrong}")
+    if meta.get("checksum", "") not in ("", checksum(tensors, meta["facts"])):
+        raise ValueError(f"{name} is damaged, not a whole cache file: its checksum is not that of what it holds")
+    for layer, state, length in zip(cache.layers, states, lengths, strict=True):
+        linear, state = _split(state)
+        kept.set_linear_state(layer, linear, cache.model_device, cache.model_dtype)
+        if not state:
+            continue
+        if isinstance(layer, GSRQLayer):
+            layer.set_state(state, length, cache.model_dtype)
+        else:
+            keys, values = (
+                state[x].to(cache.model_device, cache.model_dtype or state[x].dtype) for x in ("keys", "values")
+            )
+            layer.update(keys, values)
+            if isinstance(getattr(layer, "cumulative_length", None), int):
+                layer.cumulative_length = length  # a sliding window saw more tokens than it holds
+    cache.rows_are_placed = longest > 0
+
+
+def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int]:
+    """Tokens of every layer, and rows, after a look at whether they are for this cache."""
+    if (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
+        raise ValueError(f"{name} is not a torchgsrq cache file that this version reads")
+    try:
+        facts = json.loads(meta["facts"])
+        lengths, rows = [int(x) for x in facts["lengths"]], int(facts["rows"])
+        windows = {field: int(facts[field]) for field in _WINDOWS}
+        digest = str(facts["codebooks"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
+    if digest != cache.codebooks.digest or len(lengths) != len(cache.layers):
+        raise ValueError(f"{name} was written with other codebooks than this cache's")
+    for field, value in windows.items():
+        if value != getattr(cache.config, field):
+            raise ValueError(f"{name} has {field}={value}; this cache has {cache.config}")
+    longest, fits = max(lengths, default=0), [x.get_max_length() for x in cache.quantized_layers]
+    if any(-1 < capacity < longest for capacity in fits):
+        raise ValueError(f"{name} holds {longest} tokens; this cache holds {min(fits)}")
+    return lengths, rows
+
+
+def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The states of linear attention among a file's tensors for a layer, and those of its keys and values."""
+    linear = {name: x for name, x in state.items() if name.partition(".")[0] in kept.STATES}
+    return linear, {name: x for name, x in state.items() if name not in linear}
+
+
+def _wrong_with(layer: Any, state: dict[str, Tensor], length: int, rows: int) -> str | None:
+    """What is wrong with a file's tensors for a layer, if anything."""
+    linear, state = _split(state)
+    if linear or isinstance(layer, LinearAttentionCacheLayerMixin):
+        wrong = kept.wrong_with_linear(layer, linear, rows, length)
+        if wrong or not isinstance(layer, CacheLayerMixin):
+            return wrong
+    if not state:
+        return f"is missing, and should hold {length} tokens" if length else None
+    if isinstance(layer, GSRQLayer):
+        return layer.check_state(state, length, rows)
+    if set(state) != {"keys", "values"}:
+        return f"has {', '.join(sorted(state))} instead of keys and values"
+    keys, values = state["keys"], state["values"]
+    least = min(length, layer.sliding_window - 1) if layer.is_sliding else length
+    for x in (keys, values):
+        if not x.is_floating_point() or x.ndim != 4 or x.shape[0] != rows or not least <= x.shape[2] <= length:
+            return f"has {x.dtype} {list(x.shape)}, not {least} tokens of {rows} rows"
+    return None
