@@ -1,4 +1,4 @@
-"""What every recipe costs in quality, on WikiText-2 or any text: the tables of the README.
+"""What every recipe costs in quality, on WikiText-2 or any text: tables of docs/quality.md.
 
     python benchmarks/quality.py --calibration wikitext2-valid.txt --text wikitext2-test.txt --json quality.json
 

@@ -47,7 +47,7 @@ def calibrate(
         model: a transformers decoder, not quantized.
         config: rates, layout, frame, recipe and seed are used.
         data: text of the kind that the model will read: strings, token tensors, or batches. Without it
-            the model writes its own, which costs quality (README).
+            the model writes its own, which costs quality (docs/quality.md).
         tokenizer: for strings, and for lists that the model looks things up in (`text.recall_windows`); the one of
             ``model.name_or_path`` by default.
         tokens: how much of the data to use, 16384 by default; half as much again is made of it.

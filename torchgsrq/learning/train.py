@@ -15,7 +15,7 @@ from torchgsrq.learning.statistics import Statistics
 from torchgsrq.models import LayerInfo
 from torchgsrq.rope import rotate
 
-KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: README
+KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: docs/quality.md
 _ROTATIONS = 256  # relative offsets that the query metric is averaged over
 
 
