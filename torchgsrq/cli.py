@@ -1,4 +1,4 @@
-"""The command line: ``torchgsrq demo | calibrate | evaluate``."""
+"""The command line: ``torchgsrq demo | calibrate | evaluate | memory | recommend``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -22,6 +23,7 @@ from torchgsrq.calibrate import TOKENS, cached_codebooks, calibrate
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, document, load_model
+from torchgsrq.recommend import choose, full_precision, settings
 from torchgsrq.text import token_ids
 
 LONG = 131072  # tokens, where window and codebooks weigh little
@@ -379,3 +381,39 @@ def memory(
     }.items():
         table.add_row(label, *(f"{r[key]:.3f}" for r in rows))
     Console(width=100).print(table)
+
+
+@app.command()
+def recommend(
+    model: Annotated[str, typer.Option("--model", help="hub ID or folder; only its config is read")],
+    context: Annotated[int, typer.Option(min=1, help="tokens to hold")] = 32768,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB for the cache, beside the weights")] = None,
+    json_only: Json = False,
+) -> None:
+    """Which bits and layout: what each takes, what fits, and where to begin."""
+    try:
+        about = transformers.AutoConfig.from_pretrained(model).get_text_config(decoder=True)
+        found = settings(about, context, None if memory is None else int(memory * 2**30))
+        plain = full_precision(about, context)
+    except (OSError, ValueError, AttributeError) as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from error
+    chosen = choose(found, context, torch.cuda.is_available())
+    if json_only:
+        rows = [dataclasses.asdict(x) for x in found]
+        print(json.dumps({"bf16": plain, "settings": rows, "chosen": chosen and dataclasses.asdict(chosen)}))
+        return
+    table = Table(title=f"{model}: one row of {context} tokens, {_mib(plain)} in bfloat16")
+    for name in ("layout", "bits", "cache", "of bfloat16", "codebooks", "longest context"):
+        table.add_column(name, justify="left" if name == "layout" else "right")
+    for x in found:
+        longest = "" if x.longest is None else f"{x.longest:,}" + ("" if x.fits else ", too short")
+        share = f"1/{plain / x.cache:.1f}"
+        row = (x.layout, f"{x.bits:g}", _mib(x.cache), share, _mib(x.codebooks), longest)
+        table.add_row(*row, style="bold" if x == chosen else None)
+    Console(width=100).print(table)
+    if chosen is None:
+        print("None of them fits. A shorter context, or more memory, would.")
+        return
+    print(
+        f'Begin with GSRQConfig(bits={chosen.bits:g}, layout="{chosen.layout}"), and compare with torchgsrq evaluate.'
+    )

@@ -122,7 +122,11 @@ def input_device(model: nn.Module) -> torch.device:
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
     """Kind of every layer, as transformers names and infers them."""
-    config = text_config(model)
+    return kinds_of_layers(text_config(model))
+
+
+def kinds_of_layers(config: PreTrainedConfig) -> list[str]:
+    """The same from a decoder's config."""
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         windowed = getattr(config, "sliding_window", None) is not None

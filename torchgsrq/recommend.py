@@ -1,0 +1,100 @@
+"""Which setting? Bytes of a model's KV cache at each rate and layout, from its config alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from torchgsrq.config import LAYOUTS, GSRQConfig
+from torchgsrq.layout import key_layout, rates, value_layout
+from torchgsrq.models import kinds_of_layers
+
+_WORD = 2  # bytes of an element of bfloat16, in which windows and kept layers are
+RATES = (2.0, 1.0, 0.5)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a setting takes.
+
+    Attributes:
+        layout, bits: of the config.
+        cache: bytes of one row's cache: codes, sinks, window, and layers that are kept.
+        codebooks: bytes that all caches of the model share, if all layers have the same bits.
+        longest: tokens that fit into the memory, or None without a limit.
+        fits: whether the cache does.
+    """
+
+    layout: str
+    bits: float
+    cache: int
+    codebooks: int
+    longest: int | None
+    fits: bool
+
+
+def shape_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """KV heads and head_dim.
+
+    Raises:
+        ValueError: keys and values of the model have no such shape (MLA).
+    """
+    if getattr(config, "kv_lora_rank", None):
+        raise ValueError(f"{config.model_type} caches a compressed latent (MLA), which is not supported")
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def full_precision(config: PreTrainedConfig, tokens: int) -> int:
+    """Bytes of a bfloat16 cache of one row."""
+    heads, dim = shape_of(config)
+    kinds = kinds_of_layers(config)
+    whole = sum(kind in ("full_attention", "hybrid") for kind in kinds)
+    return 2 * heads * dim * _WORD * whole * tokens + _kept(config, tokens)
+
+
+def _kept(config: PreTrainedConfig, tokens: int) -> int:
+    """Bytes of layers with a sliding window or chunks; linear attention takes a constant, which is left out."""
+    heads, dim = shape_of(config)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
+    bounded = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds_of_layers(config))
+    return 2 * heads * dim * _WORD * bounded * min(window, tokens)
+
+
+def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -> list[Setting]:
+    """Every layout and rate for contexts of ``tokens``, and whether they fit into ``memory`` bytes beside the weights.
+
+    Raises:
+        ValueError: MLA; no layer with full attention; a head_dim that no rate is offered for.
+    """
+    heads, dim = shape_of(config)
+    whole = sum(kind in ("full_attention", "hybrid") for kind in kinds_of_layers(config))
+    if not whole:
+        raise ValueError(f"{config.model_type} has no layer with full attention; its cache is bounded already")
+    offered = [bits for bits in RATES if bits in rates(dim)]
+    if not offered:
+        raise ValueError(f"no rate is offered for head_dim={dim}")
+    found = []
+    for layout in LAYOUTS:
+        for bits in offered:
+            one = GSRQConfig(bits=bits, layout=layout)
+            slots = one.sink_tokens + one.recent_tokens + one.block_tokens
+            fixed = 2 * heads * dim * _WORD * slots * whole + _kept(config, tokens)
+            each = int(2 * heads * dim * bits / 8) * whole
+            tables = sum(
+                256 * x.codes * x.width * 2 + 4 * dim * (2 * x.dims + 1)
+                for x in (key_layout(dim, bits, layout), value_layout(dim, bits, layout))
+            )
+            codebooks = heads * tables * whole
+            longest = None if memory is None else max(0, (memory - fixed - codebooks) // each)
+            cache = each * tokens + fixed
+            found.append(Setting(layout, bits, cache, codebooks, longest, longest is None or longest >= tokens))
+    return found
+
+
+def choose(found: list[Setting], tokens: int, gpu: bool) -> Setting | None:
+    """The setting to begin with, of those that fit: the most bits, with ``"fast"`` on GPUs and for long contexts."""
+    layout = "fast" if gpu or tokens >= 8192 else "quality"
+    fitting = [s for s in found if s.fits and s.layout == layout]
+    return max(fitting, key=lambda s: s.bits, default=None)
