@@ -30,7 +30,7 @@ from torchgsrq.evaluate import quantized
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers", "encoder_layers"), 4),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim", "n_inner", "d_ff"), 64),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
@@ -181,11 +181,12 @@ class Outcome:
 
     Attributes:
         quantized, layers: how many of its layers with attention, and how many layers there are.
-        refused: why it is refused. unbuilt: why there is no tiny model of it. wrong: what a mode of generation did.
+        decodes: whether its attention reads decoded tensors. refused: why it is refused. unbuilt: why there is no tiny model of it. wrong: what a mode of generation did.
     """
 
     quantized: int = 0
     layers: int = 0
+    decodes: bool = False
     refused: str = ""
     unbuilt: str = ""
     wrong: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -213,7 +214,7 @@ def outcome(kind: str, modes: Any = tuple(MODES), config: Any = SMALL) -> Outcom
     try:
         books = tiny_books(model, config)
         with quantized(model, config, books):
-            pass
+            decodes = model._gsrq.decodes
     except ValueError as error:
         return Outcome(
             refused=_line(error).replace(f"{type(model).__name__}: ", "").replace(f"{type(model).__name__} ", "")
@@ -231,7 +232,7 @@ def outcome(kind: str, modes: Any = tuple(MODES), config: Any = SMALL) -> Outcom
                 wrong[mode] = _line(error)
             except Exception:
                 wrong[mode] = "fails in transformers itself"
-    return Outcome(len(books), models.text_config(model).num_hidden_layers, wrong=wrong)
+    return Outcome(len(books), models.text_config(model).num_hidden_layers, decodes, wrong=wrong)
 
 
 def _apart(model: Any, books: Any, config: Any, mode: str, seed: int) -> float:
@@ -278,6 +279,7 @@ def table() -> str:
                 if found.quantized == found.layers
                 else f"{found.quantized} of {found.layers} layers quantized"
             )
+            what += ", decoded for its attention" if found.decodes else ""
             what += "".join(f"; **{mode}: {text}**" for mode, text in found.wrong.items())
         rows.append(f"| {kind} | {name} | {what.replace('|', chr(92) + '|')} |")
     return "\n".join(("| model type | class | KV cache |", "|---|---|---|", *rows))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from tests import families
@@ -41,6 +43,54 @@ def test_a_family_generates_right(kind):
     assert (found.quantized, found.layers) == COMMON[kind]
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "kimi_linear", "falcon", "gptj", "hrm_text"])
+def test_what_attention_is_not_handed_is_decoded_for_it(kind):
+    """MLA, attention outside of transformers' interface, layers used several times: codes in memory, tensors for the
+    model."""
+    found = families.outcome(kind)
+    assert found.decodes and found.quantized and not found.wrong, found
+    model = families.tiny_model(kind)
+    books = tiny_books(model)
+    last = inspect_layers(model)[-1]
+    latent = kind in ("deepseek_v3", "kimi_linear")  # cached as keys, and the part that RoPE turns as values
+    assert (last.rope == "none") == latent and last.kv_heads == (4 if kind in ("gptj", "hrm_text") else 1)
+    with (
+        pytest.raises(ValueError, match="prefill='quantized'"),
+        quantized(model, dataclasses.replace(SMALL, prefill="quantized"), books),
+    ):
+        pass
+    with pytest.raises(ValueError, match="not handed what it caches"):
+        tiny_books(model, dataclasses.replace(SMALL, allocation="sensitivity"))
+    with quantized(model, SMALL, books):
+        cache = new_cache(model)
+        out = model(families.PROMPT, past_key_values=cache, use_cache=True).logits
+        assert cache.memory().codes and (kind == "kimi_linear") == bool(cache.memory().full_precision_layers)
+        out = model(families.PROMPT[:, :1], past_key_values=cache, use_cache=True).logits
+        with pytest.raises((ValueError, RuntimeError), match="gradient"):
+            out.sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COMMON)
+@torch.no_grad()
+def test_a_decode_step_is_one_graph(kind):
+    """Traced whole, steps say what eager ones say, and leave the same cache, across blocks that become codes."""
+    model = families.tiny_model(kind)
+    with quantized(model, SMALL, tiny_books(model)):
+        cache = new_cache(model, 64)
+        model(families.PROMPT, past_key_values=cache, use_cache=True)
+        twin = copy.deepcopy(cache)
+        step = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for i in range(6):
+            ids = families.PROMPT[:, i : i + 1]
+            got, want = (f(ids, past_key_values=c, use_cache=True).logits for f, c in ((step, cache), (model, twin)))
+            assert torch.equal(got, want)
+        for a, b in zip(cache.quantized_layers, twin.quantized_layers, strict=True):
+            assert torch.equal(a.keys.dequantize(), b.keys.dequantize())
+            assert torch.equal(a.values.dequantize(), b.values.dequantize())
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "ministral"])
 def test_sliding_windows_are_quantized_where_asked_for(kind):
     """Also in a model of nothing else, which is refused by default."""
@@ -63,7 +113,7 @@ def test_layers_that_read_another_ones_cache_count_in_what_is_learned():
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1"])
-@families.torch.no_grad()
+@torch.no_grad()
 def test_a_saved_cache_goes_on_with_linear_attention(kind, tmp_path):
     """States are in the file, and counted as full precision; a file without them is refused."""
     model = families.tiny_model(kind)
@@ -77,7 +127,7 @@ def test_a_saved_cache_goes_on_with_linear_attention(kind, tmp_path):
         twin = new_cache(model)
         twin.load(tmp_path / "cache")
         more = [model(ids[:, :5], past_key_values=c, use_cache=True).logits for c in (cache, twin)]
-        assert families.torch.equal(*more)
+        assert torch.equal(*more)
         with pytest.raises(ValueError, match="holds tokens already"):
             twin.load(tmp_path / "cache")
 

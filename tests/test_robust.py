@@ -648,16 +648,12 @@ def test_nbytes_of_a_buffer_is_what_it_owns(llama):
 # Architectures
 
 
-MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
 REFUSED = {
     "an encoder": ("BertLMHeadModel", "BertConfig", {}, "attends in both directions in layers 0, 1"),
     "all sliding": ("MistralForCausalLM", "MistralConfig", {"sliding_window": 16}, "has no layer to quantize.*layers 0-1: kept in full precision: a sliding window"),
     "all skipped": ("LlamaForCausalLM", "LlamaConfig", {}, "has no layer to quantize.*in skip_layers"),
-    "MLA": ("DeepseekV2ForCausalLM", "DeepseekV2Config", {**MLA, "n_routed_experts": 4, "num_key_value_heads": 4, "first_k_dense_replace": 2}, r"caches keys \[1, 1, 1, 16\].*attends to.*MLA"),
     "values split": ("DiffLlamaForCausalLM", "DiffLlamaConfig", {}, "is not supported: a forward over a quantized cache failed"),
     "keys transposed": ("DogeForCausalLM", "DogeConfig", {"sliding_window": None}, "is not supported: a forward over a quantized cache failed"),
-    "fewer heads cached": ("JetMoeForCausalLM", "JetMoeConfig", {"kv_channels": 32, "num_local_experts": 2}, r"caches keys \[1, 2, 1, 32\].*attends to"),
-    "layers used again": ("HrmTextForCausalLM", "HrmTextConfig", {}, "has 2 attention layers but fills 16 entries"),
 }  # fmt: skip
 
 

@@ -617,10 +617,6 @@ def test_unsupported_models_are_refused_by_name():
     from transformers import (
         BartConfig,
         BartForConditionalGeneration,
-        BloomConfig,
-        BloomForCausalLM,
-        DeepseekV3Config,
-        DeepseekV3ForCausalLM,
         MambaConfig,
         MambaForCausalLM,
     )
@@ -628,14 +624,9 @@ def test_unsupported_models_are_refused_by_name():
     small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
     bart = BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
                       decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32)  # fmt: skip
-    mla = DeepseekV3Config(**small, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, q_lora_rank=16,
-                           kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
-                           first_k_dense_replace=1, moe_intermediate_size=16)  # fmt: skip
     for model, message in (
         (BartForConditionalGeneration(bart), "BartForConditionalGeneration is an encoder-decoder"),
-        (BloomForCausalLM(BloomConfig(**small, n_head=2)), "BloomForCausalLM: no attention was seen"),
-        (MambaForCausalLM(MambaConfig(**small, state_size=4)), "MambaForCausalLM"),
-        (DeepseekV3ForCausalLM(mla), "DeepseekV3ForCausalLM layer 0.*MLA"),
+        (MambaForCausalLM(MambaConfig(**small, state_size=4)), "MambaForCausalLM writes no keys and values"),
     ):
         with pytest.raises(ValueError, match=message):
             quantize_kv_(model.eval(), GSRQConfig())

@@ -52,6 +52,11 @@ class _State:
     warned: bool = False  # of training mode
     active: bool = True  # a shallow copy of a model shares this, and its layers
 
+    @property
+    def decodes(self) -> bool:
+        """Whether the model's attention reads decoded tensors, and is left as it is."""
+        return any(info.value is not None for info in self.layers)
+
     def new_cache(
         self,
         model: PreTrainedModel,
@@ -62,7 +67,7 @@ class _State:
         """An empty cache for a model that shares this state, or for one of its parts."""
         rotaries = models.rotaries(model, self.layers)
         about = models.text_config(model)
-        return GSRQCache(self.codebooks, config or self.config, about, max_cache_len, template, rotaries)
+        return GSRQCache(self.codebooks, config or self.config, about, max_cache_len, template, rotaries, self.decodes)
 
 
 def _state_of(model: nn.Module) -> _State | None:
@@ -122,8 +127,14 @@ def quantize_kv_(
         books = books.to(model.device)
 
     before = [(c, c._attn_implementation) for c in models.attention_configs(model)]
+    decodes = any(info.value for info in wanted)
+    if decodes and config.prefill == "quantized":
+        raise ValueError(
+            f"prefill='quantized': attention of {name} is not handed what it caches, so no prompt can be read through "
+            "its quantized cache in one forward; read it token by token, with prefill='exact'"
+        )
     for part, _ in before:
-        part._attn_implementation = NAME
+        part._attn_implementation = part._attn_implementation if decodes else NAME
     state = _State(config, books, layers, before, [], [])
     module: Any
     for module in models.path_to_decoder(model):
@@ -202,13 +213,17 @@ def _table(name: str, layers: list[LayerInfo], books: Codebooks, skipped: tuple[
             key = books[info.index].key
             what = f"quantized, {info.kv_heads} heads of {info.head_dim}, RoPE {info.rope}"
             what += ", changing with the length" if info.rotary else ""
+            if info.value:
+                width = info.value.head_dim
+                what += f" and values of {width}" if width != info.head_dim else ""
+                what += ", decoded for the model's own attention: less memory, not less time"
             what += f", frames of {key.frame}" if key.frame > 1 else ""
         elif info.index in skipped:
             what = "kept in full precision: in skip_layers"
         elif info.kind == "sliding_attention":
             what = "kept in full precision: a sliding window bounds it already (sliding='quantize' quantizes it)"
         else:
-            what = f"kept in full precision: {info.kind}, which is bounded"
+            what = f"kept in full precision: of kind {info.kind}"
         if rows and rows[-1][1] == what:
             rows[-1][0].append(info.index)
         else:
@@ -250,11 +265,11 @@ def _fitting(
             raise ValueError(
                 f"the codebooks have none for layer {info.index}; add it to skip_layers, or calibrate again"
             )
-        for codec in books[info.index]:
-            if (codec.heads, codec.head_dim) != (info.kv_heads, info.head_dim):
+        for codec, one in zip(books[info.index], (info, info.value or info), strict=True):
+            if (codec.heads, codec.head_dim) != (one.kv_heads, one.head_dim):
                 raise ValueError(
                     f"the codebooks of layer {info.index} are for {codec.heads} heads of {codec.head_dim}; "
-                    f"the model has {info.kv_heads} of {info.head_dim}"
+                    f"the model has {one.kv_heads} of {one.head_dim}"
                 )
     cut = Codebooks({info.index: books[info.index] for info in wanted}, books.metadata)
     cut = cut.at(config.key_rate, config.value_rate)
@@ -314,6 +329,8 @@ class _GiveCache:
         return (), kwargs
 
     def _check(self, module: Any, kwargs: dict[str, Any]) -> None:
+        if self.state.decodes:
+            return
         name = type(module).__name__
         implementation = module.config._attn_implementation
         if implementation != NAME:
@@ -372,6 +389,12 @@ def _prepare_cache_for_generation(
     made = model_kwargs.get("past_key_values")
     if made is None or made is given:
         return
+    own = type(self).prepare_inputs_for_generation
+    if isinstance(made, StaticCache) and "isinstance(past_key_values, StaticCache)" in inspect.getsource(own):
+        raise ValueError(
+            f"cache_implementation={kind!r}: {type(self).__name__} does something for transformers' StaticCache alone; "
+            "generate with the default cache"
+        )
     fixed = [getattr(layer, "max_cache_len", 0) for layer in made.layers]  # of a sliding window, no more than that
     capacity = max(max_cache_length, *fixed) if isinstance(made, StaticCache) else None
     model_kwargs["past_key_values"] = state.new_cache(self, capacity, made)

@@ -39,6 +39,7 @@ class GSRQCache(Cache):
         max_cache_len: fixed capacity; grows without it.
         template: a cache that transformers made for this model, whose other layers and offloading are taken over.
         rotaries: by layer, the model's present RoPE frequencies where they depend on the length of the input.
+        decodes: hand out decoded tensors, to a model whose attention cannot read buffers.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class GSRQCache(Cache):
         max_cache_len: int | None = None,
         template: Cache | None = None,
         rotaries: dict[int, Rotary] | None = None,
+        decodes: bool = False,
     ) -> None:
         if template is None:
             fixed = max_cache_len is not None
@@ -58,7 +60,7 @@ class GSRQCache(Cache):
             if i in codebooks:
                 hybrid = isinstance(layer, LinearAttentionCacheLayerMixin)
                 make = GSRQHybridLayer if hybrid else GSRQLayer
-                layer = make(codebooks[i], config, max_cache_len, i, follow.get(i))
+                layer = make(codebooks[i], config, max_cache_len, i, follow.get(i), decodes)
             layers.append(layer)
         offload_only_non_sliding = getattr(template, "only_non_sliding", True)
         super().__init__(layers, offloading=template.offloading, offload_only_non_sliding=offload_only_non_sliding)

@@ -19,8 +19,8 @@ from torchgsrq.codec import VERSION, Codebooks, LayerCodec
 from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.layout import key_layout, rates, value_layout
 from torchgsrq.learning.sensitivity import sensitivity
-from torchgsrq.learning.statistics import chunks, collect_statistics
-from torchgsrq.learning.train import train
+from torchgsrq.learning.statistics import chunks, collect_cached, collect_statistics
+from torchgsrq.learning.train import train, train_cached
 from torchgsrq.models import LayerInfo
 from torchgsrq.text import TOKENS
 
@@ -87,14 +87,21 @@ def _calibrate(
         return Codebooks({}, {**facts, "source": "none", "tokens": 0})
     for info in layers.values():
         key_layout(info.head_dim, config.key_rate, config.layout)
-        value_layout(info.head_dim, config.value_rate, config.layout)
+        value_layout((info.value or info).head_dim, config.value_rate, config.layout)
+    by_cache = any(info.value for info in layers.values())
+    if by_cache and (config.recipe != "gsrq" or config.allocation == "sensitivity"):
+        raise ValueError(
+            f"attention of {type(model).__name__} is not handed what it caches; that takes recipe='gsrq' with the same "
+            f"bits in all layers, not recipe={config.recipe!r} with allocation={config.allocation!r}"
+        )
     if config.recipe == "universal":
         shapes = {(info.kv_heads, info.head_dim) for info in layers.values()}
         made = {shape: Codebooks.universal(config, 1, *shape)[0] for shape in shapes}
         books = {i: made[info.kv_heads, info.head_dim] for i, info in layers.items()}
         return Codebooks(books, {**facts, "source": "none", "tokens": 0})
     windows, source = calibration_windows(model, data, tokenizer, tokens, config.seed, progress)
-    costs = _costs(model, config, layers, windows, max_memory, progress) if config.spreads_bits else None
+    spread = config.spreads_bits and not by_cache
+    costs = _costs(model, config, layers, windows, max_memory, progress) if spread else None
     if costs:
         facts["sensitivity"] = {str(index): cost for index, cost in costs.items()}
     each = rates_of_layers(config, layers, costs)
@@ -167,7 +174,13 @@ def _train_layers(
     progress: bool,
 ) -> dict[int, LayerCodec]:
     trained: dict[int, LayerCodec] = {}
+    by_cache = any(info.value for info in layers.values())
     for chunk in chunks(list(layers.values()), windows.numel(), max_memory):
+        if by_cache:
+            cached = collect_cached(model, chunk, windows, progress)
+            for index in tqdm(list(cached), desc="training codebooks", disable=not progress):
+                trained[index] = train_cached(cached.pop(index), config, each[index])
+            continue
         stats = collect_statistics(model, chunk, windows, progress)
         for index in tqdm(list(stats), desc="training codebooks", disable=not progress):
             trained[index] = train(stats.pop(index), config, each[index], models.rope_span(model))

@@ -14,10 +14,10 @@ from transformers.utils import logging as hf_logging
 
 from torchgsrq import ops, reference
 from torchgsrq.attention import Incoming
-from torchgsrq.codec import LayerCodec
+from torchgsrq.codec import Codec, LayerCodec
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import Rotary
-from torchgsrq.tensor import PARTS, GSRQTensor, append_pair_
+from torchgsrq.tensor import PARTS, GSRQTensor, append_pair_, without_gradient
 
 _GROWTH = 256  # a growing buffer is a multiple of this many tokens, and grows by at least an eighth
 
@@ -46,6 +46,7 @@ class GSRQLayer(CacheLayerMixin):
         max_cache_len: a fixed capacity, for `torch.compile`; grows without it.
         index: the layer's number, for messages.
         rotary: the model's present RoPE frequencies, where they depend on the length of the input.
+        decodes: hand out decoded tensors, to a model whose attention cannot read buffers.
     """
 
     is_sliding = False
@@ -62,16 +63,17 @@ class GSRQLayer(CacheLayerMixin):
         max_cache_len: int | None = None,
         index: int = 0,
         rotary: Rotary | None = None,
+        decodes: bool = False,
     ) -> None:
         super().__init__()
         self.codec = codec
         self.config = config
         self.max_cache_len = max_cache_len
-        self.index, self.rotary = index, rotary
+        self.index, self.rotary, self.decodes = index, rotary, decodes
         self._followed: Tensor | None = None  # the frequencies that the buffers are known to have
         # transformers compiles with CUDA graphs, which only the kernels can be captured in.
         captured = not torch.cuda.is_available() or ops.has_gpu_kernels(codec.key, codec.value)
-        self.is_compileable = max_cache_len is not None and captured and rotary is None
+        self.is_compileable = max_cache_len is not None and captured and rotary is None and not decodes
         self.is_empty = True
         self.row_start: Tensor | None = None
         # The length, kept beside the buffers: traced code must not read their inner tensors. A tensor where the
@@ -95,7 +97,7 @@ class GSRQLayer(CacheLayerMixin):
                 device=self.device,
                 dtype=self.dtype,
                 config=self.config,
-                start=None if self.row_start is None else _start_of(name, self.row_start, capacity),
+                start=None if self.row_start is None else _start_of(codec, self.row_start, capacity),
             )
             setattr(self, name, buffer)
         if self.max_cache_len is not None:
@@ -137,6 +139,9 @@ class GSRQLayer(CacheLayerMixin):
             self._check(key_states, value_states, slots)
         exact = self.config.prefill == "exact"
         graph = incoming if torch.is_grad_enabled() and any(x.requires_grad for x in incoming) else ()
+        if self.decodes:
+            keys, values = self._decoded(key_states, value_states, slots)
+            return without_gradient(keys, *graph), without_gradient(values, *graph)
         out: tuple[Any, Any] = (self.keys, self.values)
         if tokens > 1 and exact and self.is_empty:
             out = incoming
@@ -152,6 +157,23 @@ class GSRQLayer(CacheLayerMixin):
         self.cumulative_length += tokens
         self.is_empty = False
         return out
+
+    def _decoded(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Append, and give plain keys and values of all tokens: of several new ones as they came, over the past as it
+        was stored before them."""
+        tokens, held = key_states.shape[2], self.cumulative_length
+        new = (key_states, value_states)
+        past = [x.dequantize() for x in (self.keys, self.values)] if tokens > 1 else []
+        self._append(*new, slots)
+        self.cumulative_length += tokens
+        self.is_empty = False
+        out = (
+            [x.index_copy_(2, slots, y) for x, y in zip(past, new, strict=True)]
+            if past
+            else ([x.dequantize() for x in (self.keys, self.values)])
+        )
+        width = out[0].shape[2] if self.max_cache_len is not None else held + tokens
+        return out[0][:, :, :width], out[1][:, :, :width]
 
     def _next_slots(self, tokens: int, device: torch.device) -> Tensor:
         length = self.cumulative_length
@@ -204,8 +226,8 @@ class GSRQLayer(CacheLayerMixin):
         self.row_start = start
         if self.is_initialized and start.shape[0] == self.keys.shape[0]:
             keys, values = (
-                buffer.placed(_start_of(name, start, buffer.shape[2]))
-                for name, buffer in (("keys", self.keys), ("values", self.values))
+                buffer.placed(_start_of(codec, start, buffer.shape[2]))
+                for codec, buffer in ((self.codec.key, self.keys), (self.codec.value, self.values))
             )
             if keys is not self.keys:
                 self._hold(keys, values)
@@ -406,9 +428,9 @@ class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
         GSRQLayer.crop(self, tokens_to_remove)
 
 
-def _start_of(name: str, start: Tensor, capacity: int) -> Tensor:
-    """What a buffer of this many slots is told of its rows; only keys need the positions of slots."""
-    return reference.fitted(start, capacity) if name == "keys" else start[:, :2]
+def _start_of(codec: Codec, start: Tensor, capacity: int) -> Tensor:
+    """What a buffer of this many slots is told of its rows; only what is in frames needs the positions of slots."""
+    return reference.fitted(start, capacity) if codec.inv_freq.numel() else start[:, :2]
 
 
 def _round_up(tokens: int) -> int:

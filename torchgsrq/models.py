@@ -35,6 +35,8 @@ class LayerInfo:
         rotary: where the frequencies depend on the length of the input, the buffer of the decoder that holds the
             present ones, by its dotted name; empty where they are fixed.
         readers: other layers that attend to this layer's keys and values, and have none of their own.
+        value: where attention is not handed what the model caches (MLA; attention outside of transformers' interface),
+            what is cached as values, with heads, width and RoPE of its own. Such layers are decoded for the model.
         sample: some elements of a fixed input's keys and values, by which `same_model` knows a model again.
     """
 
@@ -48,6 +50,7 @@ class LayerInfo:
     rope: str
     rotary: str = ""
     readers: tuple[int, ...] = ()
+    value: LayerInfo | None = None
     sample: tuple[float, ...] = field(default=(), repr=False)
 
 
@@ -204,15 +207,17 @@ def notify(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) ->
     return observers[-1](module, q, k, v, **kwargs) if observers else None
 
 
-class _Recorder(DynamicCache):
+class Recorder(DynamicCache):
     """A cache that remembers what each of its slots was given."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
-        self.given: list[tuple[int, torch.Size, torch.Size]] = []
+        self.given: list[tuple[int, Tensor, Tensor]] = []
+        self.rotary: dict[str, Tensor] = {}  # the model's frequencies in the forward that filled it
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self.given.append((layer_idx, key_states.shape, value_states.shape))
+        """Note what is given, and do as any cache does."""
+        self.given.append((layer_idx, key_states, value_states))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
@@ -262,32 +267,33 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
     whether the model's buffers can be followed there.
 
     Raises:
-        ValueError: a layer's keys and values differ in width (MLA), do not divide the query heads, or are not what
-            the model caches; a model that writes no cache; RoPE that changes with the length and cannot be followed.
+        ValueError: a model that writes no cache, or uses layers several times; RoPE that changes with the length and
+            cannot be followed.
     """
     name = type(model).__name__
     kinds = layer_kinds(model)
     most = getattr(text_config(model), "max_position_embeddings", None) or 1026
     with plain_precision(model):
         near, cache = _probe(model, 1)
-        far, far_at = near, 1
+        far, far_cache, far_at = near, cache, 1
         for position in (1025, 513, 257, 129, 65, 33, 17, 9, 5, 2):
             if position < most:
-                (far, _), far_at = _probe(model, position), position
-                if _same_frequencies(near, far):
+                (far, far_cache), far_at = _probe(model, position), position
+                if all(torch.equal(f, far_cache.rotary[n]) for n, f in cache.rotary.items()):
                     break
         beyond: list[tuple[int, dict[int, _Seen]]] = []
         if _depends_on_length(decoder(model)):
             beyond = [(p, _probe(model, p)[0]) for p in (2 * most + 64, 2 * most + 7)]
             _probe(model, 1)  # puts the frequencies of short inputs back
-    if not near:
-        raise ValueError(
-            f"{name}: no attention was seen in a forward: it has none, or does not call transformers' attention "
-            "interface, so its attention cannot be replaced"
-        )
     readers = _readers(near, cache)
     near = {index: x for index, x in near.items() if index not in sum(readers.values(), ())}
-    _check_cached(name, near, cache)
+    if not _attends_to_its_cache(name, near, cache):
+        if beyond:
+            raise ValueError(
+                f"{name}: RoPE changes with the length of the input, and attention is not handed what is cached, which "
+                "is not supported together"
+            )
+        return _layers_by_cache(kinds, cache, far_cache, far_at)
 
     has_rope = any(x.rotary for x in near.values())
     layers = []
@@ -312,13 +318,13 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
                 rope,
                 rotary if beyond else "",
                 readers.get(index, ()),
-                tuple(float(f"{e:.4g}") for t in (x.k, x.v) for e in _some(t)),
+                sample=tuple(float(f"{e:.4g}") for t in (x.k, x.v) for e in _some(t)),
             )
         )
     return layers
 
 
-def _readers(seen: dict[int, _Seen], cache: _Recorder) -> dict[int, tuple[int, ...]]:
+def _readers(seen: dict[int, _Seen], cache: Recorder) -> dict[int, tuple[int, ...]]:
     """The layers that attend to what another one cached, by that layer."""
     found: dict[int, tuple[int, ...]] = {}
     own = {index for index, *_ in cache.given}
@@ -368,7 +374,7 @@ def refusing(what: str, instead: str = "") -> Iterator[None]:
         raise ValueError(f"{what} ({type(error).__name__}: {error}){instead}") from error
 
 
-def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Recorder]:
+def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], Recorder]:
     """A forward of one token, always the same, at a position: what each layer's attention saw, and the cache."""
     inner, device = decoder(model), input_device(model)
     seen: dict[int, _Seen] = {}
@@ -379,7 +385,7 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Re
             seen[index] = _Seen(q, k, v, getattr(module, "is_causal", True), {})
 
     config = text_config(model)
-    cache = _Recorder(config)
+    cache = Recorder(config)
     arguments: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
     if "position_ids" in inspect.signature(inner.forward).parameters:
         arguments["position_ids"] = torch.tensor([[position]], device=device)
@@ -392,6 +398,11 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, _Seen], _Re
         for name, buffer in inner.named_buffers()
         if name.endswith("inv_freq") and "original" not in name and buffer.ndim == 1
     }
+    turned = getattr(config, "rotary_dim", None)
+    if not rotary and turned:  # GPT-J and CodeGen keep a table of sines
+        steps = torch.arange(0, turned, 2, dtype=torch.float32, device=device)
+        rotary["rotary_dim"] = 1.0 / 10000 ** (steps / turned)
+    cache.rotary = rotary
     for layer in seen.values():
         layer.rotary = rotary
     return seen, cache
@@ -410,10 +421,6 @@ def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
     )
     noise = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     return {"inputs_embeds": noise.to(device, model.dtype)[None]}
-
-
-def _same_frequencies(a: dict[int, _Seen], b: dict[int, _Seen]) -> bool:
-    return all(torch.equal(f, b[i].rotary[n]) for i, x in a.items() for n, f in x.rotary.items())
 
 
 def _depends_on_length(model: nn.Module) -> bool:
@@ -437,8 +444,9 @@ def _sign(inv_freq: Tensor) -> int:
     return -1 if bool((inv_freq < 0).any()) else 1
 
 
-def _check_cached(name: str, seen: dict[int, _Seen], cache: _Recorder) -> None:
-    """Whether attention reads just what the model puts into its cache, layer by layer."""
+def _attends_to_its_cache(name: str, seen: dict[int, _Seen], cache: Recorder) -> bool:
+    """Whether attention is handed just what the model puts into its cache, layer by layer; if not, only what is cached
+    is known of it."""
     both_ways = [index for index, x in seen.items() if not x.causal]
     if both_ways:
         raise ValueError(
@@ -446,26 +454,38 @@ def _check_cached(name: str, seen: dict[int, _Seen], cache: _Recorder) -> None:
             "KV cache (to use it as a decoder, set is_decoder=True in its config)"
         )
     if not cache.given:
-        raise ValueError(f"{name} writes no KV cache in a forward with use_cache=True: nothing to quantize")
+        raise ValueError(f"{name} writes no keys and values to its cache in a forward: nothing to quantize")
     slots = Counter(index for index, *_ in cache.given)
-    if set(slots) != set(seen) or max(slots.values()) > 1:
+    if max(slots.values()) > 1:
         raise ValueError(
-            f"{name} has {len(seen)} attention layers but fills {sum(slots.values())} entries of its cache in a "
-            "forward: models that use layers several times are not supported"
+            f"{name} fills {sum(slots.values())} entries of its cache in a forward of {len(slots)} layers: models that "
+            "use layers several times are not supported"
         )
-    for index, keys, values in cache.given:
-        x = seen[index]
-        if keys != x.k.shape or values != x.v.shape:
-            raise ValueError(
-                f"{name} layer {index} caches keys {list(keys)} and values {list(values)} but attends to "
-                f"{list(x.k.shape)} and {list(x.v.shape)} [batch, heads, tokens, width]; MLA and other caches of "
-                "something else than what attention reads are not supported"
-            )
-        if x.k.shape != x.v.shape or x.q.shape[-1] != x.k.shape[-1] or x.q.shape[1] % x.k.shape[1]:
-            raise ValueError(
-                f"{name} layer {index}: queries {list(x.q.shape)}, keys {list(x.k.shape)}, values {list(x.v.shape)} "
-                "[batch, heads, tokens, width]; MLA and other unequal caches are not supported"
-            )
+    if any(x.ndim != 4 or x.shape[2] != 1 for _, *pair in cache.given for x in pair):
+        raise ValueError(f"{name} caches something else than keys and values [batch, heads, tokens, width]")
+    return set(slots) == set(seen) and all(
+        keys.shape == seen[i].k.shape == values.shape == seen[i].v.shape
+        and seen[i].q.shape[-1] == keys.shape[-1]
+        and seen[i].q.shape[1] % keys.shape[1] == 0
+        for i, keys, values in cache.given
+    )
+
+
+def _layers_by_cache(kinds: list[str], near: Recorder, far: Recorder, far_at: int) -> list[LayerInfo]:
+    """Layers of which only what they cache is known, of one token at position 1 and at ``far_at``."""
+
+    def info(index: int, one: Tensor, other: Tensor, value: LayerInfo | None = None) -> LayerInfo:
+        at = {p: _Seen(x, x, x, True, near.rotary) for p, x in ((1, one), (far_at, other))}
+        inv_freq, interleaved, rope, _ = _find_rope(at)
+        kind = kinds[index] if index < len(kinds) else "full_attention"
+        sample = tuple(float(f"{e:.4g}") for e in _some(one))
+        heads, width = one.shape[1], one.shape[-1]
+        return LayerInfo(index, kind, heads, heads, width, inv_freq, interleaved, rope, value=value, sample=sample)
+
+    return [
+        info(i, keys, far_keys, info(i, values, far_values))
+        for (i, keys, values), (_, far_keys, far_values) in zip(near.given, far.given, strict=True)
+    ]
 
 
 def _find_rope(seen: dict[int, _Seen]) -> tuple[Tensor, bool, str, str]:

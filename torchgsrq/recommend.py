@@ -34,57 +34,53 @@ class Setting:
     fits: bool
 
 
-def shape_of(config: PreTrainedConfig) -> tuple[int, int]:
-    """KV heads and head_dim.
-
-    Raises:
-        ValueError: keys and values of the model have no such shape (MLA).
-    """
+def shape_of(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """KV heads, and the widths of keys and of values; of MLA, those of the latent and of the part that RoPE turns."""
     if getattr(config, "kv_lora_rank", None):
-        raise ValueError(f"{config.model_type} caches a compressed latent (MLA), which is not supported")
+        return 1, config.kv_lora_rank, config.qk_rope_head_dim
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads, dim, dim
 
 
 def full_precision(config: PreTrainedConfig, tokens: int) -> int:
     """Bytes of a bfloat16 cache of one row."""
-    heads, dim = shape_of(config)
-    kinds = kinds_of_layers(config)
-    whole = sum(kind in ("full_attention", "hybrid") for kind in kinds)
-    return 2 * heads * dim * _WORD * whole * tokens + _kept(config, tokens)
+    heads, *widths = shape_of(config)
+    whole = sum(kind in ("full_attention", "hybrid") for kind in kinds_of_layers(config))
+    return heads * sum(widths) * _WORD * whole * tokens + _kept(config, tokens)
 
 
 def _kept(config: PreTrainedConfig, tokens: int) -> int:
     """Bytes of layers with a sliding window or chunks; linear attention takes a constant, which is left out."""
-    heads, dim = shape_of(config)
+    heads, *widths = shape_of(config)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
     bounded = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds_of_layers(config))
-    return 2 * heads * dim * _WORD * bounded * min(window, tokens)
+    return heads * sum(widths) * _WORD * bounded * min(window, tokens)
 
 
 def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -> list[Setting]:
     """Every layout and rate for contexts of ``tokens``, and whether they fit into ``memory`` bytes beside the weights.
 
     Raises:
-        ValueError: MLA; no layer with full attention; a head_dim that no rate is offered for.
+        ValueError: no layer with full attention; a head_dim that no rate is offered for.
     """
-    heads, dim = shape_of(config)
+    heads, *widths = shape_of(config)
     whole = sum(kind in ("full_attention", "hybrid") for kind in kinds_of_layers(config))
     if not whole:
         raise ValueError(f"{config.model_type} has no layer with full attention; its cache is bounded already")
-    offered = [bits for bits in RATES if bits in rates(dim)]
+    offered = [bits for bits in RATES if all(bits in rates(dim) for dim in widths)]
     if not offered:
-        raise ValueError(f"no rate is offered for head_dim={dim}")
+        raise ValueError(f"no rate is offered for heads of {widths}")
     found = []
     for layout in LAYOUTS:
         for bits in offered:
             one = GSRQConfig(bits=bits, layout=layout)
             slots = one.sink_tokens + one.recent_tokens + one.block_tokens
-            fixed = 2 * heads * dim * _WORD * slots * whole + _kept(config, tokens)
-            each = int(2 * heads * dim * bits / 8) * whole
+            fixed = heads * sum(widths) * _WORD * slots * whole + _kept(config, tokens)
+            each = int(heads * sum(widths) * bits / 8) * whole
             tables = sum(
-                256 * x.codes * x.width * 2 + 4 * dim * (2 * x.dims + 1)
-                for x in (key_layout(dim, bits, layout), value_layout(dim, bits, layout))
+                256 * x.codes * x.width * 2 + 4 * x.head_dim * (2 * x.dims + 1)
+                for x in (key_layout(widths[0], bits, layout), value_layout(widths[1], bits, layout))
             )
             codebooks = heads * tables * whole
             longest = None if memory is None else max(0, (memory - fixed - codebooks) // each)

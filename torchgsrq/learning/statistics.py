@@ -82,6 +82,33 @@ class Statistics:
         self.values.append(v.transpose(0, 1).flatten(1, 2))
         self.places.append(tokens.repeat(k.shape[0]))
 
+    def add_vectors(self, x: Tensor) -> None:
+        """Add cached vectors ``[b, heads, t, d]`` of which nothing else is known, as keys."""
+        tokens = torch.arange(x.shape[2], device=x.device)
+        x = rotate(x.float(), -tokens, self.info.inv_freq, self.info.interleaved).transpose(0, 1).flatten(1, 2)
+        self.keys.append(x)
+        self.key_weight.append(torch.ones_like(x[..., 0]))
+        self.places.append(tokens.repeat(x.shape[1] // len(tokens)))
+        eye = torch.eye(x.shape[-1], device=x.device).expand(x.shape[0], -1, -1)
+        self.query_metric = self.query_metric + eye
+
+
+def collect_cached(
+    model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
+) -> dict[int, tuple[Statistics, Statistics]]:
+    """The same of layers of which only what they cache is known (`LayerInfo.value`): of keys and of values, both as
+    ``keys``; all tokens and directions count alike."""
+    stats = {info.index: (Statistics(info), Statistics(info.value or info)) for info in layers}
+    inner, device = models.decoder(model), models.input_device(model)
+    for window in tqdm(windows, desc="reading", disable=not progress):
+        cache = models.Recorder(models.text_config(model))
+        with torch.no_grad():
+            inner(input_ids=window[None].to(device), use_cache=True, past_key_values=cache)
+        for index, *given in cache.given:
+            for x, s in zip(given, stats.get(index, ()), strict=False):
+                s.add_vectors(x)
+    return stats
+
 
 def unseen(queries: Tensor, keys: Tensor, reach: int | None) -> Tensor:
     """Which tokens ``keys [n]`` each of ``queries [m]`` does not see, bool ``[m, n]``: later ones, and those beyond the

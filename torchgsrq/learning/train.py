@@ -192,6 +192,11 @@ def _train_paper(stats: Statistics, config: GSRQConfig, rates: tuple[float, floa
     return LayerCodec(*codecs)
 
 
+def train_cached(stats: tuple[Statistics, Statistics], config: GSRQConfig, bits: tuple[float, float]) -> LayerCodec:
+    """The codecs of a layer of which only what it caches is known (`collect_cached`)."""
+    return LayerCodec(*(train_key(s, config, b, 0) for s, b in zip(stats, bits, strict=True)))
+
+
 def train(stats: Statistics, config: GSRQConfig, bits: tuple[float, float], span: int) -> LayerCodec:
     """The codecs of one layer, by the config's recipe, at bits per element of its keys and of its values."""
     if config.recipe == "gsrq":
