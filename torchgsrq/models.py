@@ -477,6 +477,7 @@ def _layers_by_cache(kinds: list[str], near: Recorder, far: Recorder, far_at: in
     def info(index: int, one: Tensor, other: Tensor, value: LayerInfo | None = None) -> LayerInfo:
         at = {p: _Seen(x, x, x, True, near.rotary) for p, x in ((1, one), (far_at, other))}
         inv_freq, interleaved, rope, _ = _find_rope(at)
+        rope = rope if near.rotary else NO_ROPE
         kind = kinds[index] if index < len(kinds) else "full_attention"
         sample = tuple(float(f"{e:.4g}") for e in _some(one))
         heads, width = one.shape[1], one.shape[-1]
