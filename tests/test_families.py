@@ -70,6 +70,48 @@ def test_what_attention_is_not_handed_is_decoded_for_it(kind):
             out.sum().backward()
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v3", "falcon", "llama"])
+@torch.no_grad()
+def test_a_fixed_cache_without_a_mask(kind):
+    """Slots that hold nothing take no part, also where no mask says so."""
+    model = families.tiny_model(kind)
+    with quantized(model, SMALL, tiny_books(model)):
+        out = []
+        for cache in (new_cache(model), new_cache(model, 64)):
+            model(families.PROMPT[:, :30], past_key_values=cache, use_cache=True)
+            steps = [families.PROMPT[:, i : i + n] for i, n in ((30, 1), (31, 1), (32, 4))]
+            out.append(torch.cat([model(x, past_key_values=cache, use_cache=True).logits for x in steps], 1))
+    torch.testing.assert_close(out[0], out[1], atol=1e-4, rtol=1e-4)
+
+
+def test_one_sliding_window_cannot_be_kept_alone():
+    """transformers makes one mask for all of them."""
+    model = families.tiny_model("gemma3_text")
+    books = tiny_books(model, dataclasses.replace(SMALL, sliding="quantize"))
+    config = dataclasses.replace(SMALL, sliding="quantize", skip_layers=(0,))
+    with pytest.raises(ValueError, match="layers 0 cannot be kept"), quantized(model, config, books):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "qwen3_next"])
+@torch.no_grad()
+def test_rows_of_linear_attention_go_along(kind):
+    model = families.tiny_model(kind)
+    with quantized(model, SMALL, tiny_books(model)):
+        cache = new_cache(model)
+        model(families.PROMPT, past_key_values=cache, use_cache=True)
+        rows = torch.tensor([2, 0, 1])
+        twin, third = copy.deepcopy(cache), copy.deepcopy(cache)
+        cache.reorder_cache(rows)
+        twin.batch_select_indices(rows)
+        third.batch_repeat_interleave(2)
+        ids = families.PROMPT[:, :1]
+        want = model(ids, past_key_values=cache, use_cache=True).logits
+        assert torch.equal(model(ids, past_key_values=twin, use_cache=True).logits, want)
+        got = model(ids[rows].repeat_interleave(2, 0)[:6], past_key_values=third, use_cache=True).logits
+        assert got.shape[0] == 6 and cache.is_linear.count(True) == (0 if kind == "falcon_h1" else 2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", COMMON)
 @torch.no_grad()
@@ -112,11 +154,13 @@ def test_layers_that_read_another_ones_cache_count_in_what_is_learned():
     assert tokens == {0: 120, 1: 120, 2: 240, 3: 240}
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1", "nemotron_h", "lfm2"])
 @torch.no_grad()
-def test_a_saved_cache_goes_on_with_linear_attention(kind, tmp_path):
-    """States are in the file, and counted as full precision; a file without them is refused."""
-    model = families.tiny_model(kind)
+def test_a_saved_cache_goes_on_with_linear_attention(kind, dtype, tmp_path):
+    """States are in the file, in their own dtypes, and counted as full precision; a file without them is refused, and
+    so is one that is too long."""
+    model = families.tiny_model(kind).to(dtype)
     books = tiny_books(model)
     ids = families.PROMPT
     with quantized(model, SMALL, books):
@@ -139,6 +183,8 @@ def test_a_saved_cache_goes_on_with_linear_attention(kind, tmp_path):
             save_file(left, tmp_path / "less", file.metadata())
         with pytest.raises(ValueError, match="0 states of linear attention"):
             new_cache(model).load(tmp_path / "less")
+        with pytest.raises(ValueError, match="holds 40 tokens; this cache holds 16"):
+            new_cache(model, 16).load(tmp_path / "cache")
 
 
 def test_a_model_that_fails_to_read_is_refused_by_calibrate():

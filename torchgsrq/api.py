@@ -120,6 +120,18 @@ def quantize_kv_(
             f"{name} has no layer to quantize, so use it as it is:\n"
             + _table(name, layers, Codebooks({}, {}), config.skip_layers)
         )
+    sliding = [info.index for info in layers if info.kind.endswith("sliding_attention") and info not in wanted]
+    if config.sliding == "quantize" and sliding:
+        raise ValueError(
+            f"sliding='quantize' with skip_layers={config.skip_layers}: transformers makes one mask for all sliding "
+            f"windows, so layers {', '.join(map(str, sliding))} cannot be kept while others are quantized"
+        )
+    decodes = any(info.value for info in wanted)
+    if decodes and config.prefill == "quantized":
+        raise ValueError(
+            f"prefill='quantized': attention of {name} is not handed what it caches, so no prompt can be read through "
+            "its quantized cache in one forward; read it token by token, with prefill='exact'"
+        )
     if codebooks is None:
         codebooks = cached_codebooks(model, config, progress, layers)
     books = _fitting(codebooks, layers, wanted, model, config)
@@ -127,12 +139,6 @@ def quantize_kv_(
         books = books.to(model.device)
 
     before = [(c, c._attn_implementation) for c in models.attention_configs(model)]
-    decodes = any(info.value for info in wanted)
-    if decodes and config.prefill == "quantized":
-        raise ValueError(
-            f"prefill='quantized': attention of {name} is not handed what it caches, so no prompt can be read through "
-            "its quantized cache in one forward; read it token by token, with prefill='exact'"
-        )
     for part, _ in before:
         part._attn_implementation = part._attn_implementation if decodes else NAME
     state = _State(config, books, layers, before, [], [])
@@ -154,7 +160,7 @@ def quantize_kv_(
         dequantize_kv_(model)
         raise
     log.info("%s", _table(name, layers, books, config.skip_layers))
-    unknown = [info.index for info in wanted if info.rope == models.UNKNOWN_ROPE]
+    unknown = [x.index for x in wanted if models.UNKNOWN_ROPE in (x.rope, x.value.rope if x.value else "")]
     if unknown:
         log.warning(
             "%s: no known rotation fits the keys of layers %s, so they are coded without frames, and errors grow at "
@@ -215,7 +221,7 @@ def _table(name: str, layers: list[LayerInfo], books: Codebooks, skipped: tuple[
             what += ", changing with the length" if info.rotary else ""
             if info.value:
                 width = info.value.head_dim
-                what += f" and values of {width}" if width != info.head_dim else ""
+                what += f", and values of {width}, RoPE {info.value.rope}" if width != info.head_dim else ""
                 what += ", decoded for the model's own attention: less memory, not less time"
             what += f", frames of {key.frame}" if key.frame > 1 else ""
         elif info.index in skipped:
@@ -254,7 +260,9 @@ def _fitting(
     if ranks > 1 and owner is not None and owner["shape"] != mine["shape"]:  # made by one process, for all heads
         whole = [dataclasses.replace(x, q_heads=ranks * x.q_heads, kv_heads=ranks * x.kv_heads) for x in layers]
         if owner["shape"] == models.fingerprint(model, whole)["shape"]:
-            books, owner = books.shard(torch.distributed.get_rank() % ranks, ranks), None
+            mesh = getattr(model, "_device_mesh", None)
+            rank = torch.distributed.get_rank() % ranks if mesh is None else mesh.get_local_rank()
+            books, owner = books.shard(rank, ranks), None
     if owner is not None and not models.same_model(owner, mine):
         raise ValueError(
             f"the codebooks belong to another model (a {owner['class']} with other keys and values than this "

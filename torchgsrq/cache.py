@@ -58,9 +58,11 @@ class GSRQCache(Cache):
         follow, layers = rotaries or {}, []
         for i, layer in enumerate(template.layers):
             if i in codebooks:
-                hybrid = isinstance(layer, LinearAttentionCacheLayerMixin)
-                make = GSRQHybridLayer if hybrid else GSRQLayer
-                layer = make(codebooks[i], config, max_cache_len, i, follow.get(i), decodes)
+                facts = (codebooks[i], config, max_cache_len, i, follow.get(i), decodes)
+                if isinstance(layer, LinearAttentionCacheLayerMixin):
+                    layer = GSRQHybridLayer(*facts, states=layer.number_of_states)
+                else:
+                    layer = GSRQLayer(*facts)
             layers.append(layer)
         offload_only_non_sliding = getattr(template, "only_non_sliding", True)
         super().__init__(layers, offloading=template.offloading, offload_only_non_sliding=offload_only_non_sliding)
@@ -90,6 +92,27 @@ class GSRQCache(Cache):
             start = self.quantized_layers[0].row_start
             begun = start is None or bool((start[:, 1] < int(self.get_seq_length())).all())
             self.rows_are_placed = begun and not self.is_empty
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have linear attention alone."""
+        return [
+            linear and not isinstance(x, GSRQLayer) for linear, x in zip(super().is_linear, self.layers, strict=True)
+        ]
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows, see `GSRQLayer.batch_select_indices`; of linear attention too."""
+        for layer in self.layers:
+            if hasattr(layer, "batch_select_indices"):
+                layer.batch_select_indices(indices)
+            else:
+                kept.select_rows(layer, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        rows = next((x.batch_size for x in self.quantized_layers if x.is_initialized), 0)
+        if rows:
+            self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
 
     @property
     def quantized_layers(self) -> list[GSRQLayer]:

@@ -87,7 +87,8 @@ def _calibrate(
         return Codebooks({}, {**facts, "source": "none", "tokens": 0})
     for info in layers.values():
         key_layout(info.head_dim, config.key_rate, config.layout)
-        value_layout((info.value or info).head_dim, config.value_rate, config.layout)
+        of_values = key_layout if info.value else value_layout
+        of_values((info.value or info).head_dim, config.value_rate, config.layout)
     by_cache = any(info.value for info in layers.values())
     if by_cache and (config.recipe != "gsrq" or config.allocation == "sensitivity"):
         raise ValueError(

@@ -43,7 +43,9 @@ def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     lengths = [int(layer.get_seq_length()) if layer in attention else whole for layer in cache.layers]
     rows = next((layer.keys.shape[0] for layer in attention if layer.is_initialized), 0)
     windows = {field: getattr(cache.config, field) for field in _WINDOWS}
-    facts = json.dumps({**windows, "codebooks": cache.codebooks.digest, "lengths": lengths, "rows": rows})
+    about = {"codebooks": cache.codebooks.digest, "lengths": lengths, "rows": rows}
+    states = [sorted(kept.linear_state(layer)) for layer in cache.layers]
+    facts = json.dumps({**windows, **about, "states": states})
     return tensors, {"format": _FORMAT, "version": _VERSION, "facts": facts, "checksum": checksum(tensors, facts)}
 
 
@@ -75,14 +77,14 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
         raise ValueError("this cache holds tokens already; load into a new one")
     if any(sliding and layer.is_compileable for sliding, layer in zip(cache.is_sliding, cache.layers, strict=True)):
         raise ValueError("fixed sliding-window layers cannot be filled from a file; use a growing cache")
-    lengths, rows = _facts(cache, meta, name)
+    lengths, rows, linear_states = _facts(cache, meta, name)
     longest = max(lengths, default=0)
     states = [
         {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.partition(".")[0] == str(i)}
         for i in range(len(cache.layers))
     ]
     for i, (layer, state, length) in enumerate(zip(cache.layers, states, lengths, strict=True)):
-        wrong = _wrong_with(layer, state, length, rows)
+        wrong = _wrong_with(layer, state, length, rows, linear_states[i])
         if length != longest and not wrong:
             wrong = f"is said to hold {length} tokens, others {longest}"
         if wrong:
@@ -91,7 +93,7 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
         raise ValueError(f"{name} is damaged, not a whole cache file: its checksum is not that of what it holds")
     for layer, state, length in zip(cache.layers, states, lengths, strict=True):
         linear, state = _split(state)
-        kept.set_linear_state(layer, linear, cache.model_device, cache.model_dtype)
+        kept.set_linear_state(layer, linear, cache.model_device)
         if not state:
             continue
         if isinstance(layer, GSRQLayer):
@@ -106,8 +108,8 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
     cache.rows_are_placed = longest > 0
 
 
-def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int]:
-    """Tokens of every layer, and rows, after a look at whether they are for this cache."""
+def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int, list[list[str]]]:
+    """Tokens of every layer, rows, and the names of its states, after a look at whether they are for this cache."""
     if (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(f"{name} is not a torchgsrq cache file that this version reads")
     try:
@@ -115,9 +117,10 @@ def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int]
         lengths, rows = [int(x) for x in facts["lengths"]], int(facts["rows"])
         windows = {field: int(facts[field]) for field in _WINDOWS}
         digest = str(facts["codebooks"])
+        states = [[str(x) for x in names] for names in facts.get("states", [[]] * len(lengths))]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
-    if digest != cache.codebooks.digest or len(lengths) != len(cache.layers):
+    if digest != cache.codebooks.digest or not len(lengths) == len(states) == len(cache.layers):
         raise ValueError(f"{name} was written with other codebooks than this cache's")
     for field, value in windows.items():
         if value != getattr(cache.config, field):
@@ -125,7 +128,7 @@ def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int]
     longest, fits = max(lengths, default=0), [x.get_max_length() for x in cache.quantized_layers]
     if any(-1 < capacity < longest for capacity in fits):
         raise ValueError(f"{name} holds {longest} tokens; this cache holds {min(fits)}")
-    return lengths, rows
+    return lengths, rows, states
 
 
 def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -134,11 +137,11 @@ def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tenso
     return linear, {name: x for name, x in state.items() if name not in linear}
 
 
-def _wrong_with(layer: Any, state: dict[str, Tensor], length: int, rows: int) -> str | None:
+def _wrong_with(layer: Any, state: dict[str, Tensor], length: int, rows: int, states: list[str]) -> str | None:
     """What is wrong with a file's tensors for a layer, if anything."""
     linear, state = _split(state)
     if linear or isinstance(layer, LinearAttentionCacheLayerMixin):
-        wrong = kept.wrong_with_linear(layer, linear, rows, length)
+        wrong = kept.wrong_with_linear(layer, linear, rows, states)
         if wrong or not isinstance(layer, CacheLayerMixin):
             return wrong
     if not state:

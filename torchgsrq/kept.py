@@ -21,24 +21,29 @@ def linear_state(layer: Any) -> dict[str, Tensor]:
     return {name: t for name, t in named.items() if t is not None}
 
 
-def set_linear_state(
-    layer: Any, state: dict[str, Tensor], device: torch.device | None = None, dtype: torch.dtype | None = None
-) -> None:
-    """Fill a layer with what `linear_state` gave."""
+def set_linear_state(layer: Any, state: dict[str, Tensor], device: torch.device | None = None) -> None:
+    """Fill a layer with what `linear_state` gave, in the states' own dtypes."""
     for name, tensor in state.items():
         which, _, index = name.partition(".")
-        tensor = tensor.to(device, dtype)
+        tensor = tensor if device is None else tensor.to(device)
         layer.lazy_initialization(**{which: tensor, "state_idx": int(index)})
         getattr(layer, which)[int(index)].copy_(tensor)
         layer.has_previous_state[int(index)] = True
 
 
-def wrong_with_linear(layer: Any, state: dict[str, Tensor], rows: int, tokens: int) -> str | None:
-    """What is wrong with a file's tensors for the states of linear attention that has seen ``tokens``, if anything."""
+def select_rows(layer: Any, rows: Any) -> None:
+    """Keep these rows of the states of linear attention: indices, or a bool mask."""
+    for name, tensor in linear_state(layer).items():
+        which, _, index = name.partition(".")
+        getattr(layer, which)[int(index)] = tensor[torch.as_tensor(rows, device=tensor.device)]
+
+
+def wrong_with_linear(layer: Any, state: dict[str, Tensor], rows: int, said: list[str]) -> str | None:
+    """What is wrong with a file's tensors for the states of linear attention, of these names, if anything."""
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return f"has {', '.join(sorted(state))}, but no linear attention"
-    if bool(state) != bool(tokens):
-        return f"has {len(state)} states of linear attention after {tokens} tokens"
+    if sorted(state) != sorted(said):
+        return f"has {len(state)} states of linear attention, not {len(said)}"
     known = {f"{name}.{i}" for name in STATES for i in getattr(layer, name)}
     if not set(state) <= known:
         return f"has {', '.join(sorted(set(state) - known))}"

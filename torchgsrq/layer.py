@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from transformers.utils import logging as hf_logging
 
-from torchgsrq import ops, reference
+from torchgsrq import kept, ops, reference
 from torchgsrq.attention import Incoming
 from torchgsrq.codec import Codec, LayerCodec
 from torchgsrq.config import GSRQConfig
@@ -161,7 +161,7 @@ class GSRQLayer(CacheLayerMixin):
     def _decoded(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Append, and give plain keys and values of all tokens: of several new ones as they came, over the past as it
         was stored before them."""
-        tokens, held = key_states.shape[2], self.cumulative_length
+        tokens, held = key_states.shape[2], int(self.cumulative_length)
         new = (key_states, value_states)
         past = [x.dequantize() for x in (self.keys, self.values)] if tokens > 1 else []
         self._append(*new, slots)
@@ -172,8 +172,7 @@ class GSRQLayer(CacheLayerMixin):
             if past
             else ([x.dequantize() for x in (self.keys, self.values)])
         )
-        width = out[0].shape[2] if self.max_cache_len is not None else held + tokens
-        return out[0][:, :, :width], out[1][:, :, :width]
+        return out[0][:, :, : held + tokens], out[1][:, :, : held + tokens]
 
     def _next_slots(self, tokens: int, device: torch.device) -> Tensor:
         length = self.cumulative_length
@@ -256,9 +255,10 @@ class GSRQLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Width and offset of the mask of the next step."""
-        if self.max_cache_len is not None:
+        if self.max_cache_len is not None and not self.decodes:
             return self.max_cache_len, 0
-        return self.cumulative_length + query_length, 0
+        held = int(self.cumulative_length) if self.decodes else self.cumulative_length
+        return held + query_length, 0
 
     def get_seq_length(self) -> int:
         """Tokens held; a tensor where the capacity is fixed."""
@@ -393,8 +393,10 @@ class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
 
     is_croppable = False  # shadows a property of linear attention
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        LinearAttentionLayer.__init__(self)
+    get_max_length = GSRQLayer.get_max_length  # linear attention has none
+
+    def __init__(self, *args: Any, states: int = 1, **kwargs: Any) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=states)
         GSRQLayer.__init__(self, *args, **kwargs)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -419,8 +421,12 @@ class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select rows for beam search."""
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        GSRQLayer.reorder_cache(self, beam_idx)
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows, see `GSRQLayer.batch_select_indices`."""
+        kept.select_rows(self, indices)
+        GSRQLayer.batch_select_indices(self, indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove tokens from the end, where linear attention can."""

@@ -35,18 +35,35 @@ class Setting:
 
 
 def shape_of(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """KV heads, and the widths of keys and of values; of MLA, those of the latent and of the part that RoPE turns."""
+    """KV heads, and the widths of keys and of values; of MLA, those of the latent and of the part that RoPE turns.
+
+    Raises:
+        ValueError: they are not the same in all layers.
+    """
     if getattr(config, "kv_lora_rank", None):
         return 1, config.kv_lora_rank, config.qk_rope_head_dim
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    try:
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    except AttributeError as error:
+        raise ValueError(f"the heads of {config.model_type} differ from layer to layer; see cache.memory()") from error
+    if config.model_type == "falcon" and not config.new_decoder_architecture:
+        heads = 1 if config.multi_query else heads
+    elif config.model_type == "falcon":
+        heads = config.num_kv_heads
     return heads, dim, dim
+
+
+def _kinds(config: PreTrainedConfig) -> list[str]:
+    """Kinds of the layers that cache keys and values of their own."""
+    kinds = kinds_of_layers(config)
+    return kinds[: len(kinds) - (getattr(config, "num_kv_shared_layers", 0) or 0)]
 
 
 def full_precision(config: PreTrainedConfig, tokens: int) -> int:
     """Bytes of a bfloat16 cache of one row."""
     heads, *widths = shape_of(config)
-    whole = sum(kind in ("full_attention", "hybrid") for kind in kinds_of_layers(config))
+    whole = sum(kind in ("full_attention", "hybrid") for kind in _kinds(config))
     return heads * sum(widths) * _WORD * whole * tokens + _kept(config, tokens)
 
 
@@ -54,7 +71,7 @@ def _kept(config: PreTrainedConfig, tokens: int) -> int:
     """Bytes of layers with a sliding window or chunks; linear attention takes a constant, which is left out."""
     heads, *widths = shape_of(config)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
-    bounded = sum(kind in ("sliding_attention", "chunked_attention") for kind in kinds_of_layers(config))
+    bounded = sum(kind in ("sliding_attention", "chunked_attention") for kind in _kinds(config))
     return heads * sum(widths) * _WORD * bounded * min(window, tokens)
 
 
@@ -65,13 +82,14 @@ def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -
         ValueError: no layer with full attention; a head_dim that no rate is offered for.
     """
     heads, *widths = shape_of(config)
-    whole = sum(kind in ("full_attention", "hybrid") for kind in kinds_of_layers(config))
+    whole = sum(kind in ("full_attention", "hybrid") for kind in _kinds(config))
     if not whole:
         raise ValueError(f"{config.model_type} has no layer with full attention; its cache is bounded already")
     offered = [bits for bits in RATES if all(bits in rates(dim) for dim in widths)]
     if not offered:
         raise ValueError(f"no rate is offered for heads of {widths}")
     found = []
+    of_values = key_layout if getattr(config, "kv_lora_rank", None) else value_layout
     for layout in LAYOUTS:
         for bits in offered:
             one = GSRQConfig(bits=bits, layout=layout)
@@ -80,7 +98,7 @@ def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -
             each = int(heads * sum(widths) * bits / 8) * whole
             tables = sum(
                 256 * x.codes * x.width * 2 + 4 * x.head_dim * (2 * x.dims + 1)
-                for x in (key_layout(widths[0], bits, layout), value_layout(widths[1], bits, layout))
+                for x in (key_layout(widths[0], bits, layout), of_values(widths[1], bits, layout))
             )
             codebooks = heads * tables * whole
             longest = None if memory is None else max(0, (memory - fixed - codebooks) // each)

@@ -100,14 +100,19 @@ def collect_cached(
     ``keys``; all tokens and directions count alike."""
     stats = {info.index: (Statistics(info), Statistics(info.value or info)) for info in layers}
     inner, device = models.decoder(model), models.input_device(model)
-    for window in tqdm(windows, desc="reading", disable=not progress):
-        cache = models.Recorder(models.text_config(model))
-        with torch.no_grad():
+    with torch.no_grad(), models.refusing(_what(model, windows)):
+        for window in tqdm(windows, desc="reading", disable=not progress):
+            cache = models.Recorder(models.text_config(model))
             inner(input_ids=window[None].to(device), use_cache=True, past_key_values=cache)
-        for index, *given in cache.given:
-            for x, s in zip(given, stats.get(index, ()), strict=False):
-                s.add_vectors(x)
+            for index, *given in cache.given:
+                for x, s in zip(given, stats.get(index, ()), strict=False):
+                    s.add_vectors(x)
     return stats
+
+
+def _what(model: PreTrainedModel, windows: Tensor) -> str:
+    tokens = windows.shape[1]
+    return f"{type(model).__name__} cannot be calibrated: a forward of {tokens} tokens, as its config allows, failed"
 
 
 def unseen(queries: Tensor, keys: Tensor, reach: int | None) -> Tensor:
@@ -142,9 +147,7 @@ def collect_statistics(
     inner, device = models.decoder(model), models.input_device(model)
     source = models.cached_by(layers)
     rotary = models.rotaries(model, layers)
-    name, tokens = type(model).__name__, windows.shape[1]
-    what = f"{name} cannot be calibrated: a forward of {tokens} tokens, as its config allows, failed"
-    with torch.no_grad(), models.observed(model, observer), models.refusing(what):
+    with torch.no_grad(), models.observed(model, observer), models.refusing(_what(model, windows)):
         for window in tqdm(windows, desc="reading", disable=not progress):
             inner(input_ids=window[None].to(device), use_cache=False)
     return stats
