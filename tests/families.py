@@ -271,24 +271,26 @@ def _line(error: Exception) -> str:
     return text if len(text) <= 200 else text[:199] + "…"
 
 
+def summary(found: Outcome) -> str:
+    """What becomes of a family's cache, without reasons."""
+    if found.unbuilt or found.refused:
+        return "not tested" if found.unbuilt else "refused"
+    what = "quantized" if found.quantized == found.layers else f"{found.quantized} of {found.layers} layers quantized"
+    return what + (", decoded for its attention" if found.decodes else "")
+
+
 def table() -> str:
     """The families and their outcomes, in Markdown."""
     rows = []
     for kind, name in families().items():
         found = outcome(kind)
         print(kind, found, flush=True)
+        what = summary(found)
         if found.unbuilt:
-            what = f"not tested: no tiny model of it could be built ({found.unbuilt})"
+            what += f": no tiny model of it could be built ({found.unbuilt})"
         elif found.refused:
-            what = f"refused: {found.refused}"
-        else:
-            what = (
-                "quantized"
-                if found.quantized == found.layers
-                else f"{found.quantized} of {found.layers} layers quantized"
-            )
-            what += ", decoded for its attention" if found.decodes else ""
-            what += "".join(f"; **{mode}: {text}**" for mode, text in found.wrong.items())
+            what += f": {found.refused}"
+        what += "".join(f"; **{mode}: {text}**" for mode, text in found.wrong.items())
         rows.append(f"| {kind} | {name} | {what.replace('|', chr(92) + '|')} |")
     return "\n".join(("| model type | class | KV cache |", "|---|---|---|", *rows))
 

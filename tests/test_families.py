@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -194,8 +195,12 @@ def test_a_model_that_fails_to_read_is_refused_by_calibrate():
 
 @pytest.mark.slow
 def test_the_table_is_what_happens():
-    """Every family; the page is of one version of transformers."""
+    """Every family, with padding; the page is of one version of transformers."""
     page = PAGE.read_text()
     if f"transformers {transformers.__version__} " not in page:
         pytest.skip(f"docs/models.md is not of transformers {transformers.__version__}")
-    assert families.table() == page[page.index("| model type |") :].strip()
+    rows = re.findall(r"^\| ([\w.-]+) \| \w+ \| ([^:;|]*)", page, re.M)
+    found = {kind: families.outcome(kind, ["padded"]) for kind in families.families()}
+    assert {kind: families.summary(x) for kind, x in found.items()} == {kind: what.strip() for kind, what in rows}
+    # Where rounding differs, a code may fall to the other side of a tie, and a router of experts with it.
+    assert sum(bool(x.wrong) for x in found.values()) <= 2
