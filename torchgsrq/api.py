@@ -55,7 +55,7 @@ class _State:
     @property
     def decodes(self) -> bool:
         """Whether the model's attention reads decoded tensors, and is left as it is."""
-        return any(info.value is not None for info in self.layers)
+        return models.are_decoded(self.layers)
 
     def new_cache(
         self,
@@ -126,7 +126,7 @@ def quantize_kv_(
             f"sliding='quantize' with skip_layers={config.skip_layers}: transformers makes one mask for all sliding "
             f"windows, so layers {', '.join(map(str, sliding))} cannot be kept while others are quantized"
         )
-    decodes = any(info.value for info in wanted)
+    decodes = models.are_decoded(layers)
     if decodes and config.prefill == "quantized":
         raise ValueError(
             f"prefill='quantized': attention of {name} is not handed what it caches, so no prompt can be read through "

@@ -214,7 +214,8 @@ class GSRQCache(Cache):
             ValueError: not such a file, damaged, written with other codebooks or windows, or too long for this cache,
                 which is left as it was.
         """
-        files.unpack(self, *files.read(os.fspath(path)), os.fspath(path))
+        name = os.fspath(path)
+        files.unpack(self, *files.read(name, name), name)
 
     def dumps(self) -> bytes:
         """What `save` writes, to send to another process: prefill here, decode there."""
@@ -222,7 +223,8 @@ class GSRQCache(Cache):
 
     def loads(self, data: bytes) -> None:
         """Fill this cache with what `dumps` gave; raises as `load` does."""
-        files.unpack(self, *files.read(data), f"what was given, {len(data)} bytes,")
+        name = f"what was given, {len(data)} bytes,"
+        files.unpack(self, *files.read(data, name), name)
 
 
 def _real_tokens(mask: Any, batch: int, first: int, last: int, device: torch.device) -> Tensor:

@@ -89,7 +89,7 @@ def _calibrate(
         key_layout(info.head_dim, config.key_rate, config.layout)
         of_values = key_layout if info.value else value_layout
         of_values((info.value or info).head_dim, config.value_rate, config.layout)
-    by_cache = any(info.value for info in layers.values())
+    by_cache = models.are_decoded(found)
     if by_cache and (config.recipe != "gsrq" or config.allocation == "sensitivity"):
         raise ValueError(
             f"attention of {type(model).__name__} is not handed what it caches; that takes recipe='gsrq' with the same "
@@ -161,7 +161,7 @@ def calibration_windows(
 def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
     """Whether a layer's cache is quantized: full attention, not skipped. A sliding window is bounded already, and
     quantized if the config says so."""
-    kinds = ("full_attention", "hybrid") + (("sliding_attention",) if config.sliding == "quantize" else ())
+    kinds = (*models.UNBOUNDED, "sliding_attention") if config.sliding == "quantize" else models.UNBOUNDED
     return info.kind in kinds and info.index not in config.skip_layers
 
 
@@ -175,7 +175,7 @@ def _train_layers(
     progress: bool,
 ) -> dict[int, LayerCodec]:
     trained: dict[int, LayerCodec] = {}
-    by_cache = any(info.value for info in layers.values())
+    by_cache = models.are_decoded(layers.values())
     for chunk in chunks(list(layers.values()), windows.numel(), max_memory):
         if by_cache:
             cached = collect_cached(model, chunk, windows, progress)

@@ -407,6 +407,7 @@ class Codebooks:
                         f"{os.fspath(path)} has format version {meta.get('version')}; this torchgsrq reads {VERSION}: "
                         "calibrate again"
                     )
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
                 layers: dict[int, dict[str, Codec]] = {}
                 for name, facts in json.loads(meta["codecs"]).items():
                     index, kind = name.split(".")
@@ -415,7 +416,7 @@ class Codebooks:
                         layers.setdefault(int(index), {})[kind] = layers[int(other)][which]
                         continue
                     parts = ("mean", "transform", "inverse", "codebook", "inv_freq", "gains")
-                    t = {part: file.get_tensor(f"{name}.{part}") for part in parts}
+                    t = {part: held[f"{name}.{part}"] for part in parts}
                     _, codes, words, width = t["codebook"].shape
                     dims = width * facts["groups"]
                     if words != CODEWORDS or dims != t["transform"].shape[-2]:
@@ -434,7 +435,6 @@ class Codebooks:
                         beam=facts["beam"],
                         eta=facts["eta"],
                     )
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
                 if meta.get("checksum", "") not in ("", checksum(held, meta["codecs"], meta["metadata"])):
                     raise ValueError(f"{os.fspath(path)} is damaged: its checksum is not that of what it holds")
                 metadata = json.loads(meta["metadata"])

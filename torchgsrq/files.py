@@ -49,8 +49,8 @@ def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {"format": _FORMAT, "version": _VERSION, "facts": facts, "checksum": checksum(tensors, facts)}
 
 
-def read(source: str | bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and facts of a file, or of its bytes.
+def read(source: str | bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and facts of a file, or of its bytes; ``name`` is for messages.
 
     Raises:
         ValueError: no safetensors.
@@ -61,9 +61,9 @@ def read(source: str | bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
             header = json.loads(source[8 : 8 + int.from_bytes(source[:8], "little")])
             return tensors, header.get("__metadata__", {})
         with safe_open(source, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
-        name = source if isinstance(source, str) else f"what was given, {len(source)} bytes,"
         raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
 
 

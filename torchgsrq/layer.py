@@ -167,12 +167,11 @@ class GSRQLayer(CacheLayerMixin):
         self._append(*new, slots)
         self.cumulative_length += tokens
         self.is_empty = False
-        out = (
-            [x.index_copy_(2, slots, y) for x, y in zip(past, new, strict=True)]
-            if past
-            else ([x.dequantize() for x in (self.keys, self.values)])
-        )
-        return out[0][:, :, : held + tokens], out[1][:, :, : held + tokens]
+        if past:
+            keys, values = (x.index_copy_(2, slots, y) for x, y in zip(past, new, strict=True))
+        else:
+            keys, values = self.keys.dequantize(), self.values.dequantize()
+        return keys[:, :, : held + tokens], values[:, :, : held + tokens]
 
     def _next_slots(self, tokens: int, device: torch.device) -> Tensor:
         length = self.cumulative_length

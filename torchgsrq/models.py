@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from torchgsrq.rope import rotate
 
 NO_ROPE, UNKNOWN_ROPE = "none", "not recognised"
+UNBOUNDED = ("full_attention", "hybrid")  # kinds of layers whose keys and values grow with the text
 _SAMPLE = 8  # elements of a layer's keys, and of its values, that tell models apart
 _SAME_MODEL = 0.5  # relative difference of samples below which they are of one model: 4-bit weights stay below
 
@@ -191,6 +192,11 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
             observers.pop()
 
 
+def are_decoded(layers: Iterable[LayerInfo]) -> bool:
+    """Whether a model's attention reads decoded tensors: that of all its layers, or of none."""
+    return any(info.value is not None for info in layers)
+
+
 def cached_by(layers: Iterable[LayerInfo]) -> dict[int | None, int]:
     """Layer to the one whose keys and values it attends to: itself, but for readers."""
     return {index: info.index for info in layers for index in (info.index, *info.readers)}
@@ -295,14 +301,11 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
             )
         return _layers_by_cache(kinds, cache, far_cache, far_at)
 
-    has_rope = any(x.rotary for x in near.values())
     layers = []
     for index in sorted(near):
         at = {1: near[index], far_at: far[index]}
         x = near[index]
         inv_freq, interleaved, rope, rotary = _find_rope(at)
-        if rope == UNKNOWN_ROPE and not has_rope:
-            rope = NO_ROPE
         if rotary and beyond:
             _check_followed(name, index, x, beyond, rotary, inv_freq, interleaved)
         kind = kinds[index] if index < len(kinds) else "full_attention"
@@ -318,7 +321,7 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
                 rope,
                 rotary if beyond else "",
                 readers.get(index, ()),
-                sample=tuple(float(f"{e:.4g}") for t in (x.k, x.v) for e in _some(t)),
+                sample=_sample(x.k, x.v),
             )
         )
     return layers
@@ -336,9 +339,11 @@ def _readers(seen: dict[int, _Seen], cache: Recorder) -> dict[int, tuple[int, ..
     return found
 
 
-def _some(x: Tensor) -> list[float]:
-    flat = x.float().flatten()
-    return flat[:: max(1, flat.numel() // _SAMPLE)][:_SAMPLE].tolist()
+def _sample(*vectors: Tensor) -> tuple[float, ...]:
+    """A few elements of each, to four digits."""
+    flat = [x.float().flatten() for x in vectors]
+    some = [x[:: max(1, x.numel() // _SAMPLE)][:_SAMPLE].tolist() for x in flat]
+    return tuple(float(f"{e:.4g}") for elements in some for e in elements)
 
 
 @contextmanager
@@ -412,9 +417,8 @@ def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
     """Always the same input of a decoder, one row: made-up embeddings, or token ids where it takes nothing else."""
     config, device = text_config(model), input_device(model)
     takes = inspect.signature(decoder(model).forward).parameters
-    if "inputs_embeds" not in takes or getattr(
-        config, "hidden_size_per_layer_input", None
-    ):  # Gemma's look ids up again
+    looked_up_again = getattr(config, "hidden_size_per_layer_input", None)  # in every layer: Gemma 3n and 4
+    if "inputs_embeds" not in takes or looked_up_again:
         return {"input_ids": torch.arange(tokens, device=device)[None] % config.vocab_size}
     width = (
         getattr(config, "word_embed_proj_dim", None) or getattr(config, "embedding_size", None) or config.hidden_size
@@ -477,9 +481,8 @@ def _layers_by_cache(kinds: list[str], near: Recorder, far: Recorder, far_at: in
     def info(index: int, one: Tensor, other: Tensor, value: LayerInfo | None = None) -> LayerInfo:
         at = {p: _Seen(x, x, x, True, near.rotary) for p, x in ((1, one), (far_at, other))}
         inv_freq, interleaved, rope, _ = _find_rope(at)
-        rope = rope if near.rotary else NO_ROPE
         kind = kinds[index] if index < len(kinds) else "full_attention"
-        sample = tuple(float(f"{e:.4g}") for e in _some(one))
+        sample = _sample(one)
         heads, width = one.shape[1], one.shape[-1]
         return LayerInfo(index, kind, heads, heads, width, inv_freq, interleaved, rope, value=value, sample=sample)
 
@@ -505,7 +508,9 @@ def _find_rope(seen: dict[int, _Seen]) -> tuple[Tensor, bool, str, str]:
         return difference(far, near)
 
     best = min(candidates, key=misfit)
-    return best if misfit(best) <= _tolerance(one.k.dtype) else (none, False, UNKNOWN_ROPE, "")
+    if misfit(best) <= _tolerance(one.k.dtype):
+        return best
+    return none, False, UNKNOWN_ROPE if one.rotary else NO_ROPE, ""
 
 
 def _unrotated(k: Tensor, position: int, inv_freq: Tensor, interleaved: bool) -> Tensor:

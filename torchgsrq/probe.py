@@ -38,8 +38,7 @@ def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Call
     name = type(model).__name__
     inner = models.decoder(model)
     with models.refusing(f"{name} is not supported: a forward over a quantized cache failed"):
-        small = make_cache(dataclasses.replace(config, **_WINDOWS))
-        apart = _difference(model, inner, small)
+        apart = _difference(model, inner, make_cache(dataclasses.replace(config, **_WINDOWS)))
     if not apart <= (1e-2 if model.dtype == torch.float32 else 0.15):  # float32 products may be of TF32 on a GPU
         raise ValueError(
             f"{name} is not supported: over a quantized cache its hidden states differ by {apart:.1%} from those over "

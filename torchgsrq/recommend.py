@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from torchgsrq.config import LAYOUTS, GSRQConfig
 from torchgsrq.layout import key_layout, rates, value_layout
-from torchgsrq.models import kinds_of_layers
+from torchgsrq.models import UNBOUNDED, kinds_of_layers
 
 _WORD = 2  # bytes of an element of bfloat16, in which windows and kept layers are
 RATES = (2.0, 1.0, 0.5)
@@ -54,16 +54,17 @@ def shape_of(config: PreTrainedConfig) -> tuple[int, int, int]:
     return heads, dim, dim
 
 
-def _kinds(config: PreTrainedConfig) -> list[str]:
-    """Kinds of the layers that cache keys and values of their own."""
-    kinds = kinds_of_layers(config)
-    return kinds[: len(kinds) - (getattr(config, "num_kv_shared_layers", 0) or 0)]
+def _count(config: PreTrainedConfig, kinds: tuple[str, ...]) -> int:
+    """Layers of these kinds that cache keys and values of their own."""
+    own = kinds_of_layers(config)
+    own = own[: len(own) - (getattr(config, "num_kv_shared_layers", 0) or 0)]
+    return sum(kind in kinds for kind in own)
 
 
 def full_precision(config: PreTrainedConfig, tokens: int) -> int:
     """Bytes of a bfloat16 cache of one row."""
     heads, *widths = shape_of(config)
-    whole = sum(kind in ("full_attention", "hybrid") for kind in _kinds(config))
+    whole = _count(config, UNBOUNDED)
     return heads * sum(widths) * _WORD * whole * tokens + _kept(config, tokens)
 
 
@@ -71,7 +72,7 @@ def _kept(config: PreTrainedConfig, tokens: int) -> int:
     """Bytes of layers with a sliding window or chunks; linear attention takes a constant, which is left out."""
     heads, *widths = shape_of(config)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
-    bounded = sum(kind in ("sliding_attention", "chunked_attention") for kind in _kinds(config))
+    bounded = _count(config, ("sliding_attention", "chunked_attention"))
     return heads * sum(widths) * _WORD * bounded * min(window, tokens)
 
 
@@ -82,7 +83,7 @@ def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -
         ValueError: no layer with full attention; a head_dim that no rate is offered for.
     """
     heads, *widths = shape_of(config)
-    whole = sum(kind in ("full_attention", "hybrid") for kind in _kinds(config))
+    whole = _count(config, UNBOUNDED)
     if not whole:
         raise ValueError(f"{config.model_type} has no layer with full attention; its cache is bounded already")
     offered = [bits for bits in RATES if all(bits in rates(dim) for dim in widths)]
