@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor
-from torchgsrq.allocation import layer_rates
 from torchgsrq.codec import LayerCodec
+from torchgsrq.codec.allocation import layer_rates
+from torchgsrq.codec.layout import Layout, key_layout, rates, value_layout
 from torchgsrq.config import encoded_tokens
-from torchgsrq.layout import Layout, key_layout, rates, value_layout
 from torchgsrq.learning.train import KEY_ETA, VALUE_ETA
 
 MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-3-70B": (64, 8, 128)}  # heads, KV heads, dim

@@ -37,8 +37,8 @@ from torchgsrq import GSRQConfig, calibrate, evaluate, retrieval
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.learning.sensitivity import sensitivity
 from torchgsrq.learning.statistics import collect_statistics
+from torchgsrq.learning.text import token_ids
 from torchgsrq.models import inspect_layers
-from torchgsrq.text import token_ids
 
 calibration = sys.modules[calibrate.__module__]
 CONTEXT = 1024

@@ -18,12 +18,12 @@ import matplotlib
 import torch
 from torch import Tensor
 
+from torchgsrq.codec.kmeans import METHODS, cluster, nearest
 from torchgsrq.embedded import NAME, load_model
 from torchgsrq.evaluate import environment
-from torchgsrq.kmeans import METHODS, cluster, nearest
 from torchgsrq.learning.statistics import collect_statistics
+from torchgsrq.learning.text import token_windows
 from torchgsrq.models import inspect_layers
-from torchgsrq.text import token_windows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -21,16 +21,16 @@ from typing import Any
 import torch
 
 from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate, retrieval
-from torchgsrq.calibrate import rates_of_layers
 from torchgsrq.codec import LayerCodec
+from torchgsrq.codec.kmeans import METHODS
 from torchgsrq.config import LAYOUTS
 from torchgsrq.embedded import NAME, document, load_model
-from torchgsrq.kmeans import METHODS
+from torchgsrq.learning.calibrate import rates_of_layers
 from torchgsrq.learning.sensitivity import sensitivity
 from torchgsrq.learning.statistics import collect_statistics
+from torchgsrq.learning.text import recall_windows, token_ids, token_windows
 from torchgsrq.learning.train import train, train_key, train_value
 from torchgsrq.models import inspect_layers, rope_span
-from torchgsrq.text import recall_windows, token_ids, token_windows
 
 calibration = sys.modules[calibrate.__module__]
 RATES = [2.0, 1.0, 0.5, 0.25]

@@ -17,8 +17,8 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 
 from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate
-from torchgsrq.kmeans import train_codebook
-from torchgsrq.layout import Layout, key_layout, value_layout
+from torchgsrq.codec.kmeans import train_codebook
+from torchgsrq.codec.layout import Layout, key_layout, value_layout
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads of parallel test processes would fight
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import SMALL, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, models, quantize_kv_
-from torchgsrq.allocation import allocate, layer_rates
+from torchgsrq.codec.allocation import allocate, layer_rates
 from torchgsrq.config import BITS, RATES
 from torchgsrq.learning.sensitivity import sensitivity
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_codec, make_pair
 from torchgsrq import GSRQConfig, reference
-from torchgsrq.layout import Layout
+from torchgsrq.codec.layout import Layout
+from torchgsrq.codec.rope import rotate
 from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
 
 
@@ -145,7 +148,7 @@ def test_half_precision(dtype, rel):
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("group", [1, 4, 16])
 def test_head_dims_and_gqa(head_dim, group):
-    from torchgsrq.layout import key_layout, value_layout
+    from torchgsrq.codec.layout import key_layout, value_layout
 
     key_codec = make_codec(1, layout=key_layout(head_dim, 0.5), frame=64)
     value_codec = make_codec(1, layout=value_layout(head_dim, 0.5), pairs=0)
@@ -180,7 +183,8 @@ def test_no_score_matrix_of_the_whole_cache(monkeypatch):
     """Peak memory of a long prefill is that of a block, and codes are never all decoded at once."""
     seen = []
     decode = reference.decode
-    monkeypatch.setattr(reference, "decode", lambda codes, *a: seen.append(codes.shape[2]) or decode(codes, *a))
+    module = sys.modules["torchgsrq.reference.attention"]
+    monkeypatch.setattr(module, "decode", lambda codes, *a: seen.append(codes.shape[2]) or decode(codes, *a))
     key, value, _, _ = make_pair(1, 2, 16, 3000, length=3000)
     run(torch.randn(1, 2, 64, 16), key, value, "decode")
     assert max(seen) <= 512 and sum(seen) == 2 * int(key.encoded)
@@ -212,7 +216,7 @@ def test_outlier_channels_do_not_break_attention():
     bias = torch.zeros(2, 16)
     bias[:, 3], bias[:, 11] = 400.0, -250.0
     raw = torch.randn(1, 2, 300, 16, generator=g)
-    from torchgsrq.kmeans import train_codebook
+    from torchgsrq.codec.kmeans import train_codebook
 
     layout = Layout(16, 1, 4)
     codebook = train_codebook(raw[0], torch.ones(2, 300), layout)
@@ -220,7 +224,7 @@ def test_outlier_channels_do_not_break_attention():
     inv_freq = 1.0 / 1000 ** (torch.arange(8) / 8)
     codec = Codec.build(layout, bias, eye, codebook, inv_freq=inv_freq, frame=64)
     at = torch.arange(300)[None]
-    keys = reference.rotate(raw + bias[None, :, None], at[:, None], inv_freq)
+    keys = rotate(raw + bias[None, :, None], at[:, None], inv_freq)
     v = torch.randn(1, 2, 300, 16, generator=g)
     key, value, _, _ = make_pair(1, 2, 16, 300, key=codec)
     key.index_copy_(2, torch.arange(300), keys)

@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from tests.conftest import SMALL, Words, tiny_books, tiny_llama
-from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, quantize_kv_, text
+from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, quantize_kv_
 from torchgsrq.codec import Codec
+from torchgsrq.codec.kmeans import train_codebook
+from torchgsrq.codec.layout import Layout
+from torchgsrq.codec.rope import rotate
 from torchgsrq.config import RECIPES
-from torchgsrq.kmeans import train_codebook
-from torchgsrq.layout import Layout
+from torchgsrq.learning import text
 from torchgsrq.learning.train import _deal, train
 from torchgsrq.models import inspect_layers
 from torchgsrq.reference import decode, encode
-from torchgsrq.rope import rotate
 
-module = sys.modules["torchgsrq.calibrate"]
+module = sys.modules["torchgsrq.learning.calibrate"]
 TOKENS = torch.randint(3, 100, (512,), generator=torch.Generator().manual_seed(0))
 
 

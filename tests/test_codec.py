@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from tests.conftest import make_codec
 from torchgsrq import Codebooks, GSRQConfig
 from torchgsrq.codec import LayerCodec
-from torchgsrq.layout import Layout
+from torchgsrq.codec.layout import Layout
+from torchgsrq.codec.rope import rotate
 from torchgsrq.reference import beam_search, codeword_sum, decode, encode
-from torchgsrq.rope import rotate
 
 LAYOUTS = {
     "whole": Layout(16, 1, 3),

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchgsrq import GSRQConfig
+from torchgsrq.codec.layout import Layout, key_layout, num_codes, rates, value_layout
 from torchgsrq.config import BITS, encoded_tokens
-from torchgsrq.layout import Layout, key_layout, num_codes, rates, value_layout
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 

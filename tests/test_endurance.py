@@ -203,7 +203,7 @@ def test_two_processes_calibrate_one_model(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 and not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize("where", ["torchgsrq.calibrate.train", "torchgsrq.learning.sensitivity._backward"])
+@pytest.mark.parametrize("where", ["torchgsrq.learning.calibrate.train", "torchgsrq.learning.sensitivity._backward"])
 def test_an_interrupted_calibration_leaves_the_model_as_it_was(monkeypatch, where):
     model = tiny_llama()
     ids = torch.arange(3, 43)[None]

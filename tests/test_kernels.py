@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import make_codec, make_pair
 from torchgsrq import GSRQConfig, kernels, reference
-from torchgsrq.kmeans import moments_by_code, nearest, sum_by_code
-from torchgsrq.layout import Layout, key_layout, value_layout
+from torchgsrq.codec.kmeans import moments_by_code, nearest, sum_by_code
+from torchgsrq.codec.layout import Layout, key_layout, value_layout
+from torchgsrq.codec.rope import rotate
 from torchgsrq.ops import use_kernels
 from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
 
@@ -213,14 +214,12 @@ def distance(x, codes, position, codec):
     place = position.remainder(codec.frame)
 
     def in_metric(v):
-        turned = reference.rotate(v, (place - position)[:, None], codec.inv_freq, codec.interleaved)
+        turned = rotate(v, (place - position)[:, None], codec.inv_freq, codec.interleaved)
         return (turned @ codec.transform.transpose(1, 2)).unflatten(-1, (codec.layout.groups, codec.layout.width))
 
     error = in_metric(x.float() - reference.decode(codes, position, codec))
     y = in_metric(x.float()) - in_metric(
-        reference.rotate(
-            reference._mean_at(place, codec), (position - place)[:, None], codec.inv_freq, codec.interleaved
-        )
+        rotate(reference.mean_at(place, codec), (position - place)[:, None], codec.inv_freq, codec.interleaved)
     )
     y = y / y.norm(dim=-1, keepdim=True).clamp_min(1e-30)
     return (error.square().sum(-1) + (codec.eta - 1) * (error * y).sum(-1).square()).sum(-1)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchgsrq import reference
-from torchgsrq.kmeans import METHODS, cluster, fit_to_loss, nearest, train_codebook
-from torchgsrq.layout import Layout
+from torchgsrq.codec.kmeans import METHODS, cluster, fit_to_loss, nearest, train_codebook
+from torchgsrq.codec.layout import Layout
 
 
 def points(n: int = 400, width: int = 3, batch: int = 2, seed: int = 0) -> torch.Tensor:
@@ -47,7 +47,7 @@ def slow_update(x, w, centers, method):
 @pytest.mark.parametrize("method", ["kmeans", "gskm", "gskm-public"])
 def test_one_round_is_the_papers(method, monkeypatch):
     """From a given start, one round equals the plain loop."""
-    import torchgsrq.kmeans as module
+    import torchgsrq.codec.kmeans as module
 
     x, w = points(200, 4, 1), torch.rand(1, 200, generator=torch.Generator().manual_seed(1)) + 0.1
     start = points(6, 4, 1, seed=2)

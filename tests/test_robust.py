@@ -465,7 +465,7 @@ def test_every_field_through_the_front_door(fields, folder):
     config = {"sink_tokens": 2, "recent_tokens": 8, "block_tokens": 4, "frame": 32, **fields}
     small = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
     calibrated = []
-    module = sys.modules["torchgsrq.calibrate"]
+    module = sys.modules["torchgsrq.learning.calibrate"]
     real, tokens = module.calibrate, TOKENS
     module.calibrate = lambda *args, **kwargs: calibrated.append(1) or real(*args, tokens, tokens=512, **kwargs)
     try:
@@ -481,7 +481,7 @@ def test_every_field_through_the_front_door(fields, folder):
 
 
 def test_a_damaged_file_in_the_disk_cache_is_replaced(folder, monkeypatch, caplog):
-    module = sys.modules["torchgsrq.calibrate"]
+    module = sys.modules["torchgsrq.learning.calibrate"]
     real = module.calibrate
     monkeypatch.setattr(module, "calibrate", lambda *args, **kwargs: real(*args, TOKENS, tokens=512, **kwargs))
     model = tiny_llama()

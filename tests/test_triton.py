@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.conftest import make_codec, make_pair
 from tests.test_kernels import CODECS, buffers, distance, mask_of, specified
 from torchgsrq import GSRQConfig, GSRQTensor, ops, reference
-from torchgsrq.layout import Layout
+from torchgsrq.codec.layout import Layout
 from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
 
 if not importlib.util.find_spec("triton"):

@@ -6,10 +6,10 @@ attention. Start with `quantize_kv_`.
 
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.cache import GSRQCache
-from torchgsrq.calibrate import calibrate
+from torchgsrq.cache.memory import MemoryReport
 from torchgsrq.codec import Codebooks, Codec
 from torchgsrq.config import GSRQConfig
-from torchgsrq.memory import MemoryReport
+from torchgsrq.learning.calibrate import calibrate
 from torchgsrq.tensor import GSRQTensor
 
 __version__ = "0.1.0"

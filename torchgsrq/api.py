@@ -18,9 +18,9 @@ from transformers.cache_utils import Cache, StaticCache
 from torchgsrq import models
 from torchgsrq.attention import NAME
 from torchgsrq.cache import GSRQCache
-from torchgsrq.calibrate import WINDOW, cached_codebooks, quantizes
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
+from torchgsrq.learning.calibrate import WINDOW, cached_codebooks, quantizes
 from torchgsrq.models import LayerInfo
 from torchgsrq.probe import check_attention
 

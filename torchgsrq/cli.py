@@ -19,12 +19,12 @@ from rich.table import Table
 from torchgsrq import evaluate as measures
 from torchgsrq import retrieval as tasks
 from torchgsrq.api import new_cache
-from torchgsrq.calibrate import TOKENS, cached_codebooks, calibrate
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, document, load_model
-from torchgsrq.recommend import choose, full_precision, settings
-from torchgsrq.text import token_ids
+from torchgsrq.learning.calibrate import TOKENS, cached_codebooks, calibrate
+from torchgsrq.learning.text import token_ids
+from torchgsrq.recommend import choose, full_precision, markdown_tables, settings
 
 LONG = 131072  # tokens, where window and codebooks weigh little
 
@@ -385,12 +385,18 @@ def memory(
 
 @app.command()
 def recommend(
-    model: Annotated[str, typer.Option("--model", help="hub ID or folder; only its config is read")],
+    model: Annotated[str | None, typer.Option("--model", help="hub ID or folder; only its config is read")] = None,
     context: Annotated[int, typer.Option(min=1, help="tokens to hold")] = 32768,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB for the cache, beside the weights")] = None,
+    table: Annotated[bool, typer.Option("--table", help="print tables for models of usual sizes, as Markdown")] = False,
     json_only: Json = False,
 ) -> None:
     """Which bits and layout: what each takes, what fits, and where to begin."""
+    if table:
+        print(markdown_tables())
+        return
+    if model is None:
+        raise typer.BadParameter("name a model, or ask for --table", param_hint="--model")
     try:
         about = transformers.AutoConfig.from_pretrained(model).get_text_config(decoder=True)
         found = settings(about, context, None if memory is None else int(memory * 2**30))
@@ -402,15 +408,15 @@ def recommend(
         rows = [dataclasses.asdict(x) for x in found]
         print(json.dumps({"bf16": plain, "settings": rows, "chosen": chosen and dataclasses.asdict(chosen)}))
         return
-    table = Table(title=f"{model}: one row of {context} tokens, {_mib(plain)} in bfloat16")
+    shown = Table(title=f"{model}: one row of {context} tokens, {_mib(plain)} in bfloat16")
     for name in ("layout", "bits", "cache", "of bfloat16", "codebooks", "longest context"):
-        table.add_column(name, justify="left" if name == "layout" else "right")
+        shown.add_column(name, justify="left" if name == "layout" else "right")
     for x in found:
         longest = "" if x.longest is None else f"{x.longest:,}" + ("" if x.fits else ", too short")
         share = f"1/{plain / x.cache:.1f}"
         row = (x.layout, f"{x.bits:g}", _mib(x.cache), share, _mib(x.codebooks), longest)
-        table.add_row(*row, style="bold" if x == chosen else None)
-    Console(width=100).print(table)
+        shown.add_row(*row, style="bold" if x == chosen else None)
+    Console(width=100).print(shown)
     if chosen is None:
         print("None of them fits. A shorter context, or more memory, would.")
         return

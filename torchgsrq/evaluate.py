@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from torchgsrq import models, reference
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.attention import dense_attention, gsrq_attention
+from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.codec import Codebooks
+from torchgsrq.codec.rope import rotate
 from torchgsrq.config import GSRQConfig, encoded_tokens
-from torchgsrq.layer import GSRQLayer
 from torchgsrq.learning.statistics import unseen
 
 Candidate = tuple[GSRQConfig, Codebooks]
@@ -151,7 +152,7 @@ def key_error(model: PreTrainedModel, window: Tensor, codebooks: Codebooks, shif
         decoded = reference.decode(reference.encode(k, positions, codec), positions, codec)
         back = (positions.remainder(codec.frame) - positions)[:, None]
         turned = [
-            reference.rotate(x.float(), back, codec.inv_freq, codec.interleaved) @ codec.transform.transpose(1, 2)
+            rotate(x.float(), back, codec.inv_freq, codec.interleaved) @ codec.transform.transpose(1, 2)
             for x in (k - decoded, k)
         ]
         # Sinks are kept in full precision, so the first token does not count.

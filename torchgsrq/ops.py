@@ -19,8 +19,8 @@ from torch import Tensor
 
 from torchgsrq import lowering, reference
 from torchgsrq.codec import Codec
+from torchgsrq.codec.kmeans import moments_by_code, nearest, sum_by_code
 from torchgsrq.kernels import cpu_library
-from torchgsrq.kmeans import moments_by_code, nearest, sum_by_code
 from torchgsrq.reference import Packed
 
 log = logging.getLogger("torchgsrq")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from torchgsrq import kept, models
-from torchgsrq.cache import GSRQCache
+from torchgsrq import models
+from torchgsrq.cache import GSRQCache, kept
+from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.config import GSRQConfig
-from torchgsrq.layer import GSRQLayer
 
 _TOKENS = 8
 _WINDOWS: dict[str, Any] = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens": 1, "prefill": "quantized"}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
+from torchgsrq.codec.layout import key_layout, rates, value_layout
 from torchgsrq.config import LAYOUTS, GSRQConfig
-from torchgsrq.layout import key_layout, rates, value_layout
 from torchgsrq.models import UNBOUNDED, kinds_of_layers
 
 _WORD = 2  # bytes of an element of bfloat16, in which windows and kept layers are
 RATES = (2.0, 1.0, 0.5)
+SHAPES = {"1.5B": (28, 2, 128), "3B": (28, 8, 128), "8B": (32, 8, 128), "70B": (80, 8, 128)}  # layers, KV heads, width
+CONTEXTS = (8192, 32768, 131072)
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,40 @@ def choose(found: list[Setting], tokens: int, gpu: bool) -> Setting | None:
     layout = "fast" if gpu or tokens >= 8192 else "quality"
     fitting = [s for s in found if s.fits and s.layout == layout]
     return max(fitting, key=lambda s: s.bits, default=None)
+
+
+def markdown_tables() -> str:
+    """What caches and codebooks take for `SHAPES`, decoders of these sizes, and `CONTEXTS`: two tables in Markdown."""
+    names = [f"{bits:g} bit{'s' if bits > 1 else ''}" for bits in RATES]
+    caches = [("model", "layers, KV heads, head_dim", "tokens", "bfloat16", *names)]
+    books = [("model", "layout", *names)]
+    for name, (layers, heads, dim) in SHAPES.items():
+        config = LlamaConfig(
+            num_hidden_layers=layers, num_attention_heads=heads, hidden_size=heads * dim, num_key_value_heads=heads
+        )
+        for tokens in CONTEXTS:
+            plain = full_precision(config, tokens)
+            found = {s.bits: s.cache for s in settings(config, tokens) if s.layout == "fast"}  # same in both layouts
+            row = [f"{_mib(found[bits])} (1/{plain / found[bits]:.1f})" for bits in RATES]
+            caches.append((name, f"{layers}, {heads}, {dim}", f"{tokens // 1024}k", _mib(plain), *row))
+        for layout in LAYOUTS:
+            tables = [_mib(s.codebooks) for s in settings(config, CONTEXTS[0]) if s.layout == layout]
+            books.append((name, layout, *tables))
+    return "\n\n".join(
+        (
+            "The cache of one row, in MiB, and its share of bfloat16:",
+            _markdown(caches, left=2),
+            "Codebooks, in MiB, with the same bits in all layers:",
+            _markdown(books, left=2),
+        )
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.{0 if nbytes >= 100 * 2**20 else 1}f}"
+
+
+def _markdown(rows: list[tuple[str, ...]], left: int) -> str:
+    """A table of a head and rows, the first ``left`` columns aligned to the left, the others to the right."""
+    line = ("---",) * left + ("---:",) * (len(rows[0]) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], line, *rows[1:]))

@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from torchgsrq.api import new_cache
 from torchgsrq.evaluate import Candidate, for_measuring, quantized
-from torchgsrq.text import token_ids
+from torchgsrq.learning.text import token_ids
 
 _WORDS = (
     "anchor apple arrow basket bell bicycle boat book bottle bridge button camera candle carpet castle chain "

@@ -19,10 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from torchgsrq import Codec
+from torchgsrq.codec.rope import rotate
 from torchgsrq.learning.statistics import Statistics
 from torchgsrq.models import LayerInfo
 from torchgsrq.ops import round_trip
-from torchgsrq.rope import rotate
 
 NAME = "torchgsrq_peer"
 

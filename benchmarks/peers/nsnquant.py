@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from peers.base import Method, after_rope, before_rope
 from torch import Tensor
 
-from torchgsrq.kmeans import cluster
+from torchgsrq.codec.kmeans import cluster
 from torchgsrq.models import LayerInfo
 
 BLOCK, WIDTH = 64, 8

@@ -6,9 +6,9 @@ import torch
 from peers.base import Method, as_decoded
 from torch import Tensor
 
-from torchgsrq.calibrate import rates_of_layers
 from torchgsrq.codec import LayerCodec
 from torchgsrq.config import GSRQConfig
+from torchgsrq.learning.calibrate import rates_of_layers
 from torchgsrq.learning.statistics import Statistics
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo

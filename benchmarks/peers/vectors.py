@@ -17,8 +17,8 @@ from peers.base import Method, after_rope, as_decoded, before_rope
 from torch import Tensor
 
 from torchgsrq import Codec
-from torchgsrq.kmeans import train_codebook
-from torchgsrq.layout import Layout
+from torchgsrq.codec.kmeans import train_codebook
+from torchgsrq.codec.layout import Layout
 from torchgsrq.learning.statistics import Statistics
 from torchgsrq.models import LayerInfo
 

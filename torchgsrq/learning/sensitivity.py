@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from torchgsrq import models, ops
 from torchgsrq.codec import Codec, LayerCodec
+from torchgsrq.codec.layout import rates
 from torchgsrq.config import GSRQConfig
-from torchgsrq.layout import rates
 from torchgsrq.learning.statistics import FAR, chunks, collect_statistics, unseen
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo

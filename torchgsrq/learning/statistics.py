@@ -11,8 +11,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from torchgsrq import models
+from torchgsrq.codec.rope import rotate
 from torchgsrq.models import LayerInfo
-from torchgsrq.rope import rotate
 
 FAR = 32  # a query's nearer neighbours are in the recent window and do not count
 _QUERY_STRIDE = 4  # every 4th query is enough

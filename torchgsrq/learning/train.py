@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from torchgsrq.codec import Codec, LayerCodec
+from torchgsrq.codec.kmeans import fit_to_loss, train_codebook
+from torchgsrq.codec.layout import Layout, grouped, key_layout, num_codes, value_layout
+from torchgsrq.codec.rope import rotate
 from torchgsrq.config import GSRQConfig
-from torchgsrq.kmeans import fit_to_loss, train_codebook
-from torchgsrq.layout import Layout, grouped, key_layout, num_codes, value_layout
 from torchgsrq.learning.statistics import Statistics
 from torchgsrq.models import LayerInfo
-from torchgsrq.rope import rotate
 
 KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: docs/quality.md
 _ROTATIONS = 256  # relative offsets that the query metric is averaged over

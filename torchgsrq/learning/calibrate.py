@@ -13,16 +13,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from torchgsrq import models, text
-from torchgsrq.allocation import layer_rates
-from torchgsrq.codec import VERSION, Codebooks, LayerCodec
+from torchgsrq import models
+from torchgsrq.codec import Codebooks, LayerCodec
+from torchgsrq.codec.allocation import layer_rates
+from torchgsrq.codec.codebooks import VERSION
+from torchgsrq.codec.layout import key_layout, rates, value_layout
 from torchgsrq.config import GSRQConfig, cache_folder
-from torchgsrq.layout import key_layout, rates, value_layout
+from torchgsrq.learning import text
 from torchgsrq.learning.sensitivity import sensitivity
 from torchgsrq.learning.statistics import chunks, collect_cached, collect_statistics
+from torchgsrq.learning.text import TOKENS
 from torchgsrq.learning.train import train, train_cached
 from torchgsrq.models import LayerInfo
-from torchgsrq.text import TOKENS
 
 log = logging.getLogger("torchgsrq")
 

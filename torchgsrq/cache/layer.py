@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as hf_logging
 
-from torchgsrq import kept, ops, reference
+from torchgsrq import ops, reference
 from torchgsrq.attention import Incoming
 from torchgsrq.codec import Codec, LayerCodec
 from torchgsrq.config import GSRQConfig
@@ -20,7 +20,6 @@ from torchgsrq.models import Rotary
 from torchgsrq.tensor import PARTS, GSRQTensor, append_pair_, without_gradient
 
 _GROWTH = 256  # a growing buffer is a multiple of this many tokens, and grows by at least an eighth
-
 hf_log = hf_logging.get_logger(__name__)
 
 
@@ -385,52 +384,6 @@ class GSRQLayer(CacheLayerMixin):
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized, self.is_empty = True, length == 0
         self._set_length(length)
-
-
-class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
-    """A layer that has linear attention, kept as it is, beside attention whose keys and values are quantized."""
-
-    is_croppable = False  # shadows a property of linear attention
-
-    get_max_length = GSRQLayer.get_max_length  # linear attention has none
-
-    def __init__(self, *args: Any, states: int = 1, **kwargs: Any) -> None:
-        LinearAttentionLayer.__init__(self, number_of_states=states)
-        GSRQLayer.__init__(self, *args, **kwargs)
-
-    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Of the attention, by position; of the linear attention, by name: as transformers' own hybrid layers."""
-        kind: Any = GSRQLayer if args else LinearAttentionLayer
-        kind.lazy_initialization(self, *args, **kwargs)
-
-    def offload(self) -> None:
-        """Move what the layer owns to the CPU."""
-        LinearAttentionLayer.offload(self)
-        GSRQLayer.offload(self)
-
-    def prefetch(self) -> None:
-        """Bring it back."""
-        LinearAttentionLayer.prefetch(self)
-        GSRQLayer.prefetch(self)
-
-    def reset(self) -> None:
-        """Forget everything, keep the memory."""
-        LinearAttentionLayer.reset(self)
-        GSRQLayer.reset(self)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Select rows for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Any) -> None:
-        """Keep these rows, see `GSRQLayer.batch_select_indices`."""
-        kept.select_rows(self, indices)
-        GSRQLayer.batch_select_indices(self, indices)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end, where linear attention can."""
-        LinearAttentionLayer.crop(self, tokens_to_remove)
-        GSRQLayer.crop(self, tokens_to_remove)
 
 
 def _start_of(codec: Codec, start: Tensor, capacity: int) -> Tensor:

@@ -10,9 +10,9 @@ from safetensors.torch import load as load_bytes
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from torchgsrq import kept
+from torchgsrq.cache import kept
+from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.codec import checksum
-from torchgsrq.layer import GSRQLayer
 
 _FORMAT, _VERSION = "torchgsrq.cache", "2"
 _WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")

@@ -18,11 +18,13 @@ from transformers.cache_utils import (
     StaticCache,
 )
 
-from torchgsrq import files, kept, reference
+from torchgsrq import reference
+from torchgsrq.cache import files, kept
+from torchgsrq.cache.hybrid import GSRQHybridLayer
+from torchgsrq.cache.layer import GSRQLayer
+from torchgsrq.cache.memory import MemoryReport
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
-from torchgsrq.layer import GSRQHybridLayer, GSRQLayer
-from torchgsrq.memory import MemoryReport
 from torchgsrq.models import Rotary
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from torchgsrq.layout import CODEWORDS, Layout
+from torchgsrq.codec.layout import CODEWORDS, Layout
 
 _ops = torch.ops.torchgsrq  # compiled where they can be; `nearest` and the sums below say what they mean
 METHODS = ("kmeans", "kmeans-spherical", "gskm", "gskm-public")

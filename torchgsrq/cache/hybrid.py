@@ -1,0 +1,57 @@
+"""GSRQHybridLayer: quantized attention beside linear attention in one layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
+
+from torchgsrq.cache import kept
+from torchgsrq.cache.layer import GSRQLayer
+
+
+class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
+    """A layer that has linear attention, kept as it is, beside attention whose keys and values are quantized."""
+
+    is_croppable = False  # shadows a property of linear attention
+
+    get_max_length = GSRQLayer.get_max_length  # linear attention has none
+
+    def __init__(self, *args: Any, states: int = 1, **kwargs: Any) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=states)
+        GSRQLayer.__init__(self, *args, **kwargs)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Of the attention, by position; of the linear attention, by name: as transformers' own hybrid layers."""
+        kind: Any = GSRQLayer if args else LinearAttentionLayer
+        kind.lazy_initialization(self, *args, **kwargs)
+
+    def offload(self) -> None:
+        """Move what the layer owns to the CPU."""
+        LinearAttentionLayer.offload(self)
+        GSRQLayer.offload(self)
+
+    def prefetch(self) -> None:
+        """Bring it back."""
+        LinearAttentionLayer.prefetch(self)
+        GSRQLayer.prefetch(self)
+
+    def reset(self) -> None:
+        """Forget everything, keep the memory."""
+        LinearAttentionLayer.reset(self)
+        GSRQLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select rows for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep these rows, see `GSRQLayer.batch_select_indices`."""
+        kept.select_rows(self, indices)
+        GSRQLayer.batch_select_indices(self, indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove tokens from the end, where linear attention can."""
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        GSRQLayer.crop(self, tokens_to_remove)

@@ -1,0 +1,6 @@
+"""What is learned of a model, and how it is laid out: layouts, clustering, `Codec`, `Codebooks`."""
+
+from torchgsrq.codec.codebooks import Codebooks, checksum
+from torchgsrq.codec.codec import Codec, LayerCodec
+
+__all__ = ["Codebooks", "Codec", "LayerCodec", "checksum"]

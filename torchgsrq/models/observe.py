@@ -1,0 +1,123 @@
+"""Looking on while a model runs: what its attention is given, what it caches. Nothing is changed for good."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from torchgsrq.models.parts import attention_configs, input_device
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """Run with another attention implementation, and put the old ones back."""
+    before = [(config, config._attn_implementation) for config in attention_configs(model)]
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, old in before:
+            config._attn_implementation = old
+
+
+@contextmanager
+def plain_precision(model: PreTrainedModel) -> Iterator[None]:
+    """Run in the model's own dtypes, whatever autocast is on around it, and outside of inference mode."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(input_device(model).type, enabled=False):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, and put every module's mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def refusing(what: str, instead: str = "") -> Iterator[None]:
+    """Whatever a strange architecture raises becomes a ValueError that says ``what`` failed, and what to do instead.
+
+    Running out of memory stays what it is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {error}){instead}") from error
+
+
+OBSERVED = "gsrq_observed"  # the attention implementation (attention.py) that calls `notify`
+Observer = Callable[..., Callable[[Tensor], None] | None]
+_here = threading.local()  # the observers of this thread's forwards
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locking = threading.Lock()
+
+
+@contextmanager
+def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
+    """Call ``observer(module, q, k, v, **kwargs)`` in every attention of the model's forwards in this thread.
+
+    What it returns, if anything, is called with the gradient of that attention's output, ``[b, n, q_heads, d]``. A
+    second thread that wants to observe the same model waits.
+    """
+    with _locking:
+        lock = _locks.setdefault(model, threading.RLock())
+    observers = _here.__dict__.setdefault("observers", [])
+    with lock, attention_implementation(model, OBSERVED):
+        observers.append(observer)
+        try:
+            yield
+        finally:
+            observers.pop()
+
+
+def notify(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Callable[[Tensor], None] | None:
+    """Tell this thread's newest observer of an attention call; gives what wants to know its gradient."""
+    observers = _here.__dict__.get("observers")
+    return observers[-1](module, q, k, v, **kwargs) if observers else None
+
+
+def layer_index(module: nn.Module) -> int | None:
+    """Which layer's self-attention an observed module is; None of cross-attention, and of what has no ``layer_idx``."""
+    return None if getattr(module, "is_cross_attention", False) else getattr(module, "layer_idx", None)
+
+
+class Recorder(DynamicCache):
+    """A cache that remembers what each of its slots was given."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.given: list[tuple[int, Tensor, Tensor]] = []
+        self.rotary: dict[str, Tensor] = {}  # the model's frequencies in the forward that filled it
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Note what is given, and do as any cache does."""
+        self.given.append((layer_idx, key_states, value_states))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+@dataclass
+class Seen:
+    """What one layer's attention was given at one position, and the RoPE frequencies of that forward."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    causal: bool
+    rotary: dict[str, Tensor]

@@ -1,0 +1,180 @@
+"""Parts of a transformers decoder, by name; and what is known of each of its attention layers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+UNBOUNDED = ("full_attention", "hybrid")  # kinds of layers whose keys and values grow with the text
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One attention layer, as a probing forward saw it.
+
+    Attributes:
+        index: its ``layer_idx``. kind: ``"full_attention"``, ``"sliding_attention"``, ...
+        q_heads, kv_heads, head_dim: its shape. inv_freq: RoPE frequencies, empty where it has none that
+            was recognised; negative where it turns the other way. interleaved: RoPE pairs are neighbours.
+        rope: one word for the report.
+        rotary: where the frequencies depend on the length of the input, the buffer of the decoder that holds the
+            present ones, by its dotted name; empty where they are fixed.
+        readers: other layers that attend to this layer's keys and values, and have none of their own.
+        value: where attention is not handed what the model caches (MLA; attention outside of transformers' interface),
+            what is cached as values, with heads, width and RoPE of its own. Such layers are decoded for the model.
+        sample: some elements of a fixed input's keys and values, by which `same_model` knows a model again.
+    """
+
+    index: int
+    kind: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    inv_freq: Tensor
+    interleaved: bool
+    rope: str
+    rotary: str = ""
+    readers: tuple[int, ...] = ()
+    value: LayerInfo | None = None
+    sample: tuple[float, ...] = field(default=(), repr=False)
+
+
+def are_decoded(layers: Iterable[LayerInfo]) -> bool:
+    """Whether a model's attention reads decoded tensors: that of all its layers, or of none."""
+    return any(info.value is not None for info in layers)
+
+
+def cached_by(layers: Iterable[LayerInfo]) -> dict[int | None, int]:
+    """Layer to the one whose keys and values it attends to: itself, but for readers."""
+    return {index: info.index for info in layers for index in (info.index, *info.readers)}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside `torch.compile`'s wrapper or PEFT's, whose adapters sit in its own layers."""
+    inner: Any = model
+    while not isinstance(inner, PreTrainedModel):
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            break
+    return inner
+
+
+def check_supported(model: nn.Module) -> PreTrainedModel:
+    """Refuse, by name, what cannot be quantized; what only a forward shows, `inspect_layers` refuses.
+
+    Raises:
+        TypeError: not a transformers decoder with the attention interface.
+        ValueError: an architecture whose cache is no plain keys and values per layer, or float64 weights.
+    """
+    model = unwrap(model)
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {name}; expected a transformers PreTrainedModel (for your own model see GSRQTensor)"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder model; only decoder-only models are supported")
+    if model.dtype == torch.float64:
+        raise ValueError(f"{name} is float64; the cache holds float32, float16 or bfloat16: call model.float() first")
+    return model
+
+
+def text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The config of the decoder, also of a multimodal model."""
+    return model.config.get_text_config(decoder=True)
+
+
+def decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """The part that turns token embeddings into hidden states and writes the KV cache, without images or a head."""
+    found = model
+    while True:
+        inner = found.get_decoder()
+        if inner is None or inner is found or not takes_cache(inner):
+            return found
+        found = inner
+
+
+def rope_span(model: PreTrainedModel) -> int:
+    """How far apart a query and a key can be: the context that the model supports."""
+    return getattr(text_config(model), "max_position_embeddings", None) or 8192
+
+
+def path_to_decoder(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules from the model down to its decoder, both included: any of them may make a cache or generate."""
+    inner = decoder(model)
+    name = next(name for name, module in model.named_modules() if module is inner)
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+
+
+def speaker(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost part that turns token ids into logits; the decoder of a model that has no head."""
+    path: list[Any] = path_to_decoder(model)
+    heads = [part for part in path if getattr(part, "get_output_embeddings", lambda: None)() is not None]
+    return heads[-1] if heads else path[-1]
+
+
+def takes_cache(module: nn.Module) -> bool:
+    """Whether a module's forward has ``past_key_values``."""
+    return isinstance(module, nn.Module) and "past_key_values" in inspect.signature(module.forward).parameters
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where inputs belong; with weights that accelerate has put elsewhere, where it brings them to."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            device = getattr(one, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    held = (p.device for p in model.parameters() if p.device.type != "meta")
+    return next(held, torch.device("cpu"))
+
+
+def layer_kinds(model: PreTrainedModel) -> list[str]:
+    """Kind of every layer, as transformers names and infers them."""
+    return kinds_of_layers(text_config(model))
+
+
+def kinds_of_layers(config: PreTrainedConfig) -> list[str]:
+    """The same from a decoder's config."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        windowed = getattr(config, "sliding_window", None) is not None
+        chunked = getattr(config, "attention_chunk_size", None) is not None
+        kind = "sliding_attention" if windowed else "chunked_attention" if chunked else "full_attention"
+        kinds = [kind] * config.num_hidden_layers
+    return list(kinds)
+
+
+def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The distinct config objects of a model's parts; each names an attention implementation."""
+    found: dict[int, PreTrainedConfig] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
+    """Always the same input of a decoder, one row: made-up embeddings, or token ids where it takes nothing else."""
+    config, device = text_config(model), input_device(model)
+    takes = inspect.signature(decoder(model).forward).parameters
+    looked_up_again = getattr(config, "hidden_size_per_layer_input", None)  # in every layer: Gemma 3n and 4
+    if "inputs_embeds" not in takes or looked_up_again:
+        return {"input_ids": torch.arange(tokens, device=device)[None] % config.vocab_size}
+    width = (
+        getattr(config, "word_embed_proj_dim", None) or getattr(config, "embedding_size", None) or config.hidden_size
+    )
+    noise = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    return {"inputs_embeds": noise.to(device, model.dtype)[None]}

@@ -1,0 +1,145 @@
+"""Which RoPE a layer has, found from its keys; and frequencies that change with the length of the input."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from torchgsrq.codec.rope import rotate
+from torchgsrq.models.observe import Seen
+from torchgsrq.models.parts import LayerInfo, decoder
+
+NO_ROPE, UNKNOWN_ROPE = "none", "not recognised"
+
+
+def difference(x: Tensor, want: Tensor) -> float:
+    """``|x - want| / |want|``."""
+    return float((x - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def find_rope(seen: dict[int, Seen]) -> tuple[Tensor, bool, str, str]:
+    """The rotation that makes a token's keys at two positions most alike: frequencies, pairing, name, buffer."""
+    one = next(iter(seen.values()))
+    none = one.k.new_zeros(0, dtype=torch.float32)
+    candidates = [(none, False, NO_ROPE, "")]
+    for buffer, inv_freq in one.rotary.items():
+        if 2 * inv_freq.numel() <= one.k.shape[-1]:
+            for sign in (1, -1):
+                candidates.append((sign * inv_freq.to(none.device), False, "half-split", buffer))
+                candidates.append((sign * inv_freq.to(none.device), True, "interleaved", buffer))
+
+    def misfit(candidate: tuple[Tensor, bool, str, str]) -> float:
+        near, far = (unrotated(x.k, at, *candidate[:2]) for at, x in seen.items())
+        return difference(far, near)
+
+    best = min(candidates, key=misfit)
+    if misfit(best) <= _tolerance(one.k.dtype):
+        return best
+    return none, False, UNKNOWN_ROPE if one.rotary else NO_ROPE, ""
+
+
+def unrotated(k: Tensor, position: int, inv_freq: Tensor, interleaved: bool) -> Tensor:
+    """A key of one position, turned back to position 0."""
+    return rotate(k, torch.tensor(-position, device=k.device), inv_freq.to(k.device), interleaved)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
+def depends_on_length(model: nn.Module) -> bool:
+    """Whether a rotary module recomputes its frequencies in the forward, as transformers' decorator does it."""
+    return any("dynamic" in kind or kind == "longrope" for module in model.modules() for kind in _rope_types(module))
+
+
+def _rope_types(module: nn.Module) -> list[str]:
+    """A rotary module's kinds of RoPE (one, or one for each kind of layer); none of another module."""
+    types = getattr(module, "rope_type", None)
+    return [x for x in (types.values() if isinstance(types, dict) else [types]) if isinstance(x, str)]
+
+
+def _sign(inv_freq: Tensor) -> int:
+    """-1 for the frequencies of a model that turns the other way."""
+    return -1 if bool((inv_freq < 0).any()) else 1
+
+
+def check_followed(
+    name: str,
+    index: int,
+    near: Seen,
+    beyond: list[tuple[int, dict[int, Seen]]],
+    rotary: str,
+    inv_freq: Tensor,
+    interleaved: bool,
+) -> None:
+    """Whether keys of long inputs, turned back by the frequencies in the model's buffer, are those of short ones."""
+    want = unrotated(near.k, 1, inv_freq, interleaved)
+    sign = _sign(inv_freq)
+    for position, seen in beyond:
+        got = unrotated(seen[index].k, position, sign * seen[index].rotary[rotary], interleaved)
+        if difference(got, want) > _tolerance(near.k.dtype):
+            raise ValueError(
+                f"{name} layer {index}: RoPE changes with the length of the input, and at position {position} its keys "
+                f"do not follow the buffer {rotary}, so they could not be coded; use a fixed RoPE scaling"
+            )
+
+
+class Rotary:
+    """Where layers' present RoPE frequencies are, for models that recompute them in the forward.
+
+    Args:
+        module: the rotary module. buffer: its buffer. sign: -1 for a model that turns the other way.
+    """
+
+    def __init__(self, module: nn.Module, buffer: str, sign: int) -> None:
+        self.module, self.buffer, self.sign = weakref.ref(module), buffer, sign
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
+        return self  # a copy of a cache goes on with the same model
+
+    def __call__(self) -> Tensor:
+        """The frequencies of the forward that runs now, or of the last one: the same tensor until they change.
+
+        Raises:
+            ValueError: the model does not exist any more.
+        """
+        module = self.module()
+        if module is None:
+            raise ValueError("the model that this cache follows is gone; make a new cache for the one in use")
+        buffer = getattr(module, self.buffer)
+        if self._seen is None or self._seen[0] is not buffer:
+            value = self.sign * buffer.detach()
+            old = None if self._seen is None else self._seen[1]
+            self._seen = (buffer, old if old is not None and torch.equal(old, value) else value)
+        return self._seen[1]
+
+    def changes_within(self, first: int, last: int) -> int | None:
+        """The number of tokens past which the frequencies change, if they do while a text grows from ``first`` to
+        ``last`` tokens."""
+        module: Any = self.module()
+        if any("dynamic" in kind for kind in _rope_types(module)):  # each token past the limit changes them
+            limit = int(module.original_max_seq_len)
+            return limit if last > max(first, limit) else None
+        parameters = module.config.rope_parameters
+        parts = [p for p in (parameters, *parameters.values()) if isinstance(p, dict)]
+        switches = [p["original_max_position_embeddings"] for p in parts if "original_max_position_embeddings" in p]
+        return next((n for n in switches if first <= n < last), None)
+
+
+def rotaries(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[int, Rotary]:
+    """Where the present RoPE frequencies of those layers are that have other ones for longer inputs."""
+    made: dict[tuple[str, int], Rotary] = {}
+    found = {}
+    for info in layers:
+        if info.rotary:
+            sign = _sign(info.inv_freq)
+            if (info.rotary, sign) not in made:
+                path, _, buffer = info.rotary.rpartition(".")
+                made[info.rotary, sign] = Rotary(decoder(model).get_submodule(path), buffer, sign)
+            found[info.index] = made[info.rotary, sign]
+    return found

@@ -1,0 +1,41 @@
+"""Encode, decode, append and attention in plain PyTorch: what they mean. Every fast path is tested against this."""
+
+from torchgsrq.reference.attention import (
+    EXACT_TAIL,
+    LAST_ALIGNED,
+    NOT_CAUSAL,
+    STREAMING,
+    UPPER_LEFT,
+    WINDOW,
+    attention,
+    histogram_values,
+    table_scores,
+)
+from torchgsrq.reference.coding import beam_search, codeword_sum, decode, encode, mean_at, search, to_metric
+from torchgsrq.reference.storage import Packed, append_, check_append, dequantize, fitted, positions, tail
+
+__all__ = [
+    "EXACT_TAIL",
+    "LAST_ALIGNED",
+    "NOT_CAUSAL",
+    "STREAMING",
+    "UPPER_LEFT",
+    "WINDOW",
+    "Packed",
+    "append_",
+    "attention",
+    "beam_search",
+    "check_append",
+    "codeword_sum",
+    "decode",
+    "dequantize",
+    "encode",
+    "fitted",
+    "histogram_values",
+    "mean_at",
+    "positions",
+    "search",
+    "table_scores",
+    "tail",
+    "to_metric",
+]

@@ -1,0 +1,252 @@
+"""Attention on codes, sinks and window, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchgsrq.codec import Codec
+from torchgsrq.codec.layout import CODEWORDS
+from torchgsrq.codec.rope import rotate
+from torchgsrq.config import encoded_tokens
+from torchgsrq.reference.coding import decode, mean_at
+from torchgsrq.reference.storage import DECODE_BLOCK, Packed
+
+_TABLE_BLOCK = 4096  # slots scored by look-up at a time
+_TABLE_ROWS = 16  # up to this many query rows per KV head, look-up tables are cheaper than decoding
+
+# What a query attends to in full precision; the rest is read from codes.
+WINDOW = 0  # what the cache holds now: sinks and the recent window
+EXACT_TAIL = 1  # the incoming tokens, and the window as it was before them
+STREAMING = 2  # what the window would have held had the tokens come one at a time
+
+# Alignment of the causal mask.
+NOT_CAUSAL, UPPER_LEFT, LAST_ALIGNED = 0, 1, 2
+
+
+def attention(
+    q: Tensor,
+    key: Packed,
+    value: Packed,
+    *,
+    mask: Tensor | None = None,
+    scale: float,
+    causal: int = NOT_CAUSAL,
+    softcap: float = 0.0,
+    sink_logits: Tensor | None = None,
+    tails: tuple[Tensor, Tensor] | None = None,
+    tail_start: Tensor | None = None,
+    view: int = WINDOW,
+    form: str | None = None,
+) -> Tensor:
+    """Attention on codes, sinks and window with an online softmax over blocks of slots.
+
+    Slots at or past the length never take part, nor do masked ones. A query that sees nothing gets zeros.
+
+    Args:
+        q: ``[batch, query heads, queries, head_dim]``; query heads a multiple of the KV heads.
+        mask: bool (True takes part) or additive, broadcastable to ``[batch, query heads, queries, width]`` with
+            a width of at least the length; column j is slot j.
+        scale: multiplies ``q . k``.
+        causal: ``UPPER_LEFT`` (query i sees slots up to i) or ``LAST_ALIGNED`` (the queries are the newest tokens).
+        softcap: ``cap * tanh(score / cap)`` before the mask; 0 is off.
+        sink_logits: ``[query heads]``, a logit per head that takes probability and gives nothing.
+        tails: full-precision keys and values of the newest slots, from `tail`, for the views below.
+        tail_start: first valid slot of ``tails``.
+        view: ``WINDOW``, ``EXACT_TAIL`` or ``STREAMING``; the queries are then the newest tokens.
+        form: ``"tables"`` or ``"decode"`` forces how codes are read; the result is the same.
+
+    Returns:
+        ``[batch, query heads, queries, head_dim]`` in the dtype of ``q``.
+    """
+    batch, q_heads, queries, head_dim = q.shape
+    heads = key.codec.heads
+    group = q_heads // heads
+    rows = group * queries
+    length = int(key.length)
+    qf = (q.float() * scale).reshape(batch, heads, rows, head_dim)
+    if form is None:
+        framed = key.codec.frame > 1 or not key.codec.inv_freq.numel()
+        form = "tables" if rows <= _TABLE_ROWS and framed else "decode"
+    newest = torch.arange(queries, device=q.device) + (length - queries if causal != UPPER_LEFT else 0)
+    seen = _Softmax(qf, group, mask, newest if causal else None, softcap)
+    boundary = _boundary(key, queries, tail_start, view)
+    sinks = key.sink_slots()
+    first_sink, past_sink = sinks[:, :1] if key.sink_tokens else length, key.sink_start[:, None] + key.sink_tokens
+
+    def not_a_sink(slots: Tensor) -> Tensor:
+        return (slots < first_sink) | (slots >= past_sink)
+
+    coded = min(int(boundary.max()) if queries else 0, int(key.encoded))
+    step = _TABLE_BLOCK if form == "tables" else DECODE_BLOCK
+    for first in range(0, coded, step):
+        last = min(first + step, coded)
+        slots = torch.arange(first, last, device=q.device)[None]
+        allowed = (slots[:, None] < boundary[:, None]) & not_a_sink(slots)[:, None]
+        k_codes, v_codes = key.codes[:, :, first:last], value.codes[:, :, first:last]
+        k_position, v_position = key.position(first, last), value.position(first, last)
+        if form == "tables":
+            scores = table_scores(qf, k_codes, k_position, key.codec)
+            seen.absorb(scores, slots, allowed, lambda p, c=v_codes: histogram_values(p, c, value.codec))  # type: ignore[misc]
+        else:
+            k, v = decode(k_codes, k_position, key.codec), decode(v_codes, v_position, value.codec)
+            seen.absorb_plain(k, v, slots, allowed)
+
+    low = int(key.encoded)
+    k, v = key.recent(low, length), value.recent(low, length)
+    if tails is not None:
+        assert tail_start is not None
+        low = max(int(tail_start), 0)
+        k, v = (t[:, :, t.shape[2] - (length - low) :] for t in tails)
+    for first in range(0, k.shape[2], DECODE_BLOCK):
+        some = slice(first, first + DECODE_BLOCK)
+        slots = torch.arange(low, length, device=q.device)[None, some]
+        allowed = (slots[:, None] >= boundary[:, None]) & not_a_sink(slots)[:, None]
+        seen.absorb_plain(k[:, :, some], v[:, :, some], slots, allowed)
+
+    if key.sink_tokens:
+        k, v = (kv.window[:, :, : kv.sink_tokens] for kv in (key, value))
+        seen.absorb_plain(k, v, sinks, (sinks < length)[:, None].expand(-1, queries, -1))
+    return seen.result(sink_logits).view(batch, q_heads, queries, head_dim).to(q.dtype)
+
+
+def _boundary(key: Packed, queries: int, tail_start: Tensor | None, view: int) -> Tensor:
+    """The first slot that each query reads in full precision, ``[queries]``."""
+    device = key.codes.device
+    if view == WINDOW:
+        return key.encoded.long().expand(queries)
+    assert tail_start is not None
+    if view == EXACT_TAIL:
+        return tail_start.long().expand(queries)
+    length = int(key.length)
+    seen = [encoded_tokens(length - queries + i + 1, key.recent_tokens, key.block_tokens) for i in range(queries)]
+    return torch.tensor(seen, device=device).clamp_min(int(tail_start))
+
+
+class _Softmax:
+    """An online softmax: slots are absorbed block by block, in any order.
+
+    Args:
+        qf: float32 ``[batch, heads, rows, head_dim]``, scaled; a KV head's rows are its query heads' queries.
+        group: query heads of a KV head.
+        mask, softcap: of `attention`.
+        newest: the last slot that each query sees, ``[queries]``; None without a causal mask.
+    """
+
+    def __init__(self, qf: Tensor, group: int, mask: Tensor | None, newest: Tensor | None, softcap: float) -> None:
+        self.qf, self.group, self.queries = qf, group, qf.shape[2] // group
+        self.mask, self.newest, self.softcap = mask, newest, softcap
+        self.top = torch.full_like(qf[..., :1], -torch.inf)
+        self.mass = torch.zeros_like(self.top)
+        self.out = torch.zeros_like(qf)
+
+    def absorb_plain(self, k: Tensor, v: Tensor, slots: Tensor, allowed: Tensor) -> None:
+        """Add slots by their keys and values ``[batch, heads, t, head_dim]``."""
+        self.absorb(self.qf @ k.float().transpose(-1, -2), slots, allowed, lambda p: p @ v.float())
+
+    def absorb(self, scores: Tensor, slots: Tensor, allowed: Tensor, weigh: Callable[[Tensor], Tensor]) -> None:
+        """Add slots: scores ``[b, h, rows, t]``, slots ``[b or 1, t]``, allowed ``[b or 1, q, t]``; ``weigh`` gives the
+        sum of values by their probabilities."""
+        if self.softcap:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.unflatten(2, (self.group, self.queries))
+        if self.newest is not None:
+            allowed = allowed & (slots[:, None] <= self.newest[:, None])
+        if self.mask is not None:
+            extra = _mask_columns(self.mask, slots, self.qf.shape[1], self.group)
+            hidden = extra.dtype == torch.bool
+            scores = scores.masked_fill(~extra, -torch.inf) if hidden else scores + extra.float()
+        scores = scores.masked_fill(~allowed[:, None, None], -torch.inf).flatten(2, 3)
+        peak = torch.maximum(self.top, scores.amax(-1, keepdim=True))
+        safe = peak.masked_fill(peak == -torch.inf, 0)
+        p = torch.exp(scores - safe)
+        fade = torch.exp(self.top - safe)
+        self.mass = self.mass * fade + p.sum(-1, keepdim=True)
+        self.out = self.out * fade + weigh(p)
+        self.top = peak
+
+    def result(self, sink_logits: Tensor | None) -> Tensor:
+        """What was absorbed, by its probabilities; ``sink_logits [query heads]`` take some, and give nothing."""
+        mass, out = self.mass, self.out
+        if sink_logits is not None:
+            batch, heads = self.qf.shape[:2]
+            logits = sink_logits.float().view(1, heads, self.group, 1, 1)
+            logits = logits.expand(batch, -1, -1, self.queries, -1).flatten(2, 3)
+            peak = torch.maximum(self.top, logits)
+            fade = torch.exp(self.top - peak)
+            out, mass = out * fade, mass * fade + torch.exp(logits - peak)
+        return out / mass.masked_fill(mass == 0, 1)
+
+
+def _mask_columns(mask: Tensor, slots: Tensor, heads: int, group: int) -> Tensor:
+    """The mask at some slots, ``[b or 1, heads or 1, group or 1, q or 1, t]``."""
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    slots = slots.clamp(max=mask.shape[-1] - 1)
+    if slots.shape[0] == 1:
+        mask = mask[..., slots[0]]
+    else:
+        mask = mask.expand(slots.shape[0], -1, -1, -1)
+        mask = mask.gather(3, slots[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+    return mask.unflatten(1, (heads, group)) if mask.shape[1] > 1 else mask.unsqueeze(1)
+
+
+def table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> Tensor:
+    """``q . k`` by look-up: for each frame, a table of ``q . codeword`` for every code.
+
+    The query goes to the frame instead of the keys coming from it: with ``q' = R(-frame start) q``,
+    ``q . k = sum_m (inverse^T q')[slice m] . codeword_m + q . R(position) mean``.
+
+    Args:
+        qf: float32 ``[batch, heads, rows, head_dim]``, scaled. codes: ``[batch, heads, n, codes]``.
+        position: ``[batch, n]``.
+
+    Returns:
+        float32 ``[batch, heads, rows, n]``.
+    """
+    batch, heads, rows, _ = qf.shape
+    layout, n = codec.layout, codes.shape[2]
+    frame = position // codec.frame if codec.inv_freq.numel() else torch.zeros_like(position)
+    lowest = int(frame.min())
+    starts = torch.arange(lowest, int(frame.max()) + 1, device=qf.device) * codec.frame
+    turned = rotate(qf.unsqueeze(3), -starts, codec.inv_freq, codec.interleaved)
+    turned = turned.expand(-1, -1, -1, starts.numel(), -1)  # [b, h, rows, frames, d]
+    slices = torch.einsum("bhrfd,hde->bhrfe", turned, codec.inverse).unflatten(-1, (layout.groups, layout.width))
+
+    frame = (frame - lowest)[:, None, None]
+    scores = torch.zeros(batch, heads, rows, n, dtype=torch.float32, device=qf.device)
+    gains = codec.gains.numel()
+    for m in range(layout.codes):
+        table = torch.einsum("bhrfw,hcw->bhrfc", slices[..., m % layout.groups, :], codec.codebook[:, m].float())
+        index = frame * CODEWORDS + codes[:, :, None, :, m + bool(gains)].int()
+        scores += table.flatten(3).gather(3, index.long().expand(-1, -1, rows, -1))
+    if gains:
+        scores *= codec.gains[codes[..., 0].int()].unsqueeze(2)
+    return scores + qf @ mean_at(position, codec).transpose(-1, -2)
+
+
+def histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
+    """``p @ v`` by histogram: add each probability to the bin of each of its codes, then one product per table.
+
+    Only for codecs without frames, which value codecs are.
+
+    Args:
+        p: float32 ``[batch, heads, rows, n]``. codes: ``[batch, heads, n, codes]``.
+
+    Returns:
+        float32 ``[batch, heads, rows, head_dim]``.
+    """
+    batch, heads, rows, _ = p.shape
+    layout = codec.layout
+    gains = codec.gains.numel()
+    weight = p * codec.gains[codes[..., 0].int()].unsqueeze(2) if gains else p
+    y = torch.zeros(batch, heads, rows, layout.groups, layout.width, dtype=torch.float32, device=p.device)
+    for m in range(layout.codes):
+        index = codes[:, :, None, :, m + bool(gains)].long().expand(-1, -1, rows, -1)
+        bins = torch.zeros(batch, heads, rows, CODEWORDS, dtype=torch.float32, device=p.device).scatter_add_(
+            3, index, weight
+        )
+        y[..., m % layout.groups, :] += bins @ codec.codebook[:, m].float()
+    return y.flatten(-2) @ codec.inverse.transpose(1, 2) + p.sum(-1, keepdim=True) * codec.mean.unsqueeze(1)

@@ -1,0 +1,167 @@
+"""What a buffer holds: positions of its slots, appending, reading back; in plain PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from torchgsrq.codec import Codec
+from torchgsrq.config import encoded_tokens
+from torchgsrq.reference.coding import decode, encode
+
+DECODE_BLOCK = 512  # slots dequantized at a time
+
+
+def positions(start: Tensor, first: int, last: int) -> Tensor:
+    """Positions of slots ``[first, last)`` by a `GSRQTensor.start` that knows any number of slots, int64
+    ``[batch, last - first]``; slots beyond those count on."""
+    slots = torch.arange(first, last, device=start.device)
+    known = start.shape[1] - 2
+    if not known:
+        return slots - start[:, :1]
+    return start[:, 2 + slots.clamp(max=known - 1)] + (slots - (known - 1)).clamp(min=0)
+
+
+def fitted(start: Tensor, capacity: int) -> Tensor:
+    """A `GSRQTensor.start` that knows any number of slots, for a buffer of this many."""
+    if start.shape[1] == 2:
+        return start
+    return torch.cat((start[:, :2], positions(start, 0, capacity)), 1).to(start.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The parts of one `GSRQTensor`, and the codec they belong to (tensor.py documents them)."""
+
+    codes: Tensor
+    window: Tensor
+    start: Tensor
+    length: Tensor
+    encoded: Tensor
+    codec: Codec
+    sink_tokens: int
+    recent_tokens: int
+    block_tokens: int
+
+    @property
+    def ring(self) -> int:
+        """Slots of the window after the sinks."""
+        return self.window.shape[2] - self.sink_tokens
+
+    @property
+    def sink_start(self) -> Tensor:
+        """First slot that each row's sinks come from, ``[batch]``."""
+        return self.start[:, 1]
+
+    def sink_slots(self) -> Tensor:
+        """Slots of the sinks, ``[batch, sink_tokens]``."""
+        return self.sink_start[:, None] + torch.arange(self.sink_tokens, device=self.start.device)
+
+    def recent(self, first: int, last: int) -> Tensor:
+        """Window entries of slots ``[first, last)``, ``[batch, heads, last - first, head_dim]``."""
+        slots = torch.arange(first, last, device=self.window.device)
+        return self.window[:, :, self.sink_tokens + slots.remainder(self.ring)]
+
+    def position(self, first: int, last: int) -> Tensor:
+        """Positions of slots ``[first, last)`` in each row, ``[batch, last - first]``."""
+        return positions(self.start, first, last)
+
+
+def check_append(kv: Packed, x: Tensor, slots: Tensor, values: bool = True) -> None:
+    """Refuse what `append_` cannot write.
+
+    Args:
+        values: look at the values of ``slots`` and ``x`` too, which takes reading them back from a GPU.
+
+    Raises:
+        ValueError: wrong shape or dtype, slots that leave a hole, are not consecutive or pass the
+            capacity, or NaN/inf.
+    """
+    batch, heads, capacity, _ = kv.codes.shape
+    n = x.shape[2] if x.ndim == 4 else -1
+    if x.shape != (batch, heads, n, kv.codec.head_dim):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; this cache takes [{batch}, {heads}, n, {kv.codec.head_dim}] "
+            "(batch, KV heads, tokens, head_dim)"
+        )
+    if x.dtype != kv.window.dtype:
+        raise ValueError(f"x is {x.dtype}; this cache holds {kv.window.dtype}")
+    if slots.shape != (n,):
+        raise ValueError(f"slots has shape {tuple(slots.shape)}; expected [{n}], one slot per token")
+    if n == 0 or not values:
+        return
+    first, length = int(slots[0]), int(kv.length)
+    if not bool((slots == first + torch.arange(n, device=slots.device)).all()):
+        raise ValueError(f"slots={slots.tolist()[:8]} are not consecutive; a quantized cache is written in order")
+    if not 0 <= first <= length:
+        raise ValueError(f"slots start at {first}, but the cache holds {length} tokens: that would leave a hole")
+    if first + n > capacity:
+        raise ValueError(f"slots up to {first + n - 1} do not fit a capacity of {capacity} tokens")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x holds NaN or inf; nothing was written")
+
+
+def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
+    """Write vectors at consecutive slots, in place; the oldest blocks of the window become codes.
+
+    Writing below the length rewinds to that slot first, as a causal decoder does that reuses its
+    buffers: what lay from there on is dropped.
+
+    Args:
+        x: ``[batch, heads, n, head_dim]``, finite.
+        slots: integer ``[n]``, consecutive, the first at most the length, the last below the capacity.
+
+    Raises:
+        ValueError: see `check_append`; nothing is written then.
+    """
+    check_append(kv, x, slots)
+    heads, n = x.shape[1:3]
+    if n == 0 or x.shape[0] == 0:
+        return
+    first = int(slots[0])
+    was = min(int(kv.encoded), first)
+    now = max(was, encoded_tokens(first + n, kv.recent_tokens, kv.block_tokens))
+    if now > was:
+        due = torch.cat((kv.recent(was, min(first, now)), x[:, :, : max(0, now - first)]), 2)
+        kv.codes[:, :, was:now] = encode(due, kv.position(was, now), kv.codec)
+    kept = torch.arange(max(now, first), first + n, device=x.device)
+    kv.window[:, :, kv.sink_tokens + kept.remainder(kv.ring)] = x[:, :, kept - first]
+    if kv.sink_tokens:
+        source = kv.sink_slots() - first
+        inside = ((source >= 0) & (source < n))[:, None, :, None]
+        index = source.clamp(0, n - 1)[:, None, :, None].expand(-1, heads, -1, x.shape[-1])
+        sinks = kv.window[:, :, : kv.sink_tokens]
+        sinks.copy_(torch.where(inside, x.gather(2, index), sinks))
+    kv.length.fill_(first + n)
+    kv.encoded.fill_(now)
+
+
+def tail(kv: Packed, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """What is held in full precision just before ``x`` is appended, and ``x``.
+
+    Returns:
+        ``[batch, heads, ring + n, head_dim]``, of which entry i is slot ``slots[0] - ring + i``, and
+        an int32 scalar: the first slot of it that is valid.
+    """
+    first = slots[0].int() if slots.numel() else kv.length  # stays on its device
+    before = first - kv.ring + torch.arange(kv.ring, device=slots.device)
+    before = kv.window[:, :, kv.sink_tokens + before.remainder(kv.ring)]
+    return torch.cat((before, x.to(before.dtype)), 2), torch.minimum(kv.encoded, first)
+
+
+def dequantize(kv: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    """Everything held, ``[batch, heads, capacity, head_dim]``: codes decoded, sinks and window exact, zeros past
+    the length."""
+    batch, heads, capacity, _ = kv.codes.shape
+    length, encoded = int(kv.length), int(kv.encoded)
+    out = kv.window.new_zeros(batch, heads, capacity, kv.codec.head_dim, dtype=dtype or kv.window.dtype)
+    for first in range(0, encoded, DECODE_BLOCK):
+        last = min(first + DECODE_BLOCK, encoded)
+        out[:, :, first:last] = decode(kv.codes[:, :, first:last], kv.position(first, last), kv.codec, out.dtype)
+    out[:, :, encoded:length] = kv.recent(encoded, length)
+    for i, slots in enumerate(kv.sink_slots().T):
+        rows = (slots < length).nonzero().flatten()
+        out[rows, :, slots[rows]] = kv.window[rows, :, i].to(out.dtype)
+    return out
