@@ -66,16 +66,16 @@ struct Packed {
 struct Call {
   const Packed &key, &value;
   std::shared_ptr<Tables> key_tables, value_tables;
-  int64_t batch, heads, group, queries, rows, dim, padded, length, encoded;
+  int64_t batch, heads, group, queries, rows, dim, padded, length;
   Tensor q;         // float32 [batch, heads, rows, dim], scaled
   Tensor mask;      // bool or float32, strides expanded to [batch, query heads, queries, width]; undefined for none
   Tensor tails[2];  // full-precision keys and values of the newest slots, or undefined
   double softcap;
-  std::vector<int64_t> code_limit;   // per query: codes of lower slots take part
-  std::vector<int64_t> dense_first;  // per query: full-precision slots from here on take part
+  std::vector<int64_t> code_limit;   // per row of the batch and query: codes of lower slots take part
+  std::vector<int64_t> dense_first;  // the same: full-precision slots from here on take part
   std::vector<int64_t> last;         // per query: the causal limit
-  int64_t coded = 0;                 // the highest of these limits
-  int64_t dense_low = 0;             // first slot that is read in full precision
+  std::vector<int64_t> coded;        // per row of the batch: the highest of its limits
+  std::vector<int64_t> dense_low;    // per row of the batch: the first slot that is held in full precision
 
   int64_t query_of(int64_t row) const { return row % queries; }
 
@@ -320,7 +320,8 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
   std::fill_n(top, L, -kInf);
   std::fill_n(mass, L, 0.f);
   bool limited = c.mask.defined() || c.softcap > 0;
-  for (const int64_t limit : c.code_limit) limited |= limit < c.coded;
+  const int64_t* limits = c.code_limit.data() + b * c.queries;
+  for (int64_t i = 0; i < c.queries; ++i) limited |= limits[i] < c.coded[b];
 
   for (int64_t slot = first; slot < last;) {
     const int64_t position = row.position(slot);
@@ -345,7 +346,7 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
 
     if (limited)
       restrict_scores(c, b, h, 0, c.rows, nullptr, slot, n, scores, L, 1, [&](int64_t query, float* s) {
-        for (int64_t t = std::max<int64_t>(0, c.code_limit[query] - slot); t < n; ++t) s[t * L] = -kInf;
+        for (int64_t t = std::max<int64_t>(0, limits[query] - slot); t < n; ++t) s[t * L] = -kInf;
       });
     for (int64_t t = std::max(slot, sink); t < std::min(end, sink + c.key.sinks); ++t)
       std::fill_n(scores + (t - slot) * L, L, -kInf);
@@ -517,8 +518,9 @@ void attend_by_blocks(
     Part part) {
   Timer timer;
   const int64_t sink = c.key.row(b).sink();
+  const int64_t* limits = c.code_limit.data() + b * c.queries;
   int64_t widest = 0;
-  for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, c.code_limit[c.query_of(r)]);
+  for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, limits[c.query_of(r)]);
   last = std::min(last, widest);
   KeyDecoder decoder(c, b, h);
   Buffer keys, values(kBlock * c.padded), scores(rows * kBlock);
@@ -530,7 +532,7 @@ void attend_by_blocks(
     product(scores, kBlock, q, c.padded, 1, keys, kBlock, rows, kBlock, c.dim);
     timer.lap(kScores);
     restrict_scores(c, b, h, row0, rows, nullptr, slot, n, scores, 1, kBlock, [&](int64_t query, float* s) {
-      for (int64_t t = std::max<int64_t>(0, c.code_limit[query] - slot); t < n; ++t) s[t] = -kInf;
+      for (int64_t t = std::max<int64_t>(0, limits[query] - slot); t < n; ++t) s[t] = -kInf;
       for (int64_t t = std::max(slot, sink); t < std::min(slot + n, sink + c.key.sinks); ++t) s[t - slot] = -kInf;
     });
     timer.lap(kSoftmax);
@@ -546,6 +548,7 @@ void attend_dense(
     const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* q, Part part) {
   Timer timer;
   const int64_t sink = c.key.row(b).sink();
+  const int64_t* from_slot = c.dense_first.data() + b * c.queries;
   const Packed* kv[2] = {&c.key, &c.value};
   Buffer plain, keys, values, scores(rows * kBlock);
   for (Buffer* buffer : {&plain, &keys, &values}) buffer->fill(kBlock * c.padded);
@@ -576,17 +579,17 @@ void attend_dense(
       for (int64_t i = 0; i < n; ++i) {
         const int64_t slot = slots[i];
         const bool is_sink = slot >= sink && slot < sink + c.key.sinks;
-        if (slot > c.last[query] || is_sink != of_sinks || (!of_sinks && slot < c.dense_first[query])) s[i] = -kInf;
+        if (slot > c.last[query] || is_sink != of_sinks || (!of_sinks && slot < from_slot[query])) s[i] = -kInf;
       }
     });
     absorb(c, part, rows, scores, n, values);
   };
   int64_t lowest = c.length, highest = -1;
   for (int64_t r = row0; r < row0 + rows; ++r) {
-    lowest = std::min(lowest, c.dense_first[c.query_of(r)]);
+    lowest = std::min(lowest, from_slot[c.query_of(r)]);
     highest = std::max(highest, c.last[c.query_of(r)]);
   }
-  for (int64_t first = std::max(lowest, c.dense_low); first < std::min(c.length, highest + 1); first += kBlock) {
+  for (int64_t first = std::max(lowest, c.dense_low[b]); first < std::min(c.length, highest + 1); first += kBlock) {
     const int64_t n = std::min(kBlock, c.length - first);
     std::iota(slots, slots + n, first);
     block(n, false);
@@ -610,8 +613,9 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
   // The cut depends on sizes alone, never on the number of threads, so that results do not either: enough parts for a
   // few threads, but a part's histograms and first tables should serve many tokens.
   const int64_t wanted = ceil_div(kTasks, c.batch * c.heads * tiles);
-  const int64_t length = std::clamp(ceil_div(c.coded, wanted), kShortestSplit, kLongestSplit);
-  const int64_t splits = ceil_div(c.coded, length);
+  const int64_t coded = *std::max_element(c.coded.begin(), c.coded.end());
+  const int64_t length = std::clamp(ceil_div(coded, wanted), kShortestSplit, kLongestSplit);
+  const int64_t splits = ceil_div(coded, length);
   const int64_t parts = splits + 1, per_row = 2 + c.padded, total = c.batch * c.heads * c.rows;
   Buffer space(parts * total * per_row), canonical(total * c.padded), plain(total * c.padded);
   const float* q = c.q.const_data_ptr<float>();
@@ -635,7 +639,8 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
         attend_dense<T>(c, b, h, row0, rows, plain + at, part);
         continue;
       }
-      const int64_t first = index * length, last = std::min(c.coded, first + length);
+      const int64_t first = index * length, last = std::min(c.coded[b], first + length);
+      if (first >= last) continue;
       if (!by_tables) attend_by_blocks(c, b, h, row0, rows, first, last, canonical + at, part);
       else if (rows <= 4) attend_by_tables<4>(c, b, h, first, last, canonical + at, part);
       else if (rows <= 8) attend_by_tables<8>(c, b, h, first, last, canonical + at, part);
@@ -699,7 +704,7 @@ Tensor attention(
   c.rows = c.group * c.queries, c.dim = dim, c.length = length;
   if (c.batch * c.rows == 0) return result.to(q.scalar_type());
   c.key_tables = tables_of(key.codec), c.value_tables = tables_of(value.codec);
-  c.padded = c.key_tables->padded, c.softcap = softcap, c.encoded = *key.encoded.const_data_ptr<int32_t>();
+  c.padded = c.key_tables->padded, c.softcap = softcap;
   c.q = q.to(at::kFloat).mul(scale).contiguous();
   if (mask.has_value()) {
     TORCH_CHECK_VALUE(
@@ -710,17 +715,22 @@ Tensor attention(
   }
   const bool tailed = key_tail.has_value() && value_tail.has_value();
   if (tailed) c.tails[0] = key_tail->contiguous(), c.tails[1] = value_tail->contiguous();
-  const int64_t held_from = tail_start.has_value() ? *tail_start->const_data_ptr<int32_t>() : 0;
-  c.dense_low = tailed ? std::max<int64_t>(held_from, 0) : c.encoded;
-  for (int64_t i = 0; i < c.queries; ++i) {
-    const int64_t seen = length - c.queries + i;
-    int64_t boundary = c.encoded;
-    if (view == kExactTail) boundary = held_from;
-    if (view == kStreaming) boundary = std::max(encoded_tokens(seen + 1, key.recent, key.block), held_from);
-    c.last.push_back(causal == kNotCausal ? length - 1 : causal == kUpperLeft ? i : seen);
-    c.dense_first.push_back(boundary);
-    c.code_limit.push_back(std::max<int64_t>(0, std::min({boundary, c.encoded, c.last.back() + 1})));
-    c.coded = std::max(c.coded, c.code_limit.back());
+  for (int64_t i = 0; i < c.queries; ++i)
+    c.last.push_back(causal == kNotCausal ? length - 1 : causal == kUpperLeft ? i : length - c.queries + i);
+  for (int64_t b = 0; b < c.batch; ++b) {
+    const int64_t encoded = key.encoded.const_data_ptr<int32_t>()[b], begin = key.row(b).sink();
+    const int64_t held_from = tail_start.has_value() ? tail_start->const_data_ptr<int32_t>()[b] : 0;
+    c.dense_low.push_back(tailed ? std::max<int64_t>(held_from, 0) : encoded);
+    c.coded.push_back(0);
+    for (int64_t i = 0; i < c.queries; ++i) {
+      int64_t boundary = encoded;
+      if (view == kExactTail) boundary = held_from;
+      if (view == kStreaming)
+        boundary = std::max(coded_slots(begin, length - c.queries + i + 1, key.recent, key.block), held_from);
+      c.dense_first.push_back(boundary);
+      c.code_limit.push_back(std::max<int64_t>(0, std::min({boundary, encoded, c.last[i] + 1})));
+      c.coded.back() = std::max(c.coded.back(), c.code_limit.back());
+    }
   }
   dispatch(key.window.scalar_type(), "the window", [&](auto type) {
     run<std::remove_const_t<std::remove_pointer_t<decltype(type)>>>(c, sink_logits, result);

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchgsrq.codec import Codec
 from torchgsrq.reference import WINDOW, Packed
 
-from .common import Shape, codewords, encoded_tokens, floor_div, turn
+from .common import Shape, coded_slots, codewords, floor_div, turn
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -296,7 +296,7 @@ def split_kernel(
     row = r < GROUP * QUERIES
     head, query = h * GROUP + r // QUERIES, r % QUERIES
     base = b * q_b + head * q_h + query * q_q
-    length, encoded = tl.load(length_), tl.load(encoded_)
+    length, encoded = tl.load(length_), tl.load(encoded_ + b)
     origin, sink = tl.load(start + 2 * b), tl.load(start + 2 * b + 1)
     query_slot = query
     if CAUSAL == 2:
@@ -306,13 +306,13 @@ def split_kernel(
         low, last = encoded, encoded
         boundary = tl.zeros([BM], tl.int32) + encoded
     else:
-        low = tl.maximum(tl.load(tail_start_), 0)
+        low = tl.maximum(tl.load(tail_start_ + b), 0)
         if VIEW == 1:
             last = low
             boundary = tl.zeros([BM], tl.int32) + low
         else:
-            last = tl.maximum(encoded_tokens(length, RECENT, BLOCK), low)
-            boundary = tl.maximum(encoded_tokens(length - QUERIES + query + 1, RECENT, BLOCK), low)
+            last = tl.maximum(coded_slots(sink, length, RECENT, BLOCK), low)
+            boundary = tl.maximum(coded_slots(sink, length - QUERIES + query + 1, RECENT, BLOCK), low)
     coded = tl.minimum(last, encoded)
     first_sink = tl.where(SINKS > 0, sink, length)
     past_sink = sink + SINKS

@@ -55,9 +55,9 @@ def floor_div(a, b: tl.constexpr):
 
 
 @triton.jit
-def encoded_tokens(length, RECENT: tl.constexpr, BLOCK: tl.constexpr):
-    """`torchgsrq.config.encoded_tokens`."""
-    return tl.maximum(length - RECENT, 0) // BLOCK * BLOCK
+def coded_slots(first, length, RECENT: tl.constexpr, BLOCK: tl.constexpr):
+    """`torchgsrq.reference.coded_slots`."""
+    return tl.minimum(length, first + tl.maximum(length - first - RECENT, 0) // BLOCK * BLOCK)
 
 
 @triton.jit

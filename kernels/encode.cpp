@@ -438,34 +438,42 @@ void append(
   const int64_t batch = x_.size(0), heads = x_.size(1), n = x_.size(2), ring = window.size(2) - sinks;
   if (n == 0 || batch == 0) return;
   const Tensor x = x_.contiguous();
-  int32_t& held_codes = *encoded.mutable_data_ptr<int32_t>();
-  const int64_t was = std::min<int64_t>(held_codes, first), now = std::max(was, encoded_tokens(first + n, recent, block));
-  const auto t = now > was ? tables_of(c) : nullptr;
-  const int64_t stretches = std::max<int64_t>(1, ceil_div(now - was, kStretch));
+  // What is due to become codes, row by row: each by its own length.
+  struct Stretch { int64_t row, low, tokens; };
+  std::vector<Stretch> due;
+  std::vector<int64_t> coded(batch);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t was = std::min<int64_t>(encoded.const_data_ptr<int32_t>()[b], first);
+    coded[b] = std::max(was, coded_slots(RowStart(start, b).sink(), first + n, recent, block));
+    for (int64_t low = was; low < coded[b]; low += kStretch) due.push_back({b, low, std::min(kStretch, coded[b] - low)});
+  }
+  const auto t = due.empty() ? nullptr : tables_of(c);
   dispatch(x.scalar_type(), "x", [&](auto type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const T* data = x.const_data_ptr<T>();
     T* held = window.mutable_data_ptr<T>();
     const auto window_of = [&](int64_t bh) { return held + bh / heads * window.stride(0) + bh % heads * window.stride(1); };
-    if (now > was)
-      at::parallel_for(0, batch * heads * stretches, 1, [&](int64_t begin, int64_t end) {
+    if (!due.empty())
+      at::parallel_for(0, static_cast<int64_t>(due.size()) * heads, 1, [&](int64_t begin, int64_t end) {
         Search search(c, *t);
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t bh = task / stretches, low = was + task % stretches * kStretch, b = bh / heads, h = bh % heads;
+          const auto [b, low, tokens] = due[task / heads];
+          const int64_t h = task % heads, bh = b * heads + h;
           uint8_t* out = codes.mutable_data_ptr<uint8_t>() + b * codes.stride(0) + h * codes.stride(1) + low * c.bytes();
           // Tokens from before this call are in the window, the others are new.
           encode_rows(
-              c, *t, search, h, std::min(kStretch, now - low),
-              [&](int64_t i) {
+              c, *t, search, h, tokens,
+              [&, low = low](int64_t i) {
                 const int64_t slot = low + i;
                 return slot < first ? window_of(bh) + (sinks + slot % ring) * c.dim : data + (bh * n + slot - first) * c.dim;
               },
-              [&, row = RowStart(start, b)](int64_t i) { return row.position(low + i); }, out);
+              [&, low = low, row = RowStart(start, b)](int64_t i) { return row.position(low + i); }, out);
         }
       });
+    const int64_t kept = std::max(first, *std::min_element(coded.begin(), coded.end()));
     for (int64_t bh = 0; bh < batch * heads; ++bh) {
       T* rows = window_of(bh);
-      for (int64_t slot = std::max(now, first); slot < first + n; ++slot)
+      for (int64_t slot = kept; slot < first + n; ++slot)
         std::copy_n(data + (bh * n + slot - first) * c.dim, c.dim, rows + (sinks + slot % ring) * c.dim);
       for (int64_t i = 0; i < sinks; ++i) {
         const int64_t slot = RowStart(start, bh / heads).sink() + i;
@@ -475,7 +483,7 @@ void append(
     }
   });
   *length.mutable_data_ptr<int32_t>() = static_cast<int32_t>(first + n);
-  held_codes = static_cast<int32_t>(now);
+  std::copy(coded.begin(), coded.end(), encoded.mutable_data_ptr<int32_t>());
 }
 
 // To the keys and values of a layer, or to neither; each has codes, window, start, length, encoded.

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchgsrq.codec import Codec
 from torchgsrq.reference import Packed
 
-from .common import Shape, encoded_tokens, floor_div, turn
+from .common import Shape, coded_slots, floor_div, turn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TILE = 16  # vectors of a program: with their candidates, the rows of one product
@@ -53,8 +53,9 @@ def encode_kernel(
     first = 0
     if APPEND:
         first = tl.load(slots).to(tl.int32)
-        low = tl.minimum(tl.load(encoded_), first)
-        due = encoded_tokens(tl.minimum(first + tokens, CAPACITY), RECENT, BLOCK) - low
+        low = tl.minimum(tl.load(encoded_ + b), first)
+        last = tl.minimum(first + tokens, CAPACITY)
+        due = coded_slots(tl.load(start + 2 * b + 1), last, RECENT, BLOCK) - low
     else:
         due = tokens
     if tile * T < due:
@@ -226,11 +227,12 @@ def write_kernel(
             is_new = ((i < SINKS) & (at >= 0) & (at < tokens))[:, None] & (d < D)[None, :]
             sinks = tl.load(source + at[:, None].to(tl.int64) * x_t + d[None, :], mask=is_new, other=0)
             tl.store(target + i[:, None] * D + d[None, :], sinks, mask=is_new)
-        if bh == 0:
-            was = tl.minimum(tl.load(encoded), first)
+        if h == 0:
+            was = tl.minimum(tl.load(encoded + b), first)
             last = tl.minimum(first + tokens, CAPACITY)  # a write past the end was not checked for, and is dropped
-            tl.store(encoded, tl.maximum(was, encoded_tokens(last, RECENT, BLOCK)))
-            tl.store(length, last)
+            tl.store(encoded + b, tl.maximum(was, coded_slots(tl.load(start + 2 * b + 1), last, RECENT, BLOCK)))
+            if b == 0:
+                tl.store(length, last)
 
 
 def constants(codec: Codec) -> dict[str, Any]:

@@ -44,9 +44,14 @@ auto dispatch(at::ScalarType type, const char* name, F f) {
   }
 }
 
-// How many of `length` appended tokens are codes: config.py, encoded_tokens.
+// How many of a row's `length` appended tokens are codes: config.py, encoded_tokens.
 inline int64_t encoded_tokens(int64_t length, int64_t recent, int64_t block) {
   return length > recent ? (length - recent) / block * block : 0;
+}
+
+// Slots below which a row that begins at `first` is codes, of `length` held: reference/storage.py, coded_slots.
+inline int64_t coded_slots(int64_t first, int64_t length, int64_t recent, int64_t block) {
+  return std::min(length, first + encoded_tokens(length - first, recent, block));
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

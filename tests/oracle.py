@@ -82,7 +82,7 @@ class OracleLayer(_Rows, DynamicLayer):
     def __init__(self, cache: Oracle, codecs: Any, config: GSRQConfig) -> None:
         super().__init__()
         self.cache, self.codecs, self.config = cache, codecs, config
-        self.coded = 0
+        self.coded: Tensor | None = None  # [rows], slots that are shown decoded
         self.shown: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -91,30 +91,34 @@ class OracleLayer(_Rows, DynamicLayer):
         new = [key_states, value_states]
         self.shown = [torch.cat((a, b), 2) for a, b in zip(self.shown, new, strict=True)] if self.shown else new
         before = [t.clone() for t in self.shown]
-        blocks = (first + n - c.recent_tokens) // c.block_tokens
-        was, self.coded = self.coded, max(self.coded, blocks * c.block_tokens)
-        slots = slice(was, self.coded)
         real = self.cache.real.int()
-        start = torch.where(real.any(1), real.argmax(1), first + n)[:, None]
-        sink = (torch.arange(was, self.coded) >= start) & (torch.arange(was, self.coded) < start + c.sink_tokens)
+        start = torch.where(real.any(1), real.argmax(1), first + n)
+        blocks = (first + n - start - c.recent_tokens).clamp(min=0) // c.block_tokens  # of each row's own tokens
+        was = torch.zeros_like(start) if self.coded is None else self.coded
+        self.coded = was.maximum((start + blocks * c.block_tokens).clamp(max=first + n))
+        slots = slice(int(was.min()), int(self.coded.max()))
+        at, start = torch.arange(first + n)[slots], start[:, None]
+        coded = (at >= was[:, None]) & (at < self.coded[:, None])
+        coded &= (at < start) | (at >= start + c.sink_tokens)
         position = self.cache.positions[:, slots]
         shown = []
         for t, codec in zip(self.shown, self.codecs, strict=True):
             exact = t[:, :, slots]
             decoded = reference.decode(reference.encode(exact, position, codec), position, codec, exact.dtype)
             t = t.clone()
-            t[:, :, slots] = torch.where(sink[:, None, :, None], exact, decoded)
+            t[:, :, slots] = torch.where(coded[:, None, :, None], decoded, exact)
             shown.append(t)
         self.shown = shown
         return tuple(before if n > 1 else shown)  # what became codes by this very prompt was exact to it
 
     def _each(self, choose: Any) -> None:
         self.shown = [choose(t) for t in self.shown]
+        self.coded = None if self.coded is None else choose(self.coded)
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        self._each(lambda t: t[:, :, : self.get_seq_length()])
-        self.coded = min(self.coded, self.get_seq_length())
+        self.shown = [t[:, :, : self.get_seq_length()] for t in self.shown]
+        self.coded = self.coded.clamp(max=self.get_seq_length())
 
 
 class OracleHybridLayer(LinearAttentionLayer, OracleLayer):

@@ -85,7 +85,7 @@ def test_compiled_equals_eager(backend, repeat):
     got, key_2, value_2 = generate(torch.compile(model, fullgraph=True, backend=counter, dynamic=False))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for a, b in ((key, key_2), (value, value_2)):
-        assert int(b.length) == 59 and int(b.encoded) == 48
+        assert int(b.length) == 59 and int(b.encoded.max()) == 48
         assert torch.equal(a.codes, b.codes)
         torch.testing.assert_close(a.window, b.window)
     assert counter.frame_count == 2, "one graph for the prompt and one for every length after it"

@@ -248,7 +248,7 @@ def test_append(chunks, rewind, pad, dtype):
         at += n
     for name in ("window", "length", "encoded"):
         assert torch.equal(getattr(pairs[0], name), getattr(pairs[1], name)), name
-    done = int(pairs[0].encoded)
+    done = int(pairs[0].encoded.max())
     same = (pairs[0].codes[:, :, :done] == pairs[1].codes[:, :, :done]).all(-1)
     assert same.float().mean() > 0.95 if done else True
 

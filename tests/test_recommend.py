@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,3 +64,11 @@ def test_the_command_reads_the_config_alone(tmp_path):
     said = json.loads(run.output)
     assert len(said["settings"]) == 6 and said["bf16"] > said["chosen"]["cache"]
     assert CliRunner().invoke(app, ["recommend", "--model", str(tmp_path / "no")]).exit_code == 2
+
+
+def test_the_page_holds_the_table():
+    page = (Path(__file__).parent.parent / "docs" / "choosing.md").read_text()
+    run = CliRunner().invoke(app, ["recommend", "--table"])
+    _, _, shown = page.partition("<!-- torchgsrq recommend --table -->\n\n")
+    assert run.exit_code == 0 and shown.partition("\n<!-- end of the table -->")[0] == run.output
+    assert CliRunner().invoke(app, ["recommend"]).exit_code == 2

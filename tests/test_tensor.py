@@ -26,7 +26,9 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 def live(buffer: GSRQTensor) -> list[torch.Tensor]:
     """What a buffer means: codes of encoded slots, decoded contents, counters. Dead ring slots do not count."""
-    return [buffer.codes[:, :, : int(buffer.encoded)], buffer.dequantize(), buffer.start, buffer.length, buffer.encoded]
+    coded = torch.arange(buffer.shape[2]) < buffer.encoded[:, None]
+    codes = buffer.codes * coded[:, None, :, None]
+    return [codes, buffer.dequantize(), buffer.start, buffer.length, buffer.encoded]
 
 
 @given(
@@ -47,7 +49,34 @@ def test_any_chunking_gives_the_same_bytes(cuts, recent, block, sinks, pad):
     for a, b in itertools.pairwise(edges):
         parts_.index_copy_(2, torch.arange(a, b), x[:, :, a:b])
     assert same(live(whole), live(parts_))
-    assert int(whole.encoded) == encoded_tokens(80, recent, block)
+    assert whole.encoded.tolist() == [encoded_tokens(80, recent, block), pad + encoded_tokens(80 - pad, recent, block)]
+
+
+@given(
+    length=st.integers(1, 100),
+    pads=st.lists(st.integers(0, 110), min_size=2, max_size=4),
+    cut=st.integers(0, 100),
+    recent=st.sampled_from([0, 1, 8, 30]),
+    block=st.sampled_from([1, 4, 32]),
+    sinks=st.sampled_from([0, 4]),
+)
+def test_a_padded_row_is_that_row_alone(length, pads, cut, recent, block, sinks):
+    """Bit for bit: which tokens are exact, the codes of the others, and what they decode to."""
+    config = GSRQConfig(sink_tokens=sinks, recent_tokens=recent, block_tokens=block)
+    x = torch.randn(len(pads), 2, length, 16, generator=torch.Generator().manual_seed(0))
+    batch, _, _, _ = make_pair(len(pads), 2, 16, 100, start=torch.tensor(pads), config=config)
+    cut = min(cut, length)
+    batch.index_copy_(2, torch.arange(cut), x[:, :, :cut])
+    batch.index_copy_(2, torch.arange(cut, length), x[:, :, cut:])
+    got = batch.dequantize()
+    for row, pad in enumerate(pads):
+        own = max(0, length - pad)
+        alone, _, _, _ = make_pair(1, 2, 16, 100, config=config)
+        alone.index_copy_(2, torch.arange(own), x[row : row + 1, :, length - own :])
+        coded = int(alone.encoded)
+        assert int(batch.encoded[row]) == min(length, pad + coded)
+        assert torch.equal(batch.codes[row, :, pad : pad + coded], alone.codes[0, :, :coded])
+        assert torch.equal(got[row, :, length - own : length], alone.dequantize()[0, :, :own])
 
 
 @given(length=st.integers(0, 90), pad=st.integers(0, 12), recent=st.sampled_from([0, 8]), sinks=st.sampled_from([0, 3]))
@@ -56,15 +85,15 @@ def test_sinks_and_window_are_exact(length, pad, recent, sinks):
     pads = torch.tensor([0, pad])
     key, _, x, _ = make_pair(2, 2, 16, 96, length=length, start=pads, config=config)
     got = key.dequantize()
-    encoded = int(key.encoded)
-    assert torch.equal(got[:, :, encoded:length], x[:, :, encoded:])
     assert not got[:, :, length:].any()
     for row, first in enumerate(pads.tolist()):
+        encoded = int(key.encoded[row])
+        assert torch.equal(got[row, :, encoded:length], x[row, :, encoded:])
         last = min(first + sinks, length)
         assert torch.equal(got[row, :, first:last], x[row, :, first:last])
-    inside = slice(sinks, encoded)
-    if encoded > sinks:
-        assert not torch.equal(got[0, :, inside], x[0, :, inside])
+        inside = slice(first + sinks, encoded)
+        if encoded > first + sinks:
+            assert not torch.equal(got[row, :, inside], x[row, :, inside])
 
 
 @given(
@@ -93,12 +122,12 @@ def test_appending_after_a_crop(length, crop, more):
     crop = min(crop, length)
     key, _, _, _ = make_pair(1, 2, 16, 96, length=length)
     key.crop_(crop)
-    was, coded = key.dequantize(), int(key.encoded)
+    was, coded = key.dequantize(), int(key.encoded.max())
     x = torch.randn(1, 2, more, 16)
     key.index_copy_(2, torch.arange(crop, crop + more), x)
     got = key.dequantize()
     assert torch.equal(got[:, :, :coded], was[:, :, :coded])
-    encoded = int(key.encoded)
+    encoded = int(key.encoded.max())
     assert encoded == max(coded, encoded_tokens(crop + more, 8, 4))
     fresh = max(crop, encoded)
     assert torch.equal(got[:, :, fresh : crop + more], x[:, :, fresh - crop :])

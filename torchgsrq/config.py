@@ -167,7 +167,7 @@ class GSRQConfig:
 
 
 def encoded_tokens(length: int, recent_tokens: int, block_tokens: int) -> int:
-    """How many of ``length`` appended tokens have been turned into codes.
+    """How many of a row's ``length`` appended tokens have been turned into codes.
 
     A pure function of the length, so that appending in any chunking gives the same codes: whole
     blocks leave the window, which so holds ``recent_tokens`` to ``recent_tokens + block_tokens - 1``.

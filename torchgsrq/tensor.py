@@ -35,7 +35,8 @@ class GSRQTensor(Tensor):
         start: int32 ``[batch, 2]``: the slot of each row's position 0 (negative where positions begin above 0),
             and the slot of its first real token (its left padding). ``[batch, 2 + capacity]`` where positions do not
             count up with the slots (padding in the middle, images): then also the position of every slot.
-        length, encoded: int32 ``[]``, tokens held, and tokens already turned into codes.
+        length: int32 ``[]``, slots held.
+        encoded: int32 ``[batch]``, the slots of each row, from the first on, that were turned into codes.
         mean_vector, transform, inverse, codebook, inv_freq, gains: the codec's tables (codec.py), shared.
 
     Non-Tensor Attributes:
@@ -118,7 +119,7 @@ class GSRQTensor(Tensor):
             torch.zeros(batch, kv_heads, config.sink_tokens + ring, head_dim, dtype=dtype, device=device),
             torch.zeros(batch, 2, dtype=torch.int32, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
-            torch.zeros((), dtype=torch.int32, device=device),
+            torch.zeros(batch, dtype=torch.int32, device=device),
             *codec.tensors,
         ]
         if start is not None:
@@ -237,8 +238,8 @@ class GSRQTensor(Tensor):
         """The rows of the batch at ``rows`` (indices, or a bool mask), any of them, in any order; a copy."""
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         codes, window, start, length, encoded, *tables = self.parts
-        picked = [t.index_select(0, rows.to(t.device)) for t in (codes, window, start)]
-        return _like(self, [*picked, length.clone(), encoded.clone(), *tables])
+        *picked, coded = (t.index_select(0, rows.to(t.device)) for t in (codes, window, start, encoded))
+        return _like(self, [*picked, length.clone(), coded, *tables])
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -368,8 +369,8 @@ def _slice(kv: GSRQTensor, dim: int = 0, start: int | None = None, end: int | No
     codes, window, begin, length, encoded, *tables = kv.parts
     dim = dim % kv.ndim
     if dim == 0 and step == 1:
-        parts = [t[first:last] for t in (codes, window, begin)]
-        return _like(kv, [*parts, length, encoded, *tables], read_only=True)
+        *parts, coded = (t[first:last] for t in (codes, window, begin, encoded))
+        return _like(kv, [*parts, length, coded, *tables], read_only=True)
     if dim == kv.ndim - 2 and first == 0 and step == 1:
         parts = [codes[:, :, :last], window, begin, length.clamp(max=last), encoded.clamp(max=last)]
         return _like(kv, [*parts, *tables], read_only=True)

@@ -189,7 +189,8 @@ class GSRQCache(Cache):
                 by_part = buffer.nbytes_by_part()
                 batch, heads, capacity, _ = buffer.shape
                 parts["codes"] += by_part["codes"]
-                parts["unused"] += by_part["codes"] - by_part["codes"] * int(buffer.encoded) // max(capacity, 1)
+                used = int(buffer.encoded.sum())
+                parts["unused"] += by_part["codes"] - by_part["codes"] * used // max(batch * capacity, 1)
                 sinks = by_part["window"] * layer.config.sink_tokens // buffer.window.shape[2]
                 parts["sinks"] += sinks
                 parts["window"] += by_part["window"] - sinks

@@ -324,7 +324,7 @@ class GSRQLayer(CacheLayerMixin):
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that this layer owns, by name, without slots that no token has used."""
-        held, coded = int(self.keys.length), int(self.keys.encoded)
+        held, coded = int(self.keys.length), int(self.keys.encoded.max()) if self.batch_size else 0
         used = {"codes": lambda t: t[:, :, :coded], "start": lambda t: t[:, : 2 + held]}
         frequencies = {} if self.rotary is None else {"keys.inv_freq": self.keys.inv_freq}
         return frequencies | {
@@ -347,12 +347,15 @@ class GSRQLayer(CacheLayerMixin):
                 return f"has no {', '.join(sorted(want - set(state)))}"
             codes, window, start, held, encoded = (state[f"{name}.{part}"] for part in PARTS)
             slots = c.sink_tokens + c.recent_tokens + c.block_tokens
-            if held.shape != () or encoded.shape != () or held.dtype != torch.int32 or encoded.dtype != torch.int32:
-                return f"has a {name}.length or {name}.encoded that is no int32 number"
-            coded = int(encoded)
-            if int(held) != length or not 0 <= coded <= length or length - coded > c.recent_tokens + c.block_tokens:
+            if held.shape != () or held.dtype != torch.int32:
+                return f"has a {name}.length that is no int32 number"
+            if encoded.shape != (rows,) or encoded.dtype != torch.int32:
+                return f"has a {name}.encoded of {encoded.dtype} {list(encoded.shape)}"
+            least, coded = (int(encoded.min()), int(encoded.max())) if rows else (length, 0)
+            if int(held) != length or least < 0 or coded > length or length - least > c.recent_tokens + c.block_tokens:
                 return (
-                    f"holds {int(held)} tokens in its {name}, {coded} of them in codes, where {length} are said to be"
+                    f"holds {int(held)} tokens in its {name}, {least} to {coded} of them in codes, where {length} are "
+                    "said to be"
                 )
             if codes.dtype != torch.uint8 or codes.shape != (rows, codec.heads, coded, codec.num_codes):
                 return f"has {name}.codes of {codes.dtype} {list(codes.shape)}"
@@ -360,7 +363,7 @@ class GSRQLayer(CacheLayerMixin):
                 return f"has a {name}.window of {window.dtype} {list(window.shape)}"
             if start.dtype != torch.int32 or start.shape not in ((rows, 2), (rows, 2 + length)):
                 return f"has a {name}.start of {start.dtype} {list(start.shape)}"
-        if int(state["keys.encoded"]) != int(state["values.encoded"]):
+        if not torch.equal(state["keys.encoded"], state["values.encoded"]):
             return "has other numbers of keys and of values in codes"
         return None
 

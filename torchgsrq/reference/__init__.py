@@ -12,7 +12,7 @@ from torchgsrq.reference.attention import (
     table_scores,
 )
 from torchgsrq.reference.coding import beam_search, codeword_sum, decode, encode, mean_at, search, to_metric
-from torchgsrq.reference.storage import Packed, append_, check_append, dequantize, fitted, positions, tail
+from torchgsrq.reference.storage import Packed, append_, check_append, coded_slots, dequantize, fitted, positions, tail
 
 __all__ = [
     "EXACT_TAIL",
@@ -26,6 +26,7 @@ __all__ = [
     "attention",
     "beam_search",
     "check_append",
+    "coded_slots",
     "codeword_sum",
     "decode",
     "dequantize",

@@ -10,9 +10,8 @@ from torch import Tensor
 from torchgsrq.codec import Codec
 from torchgsrq.codec.layout import CODEWORDS
 from torchgsrq.codec.rope import rotate
-from torchgsrq.config import encoded_tokens
 from torchgsrq.reference.coding import decode, mean_at
-from torchgsrq.reference.storage import DECODE_BLOCK, Packed
+from torchgsrq.reference.storage import DECODE_BLOCK, Packed, coded_slots
 
 _TABLE_BLOCK = 4096  # slots scored by look-up at a time
 _TABLE_ROWS = 16  # up to this many query rows per KV head, look-up tables are cheaper than decoding
@@ -54,7 +53,7 @@ def attention(
         softcap: ``cap * tanh(score / cap)`` before the mask; 0 is off.
         sink_logits: ``[query heads]``, a logit per head that takes probability and gives nothing.
         tails: full-precision keys and values of the newest slots, from `tail`, for the views below.
-        tail_start: first valid slot of ``tails``.
+        tail_start: first valid slot of ``tails``, ``[batch]``.
         view: ``WINDOW``, ``EXACT_TAIL`` or ``STREAMING``; the queries are then the newest tokens.
         form: ``"tables"`` or ``"decode"`` forces how codes are read; the result is the same.
 
@@ -79,12 +78,12 @@ def attention(
     def not_a_sink(slots: Tensor) -> Tensor:
         return (slots < first_sink) | (slots >= past_sink)
 
-    coded = min(int(boundary.max()) if queries else 0, int(key.encoded))
+    coded = min(int(boundary.max()), int(key.encoded.max())) if boundary.numel() else 0
     step = _TABLE_BLOCK if form == "tables" else DECODE_BLOCK
     for first in range(0, coded, step):
         last = min(first + step, coded)
         slots = torch.arange(first, last, device=q.device)[None]
-        allowed = (slots[:, None] < boundary[:, None]) & not_a_sink(slots)[:, None]
+        allowed = (slots[:, None] < boundary[..., None]) & not_a_sink(slots)[:, None]
         k_codes, v_codes = key.codes[:, :, first:last], value.codes[:, :, first:last]
         k_position, v_position = key.position(first, last), value.position(first, last)
         if form == "tables":
@@ -94,16 +93,16 @@ def attention(
             k, v = decode(k_codes, k_position, key.codec), decode(v_codes, v_position, value.codec)
             seen.absorb_plain(k, v, slots, allowed)
 
-    low = int(key.encoded)
+    exact_from = key.encoded if tails is None else tail_start
+    assert exact_from is not None
+    low = max(int(exact_from.min()), 0) if batch else length
     k, v = key.recent(low, length), value.recent(low, length)
     if tails is not None:
-        assert tail_start is not None
-        low = max(int(tail_start), 0)
         k, v = (t[:, :, t.shape[2] - (length - low) :] for t in tails)
     for first in range(0, k.shape[2], DECODE_BLOCK):
         some = slice(first, first + DECODE_BLOCK)
         slots = torch.arange(low, length, device=q.device)[None, some]
-        allowed = (slots[:, None] >= boundary[:, None]) & not_a_sink(slots)[:, None]
+        allowed = (slots[:, None] >= boundary[..., None]) & not_a_sink(slots)[:, None]
         seen.absorb_plain(k[:, :, some], v[:, :, some], slots, allowed)
 
     if key.sink_tokens:
@@ -113,16 +112,16 @@ def attention(
 
 
 def _boundary(key: Packed, queries: int, tail_start: Tensor | None, view: int) -> Tensor:
-    """The first slot that each query reads in full precision, ``[queries]``."""
-    device = key.codes.device
+    """The first slot that each query reads in full precision, ``[batch, queries]``."""
     if view == WINDOW:
-        return key.encoded.long().expand(queries)
+        return key.encoded.long()[:, None].expand(-1, queries)
     assert tail_start is not None
-    if view == EXACT_TAIL:
-        return tail_start.long().expand(queries)
-    length = int(key.length)
-    seen = [encoded_tokens(length - queries + i + 1, key.recent_tokens, key.block_tokens) for i in range(queries)]
-    return torch.tensor(seen, device=device).clamp_min(int(tail_start))
+    held = tail_start.long()[:, None]
+    if view == EXACT_TAIL or not queries:
+        return held.expand(-1, queries)
+    length, sizes = int(key.length), (key.recent_tokens, key.block_tokens)
+    seen = [coded_slots(key.sink_start.long(), length - queries + i + 1, *sizes) for i in range(queries)]
+    return torch.maximum(torch.stack(seen, 1), held)
 
 
 class _Softmax:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from torchgsrq.codec import Codec
-from torchgsrq.config import encoded_tokens
 from torchgsrq.reference.coding import decode, encode
 
 DECODE_BLOCK = 512  # slots dequantized at a time
@@ -29,6 +28,17 @@ def fitted(start: Tensor, capacity: int) -> Tensor:
     if start.shape[1] == 2:
         return start
     return torch.cat((start[:, :2], positions(start, 0, capacity)), 1).to(start.dtype)
+
+
+def coded_slots(first: Tensor, length: int, recent_tokens: int, block_tokens: int) -> Tensor:
+    """The slots below which rows are codes while ``length`` slots were only appended to: `config.encoded_tokens` of a
+    row's own tokens, so that a padded row is as it would be alone. The padding before them counts as coded.
+
+    Args:
+        first: integer ``[batch]``, the slot of each row's first token.
+    """
+    own = (length - first - recent_tokens).clamp(min=0) // block_tokens * block_tokens
+    return (first + own).clamp(max=length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,12 +131,16 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
     if n == 0 or x.shape[0] == 0:
         return
     first = int(slots[0])
-    was = min(int(kv.encoded), first)
-    now = max(was, encoded_tokens(first + n, kv.recent_tokens, kv.block_tokens))
-    if now > was:
-        due = torch.cat((kv.recent(was, min(first, now)), x[:, :, : max(0, now - first)]), 2)
-        kv.codes[:, :, was:now] = encode(due, kv.position(was, now), kv.codec)
-    kept = torch.arange(max(now, first), first + n, device=x.device)
+    was = kv.encoded.clamp(max=first)
+    now = torch.maximum(was, coded_slots(kv.sink_start, first + n, kv.recent_tokens, kv.block_tokens))
+    low, high = int(was.min()), int(now.max())
+    if bool((now > was).any()):
+        due = torch.cat((kv.recent(low, min(first, high)), x[:, :, : max(0, high - first)]), 2)
+        at = torch.arange(low, high, device=x.device)
+        is_due = ((at >= was[:, None]) & (at < now[:, None]))[:, None, :, None]
+        codes = encode(due, kv.position(low, high), kv.codec)
+        kv.codes[:, :, low:high] = torch.where(is_due, codes, kv.codes[:, :, low:high])
+    kept = torch.arange(max(int(now.min()), first), first + n, device=x.device)
     kv.window[:, :, kv.sink_tokens + kept.remainder(kv.ring)] = x[:, :, kept - first]
     if kv.sink_tokens:
         source = kv.sink_slots() - first
@@ -135,7 +149,7 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
         sinks = kv.window[:, :, : kv.sink_tokens]
         sinks.copy_(torch.where(inside, x.gather(2, index), sinks))
     kv.length.fill_(first + n)
-    kv.encoded.fill_(now)
+    kv.encoded.copy_(now)
 
 
 def tail(kv: Packed, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,7 +157,7 @@ def tail(kv: Packed, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``[batch, heads, ring + n, head_dim]``, of which entry i is slot ``slots[0] - ring + i``, and
-        an int32 scalar: the first slot of it that is valid.
+        int32 ``[batch]``: the first slot of it that is valid in each row.
     """
     first = slots[0].int() if slots.numel() else kv.length  # stays on its device
     before = first - kv.ring + torch.arange(kv.ring, device=slots.device)
@@ -155,12 +169,14 @@ def dequantize(kv: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """Everything held, ``[batch, heads, capacity, head_dim]``: codes decoded, sinks and window exact, zeros past
     the length."""
     batch, heads, capacity, _ = kv.codes.shape
-    length, encoded = int(kv.length), int(kv.encoded)
+    length = int(kv.length)
+    low, coded = (int(kv.encoded.min()), int(kv.encoded.max())) if batch else (length, 0)
     out = kv.window.new_zeros(batch, heads, capacity, kv.codec.head_dim, dtype=dtype or kv.window.dtype)
-    for first in range(0, encoded, DECODE_BLOCK):
-        last = min(first + DECODE_BLOCK, encoded)
+    for first in range(0, coded, DECODE_BLOCK):
+        last = min(first + DECODE_BLOCK, coded)
         out[:, :, first:last] = decode(kv.codes[:, :, first:last], kv.position(first, last), kv.codec, out.dtype)
-    out[:, :, encoded:length] = kv.recent(encoded, length)
+    exact = torch.arange(low, length, device=out.device) >= kv.encoded[:, None]
+    out[:, :, low:length] = torch.where(exact[:, None, :, None], kv.recent(low, length), out[:, :, low:length])
     for i, slots in enumerate(kv.sink_slots().T):
         rows = (slots < length).nonzero().flatten()
         out[rows, :, slots[rows]] = kv.window[rows, :, i].to(out.dtype)
