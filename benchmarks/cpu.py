@@ -175,7 +175,7 @@ class Bench:
         for layer in cache.quantized_layers:
             x = torch.zeros(1, heads, 1, dim)
             layer.lazy_initialization(x, x)
-            layer._reserve(length + 64)
+            layer.reserve(length + 64)
             for buffer in (layer.keys, layer.values):
                 fill(buffer, length, config)
             layer.cumulative_length, layer.is_empty = length, False

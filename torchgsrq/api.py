@@ -67,7 +67,9 @@ class _State:
         """An empty cache for a model that shares this state, or for one of its parts."""
         rotaries = models.rotaries(model, self.layers)
         about = models.text_config(model)
-        return GSRQCache(self.codebooks, config or self.config, about, max_cache_len, template, rotaries, self.decodes)
+        cache = GSRQCache(self.codebooks, config or self.config, about, max_cache_len, template, rotaries, self.decodes)
+        cache.unmovable = models.unmovable(self.layers)
+        return cache
 
 
 def _state_of(model: nn.Module) -> _State | None:

@@ -23,6 +23,7 @@ from torchgsrq.cache import files, kept
 from torchgsrq.cache.hybrid import GSRQHybridLayer
 from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.cache.memory import MemoryReport
+from torchgsrq.cache.splice import splice
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import Rotary
@@ -72,6 +73,7 @@ class GSRQCache(Cache):
         self.model_dtype: torch.dtype | None = None  # what `load` converts to, where it is known
         self.model_device: torch.device | None = None
         self.rows_are_placed = False
+        self.unmovable = ""  # why `splice` cannot be, if it cannot
 
     def __iter__(self) -> Any:
         raise TypeError(
@@ -219,6 +221,24 @@ class GSRQCache(Cache):
         """
         name = os.fspath(path)
         files.unpack(self, *files.read(name, name), name)
+
+    def splice(self, piece: GSRQCache) -> None:
+        """Put a text that was read elsewhere behind what this cache holds, without decoding it: from a library of
+        documents, each read once.
+
+        Keys are coded relative to their frame, so the piece is moved by whole frames, to the positions nearest
+        before those that would follow: its first position is up to a frame less than the number of tokens here
+        (none if the piece was read from position ``len(here) % frame`` on), and later tokens count on as if it had
+        followed. Its tokens saw nothing of what is before them here, as they were read alone.
+
+        Args:
+            piece: a cache of the same model, codebooks and window, of one row or as many as here. It is left as it is.
+
+        Raises:
+            ValueError: other codebooks or windows, rows or RoPE frequencies; a fixed capacity that is too small; a
+                model whose positions are not RoPE, or with layers that stay in full precision. Nothing is changed then.
+        """
+        splice(self, piece)
 
     def dumps(self) -> bytes:
         """What `save` writes, to send to another process: prefill here, decode there."""

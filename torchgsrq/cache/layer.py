@@ -132,8 +132,8 @@ class GSRQLayer(CacheLayerMixin):
         key_states, value_states = key_states.detach().to(self.dtype), value_states.detach().to(self.dtype)
         tokens = key_states.shape[2]
         slots = self._next_slots(tokens, key_states.device)
-        if self.max_cache_len is None:
-            self._reserve(self.cumulative_length + tokens)
+        if self.max_cache_len is None:  # else the length is a tensor
+            self.reserve(self.cumulative_length + tokens)
         if tokens > 1 and not torch.compiler.is_compiling():  # before `kv_tail` reads them
             self._check(key_states, value_states, slots)
         exact = self.config.prefill == "exact"
@@ -242,7 +242,10 @@ class GSRQLayer(CacheLayerMixin):
             self._hold(self.keys.held_on(self.device), self.values.held_on(self.device))
 
     @_owned
-    def _reserve(self, tokens: int) -> None:
+    def reserve(self, tokens: int) -> None:
+        """Room for this many tokens, in a growing layer."""
+        if self.max_cache_len is not None:
+            return
         capacity = self.keys.shape[2]
         if tokens > capacity:
             capacity = _round_up(max(tokens, capacity + capacity // 8))
@@ -250,6 +253,11 @@ class GSRQLayer(CacheLayerMixin):
             if self.row_start is not None and keys.start.shape[1] > 2:  # it may know slots beyond the old capacity
                 keys = keys.placed(reference.fitted(self.row_start, capacity))
             self._hold(keys, self.values.grown(capacity))
+
+    def take_length(self, length: int) -> None:
+        """Hold this many tokens, which the buffers were given by other means than `update`."""
+        self._set_length(length)
+        self.is_empty = length == 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Width and offset of the mask of the next step."""

@@ -33,7 +33,7 @@ from torchgsrq.models.parts import (
     text_config,
     unwrap,
 )
-from torchgsrq.models.rotary import NO_ROPE, UNKNOWN_ROPE, Rotary, difference, rotaries
+from torchgsrq.models.rotary import NO_ROPE, UNKNOWN_ROPE, Rotary, difference, rotaries, unmovable
 
 __all__ = [
     "NO_ROPE",
@@ -70,5 +70,6 @@ __all__ = [
     "speaker",
     "takes_cache",
     "text_config",
+    "unmovable",
     "unwrap",
 ]

@@ -88,6 +88,14 @@ def check_followed(
             )
 
 
+def unmovable(layers: list[LayerInfo]) -> str:
+    """Why what was read at some positions cannot be moved to others, if it cannot."""
+    kinds = {one.rope for info in layers for one in (info, info.value) if one}
+    if UNKNOWN_ROPE in kinds:
+        return "the model's RoPE was not recognised"
+    return "the model's positions are not RoPE" if kinds == {NO_ROPE} else ""
+
+
 class Rotary:
     """Where layers' present RoPE frequencies are, for models that recompute them in the forward.
 

@@ -1,0 +1,188 @@
+"""A text read elsewhere is put behind what a cache holds: the same codes, moved by whole frames."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from tests.conftest import SMALL, tiny_books, tiny_llama
+from tests.families import tiny_model
+from torchgsrq import GSRQConfig, new_cache, quantize_kv_
+from torchgsrq.cache import GSRQLayer
+from torchgsrq.cache.splice import _join
+from torchgsrq.codec.rope import rotate
+from torchgsrq.evaluate import quantized
+from torchgsrq.models import attention_implementation
+from torchgsrq.reference import coded_slots
+
+IDS = torch.arange(200)[None] % 80 + 3
+
+
+@given(
+    here=st.integers(1, 70),
+    there=st.integers(1, 70),
+    pads=st.tuples(st.integers(0, 20), st.integers(0, 20)),
+    frames=st.integers(0, 5),
+    recent=st.sampled_from([0, 8, 20]),
+    block=st.sampled_from([1, 4, 16]),
+    one=st.booleans(),
+)
+def test_what_is_joined_decodes_as_before(here, there, pads, frames, recent, block, one):
+    """Codes of the piece are the same bytes and decode to what they decoded to, turned; what was exact in either is
+    exact still or has become codes, and no more of it than the window cannot hold."""
+    config = dataclasses.replace(SMALL, recent_tokens=recent, block_tokens=block)
+    model = tiny_llama()
+    books = tiny_books(model)
+    g = torch.Generator().manual_seed(0)
+    layers = [GSRQLayer(books[0], config) for _ in range(2)]
+    pads = [min(p, n - 1) for p, n in zip(pads, (here, there), strict=True)]
+    for layer, n, pad, rows in zip(layers, (here, there), pads, (2, 1 if one else 2), strict=True):
+        layer.set_row_start(torch.tensor([[0, 0], [pad, pad]][:rows], dtype=torch.int32))
+        layer.update(*torch.randn(2, rows, 2, n, 32, generator=g))
+    was, piece = (x.keys.dequantize() for x in layers)
+    a, b = (x.keys for x in layers)
+    codes, old, held = b.codes.clone(), a.encoded.clone(), b.encoded.expand(2).clone()
+    layers[0].reserve(here + there)
+    shift = torch.tensor([frames * 32, frames * 64])
+    positions = torch.cat(
+        [
+            torch.arange(here) - a.start[:, :1],
+            torch.arange(there) - b.start[:, :1].expand(2, -1) + shift[:, None],
+            torch.full((2, layers[0].keys.shape[2] - here - there), 900),
+        ],
+        1,
+    )
+    layers[0].set_row_start(torch.cat((a.start[:, :2], positions), 1).int())
+    a = layers[0].keys
+    _join(a, b, here, shift)
+    got = a.dequantize()[:, :, : here + there]
+    turned = rotate(piece[:, :, :there], shift[:, None, None], a.inv_freq, False)
+    due = coded_slots(a.start[:, 1], here + there, recent, block)
+    for row in range(2):
+        coded = int(a.encoded[row])
+        assert coded == max(int(due[row]), here + int(held[row]) if held[row] else int(old[row]))
+        assert torch.equal(a.codes[row, :, here : here + held[row]], codes[row % len(codes), :, : held[row]])
+        first = slice(0, int(old[row]))
+        torch.testing.assert_close(got[row, :, first], was[row, :, first], rtol=1e-4, atol=1e-4)
+        exact = slice(here + int(held[row]), here + there)
+        fresh = slice(max(coded, exact.start), exact.stop)
+        torch.testing.assert_close(got[row, :, fresh], turned[row, :, fresh.start - here :], rtol=1e-4, atol=1e-4)
+        sinks = range(int(b.start[row % len(codes), 1]), there)[: config.sink_tokens]
+        moved = [s for s in range(int(held[row])) if s not in sinks]
+        torch.testing.assert_close(got[row][:, [here + s for s in moved]], turned[row][:, moved], rtol=1e-4, atol=1e-4)
+
+
+def read(model, ids, at=0, **arguments):
+    """A cache that has read ids from a position on."""
+    cache = new_cache(model, **arguments)
+    positions = torch.arange(at, at + ids.shape[1])[None]
+    model(ids, past_key_values=cache, position_ids=positions, use_cache=True)
+    return cache
+
+
+def plain(cache, model):
+    """The same tokens, decoded, in transformers' own cache."""
+    twin = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        held = int(layer.keys.length)
+        twin.update(layer.keys.dequantize()[:, :, :held], layer.values.dequantize()[:, :, :held], i)
+    return twin
+
+
+@pytest.mark.parametrize(("here", "there", "origin"), [(70, 60, 0), (64, 9, 0), (5, 60, 5), (37, 60, 5), (0, 60, 0)])
+@pytest.mark.parametrize("fixed", [None, 192])
+@torch.no_grad()
+def test_a_piece_is_as_if_read_there(llama, here, there, origin, fixed):
+    """Read alone at the positions it is moved to, it has the same codes; and the model goes on from it."""
+    model, books = llama
+    ids, doc, rest = IDS[:, :here], IDS[:, here : here + there], IDS[:, 140:160]
+    with quantized(model, SMALL, books):
+        cache = read(model, ids, max_cache_len=fixed) if here else new_cache(model, fixed)
+        piece = read(model, doc, origin)
+        cache.splice(piece)
+        at = (here - origin) // 32 * 32 + origin
+        there_itself = read(model, doc, at)
+        assert cache.get_seq_length() == here + there and piece.get_seq_length() == there
+        for layer, want in zip(cache.layers, there_itself.layers, strict=True):
+            ours, theirs = int(layer.keys.encoded) - here, int(want.keys.encoded)
+            codes = layer.keys.codes[:, :, here : here + theirs] == want.keys.codes[:, :, :theirs]
+            assert not theirs or codes.float().mean() > 0.95  # sines round differently at other positions
+            exact = slice(max(ours, theirs), there)
+            moved = layer.keys.dequantize()[:, :, here : here + there]
+            torch.testing.assert_close(moved[:, :, exact], want.keys.dequantize()[:, :, exact], rtol=1e-3, atol=1e-3)
+        for i in range(12):
+            twin = plain(cache, model)
+            got = model(rest[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            for k, layer in enumerate(cache.layers):  # a block may have become codes before it was read
+                past = twin.layers[k].keys.shape[2]
+                twin.layers[k].keys, twin.layers[k].values = (
+                    x.dequantize()[:, :, :past] for x in (layer.keys, layer.values)
+                )
+            at = torch.tensor([[here + there + i]])
+            with attention_implementation(model, "sdpa"):
+                want = model(rest[:, i : i + 1], past_key_values=twin, position_ids=at, use_cache=True).logits
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_generate_goes_on_from_a_library(llama):
+    """A prompt of a system text, a document that was read alone, and a question, in a padded batch; saved and loaded."""
+    model, books = llama
+    head, doc, question = IDS[:, :40], IDS[:, 40:100], IDS[:, 100:110]
+    batch = torch.cat((head, head)).clone()
+    mask = torch.ones(2, 110, dtype=torch.long)
+    mask[1, :12] = 0
+    batch[1, :12] = 0
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    with quantized(model, SMALL, books):
+        piece = read(model, doc)
+        cache = new_cache(model)
+        positions = (mask[:, :40].cumsum(1) - 1).clamp(min=0)
+        model(batch, attention_mask=mask[:, :40], position_ids=positions, past_key_values=cache, use_cache=True)
+        cache.splice(piece)
+        again = new_cache(model)
+        again.loads(cache.dumps())
+        ids = torch.cat((batch, doc.expand(2, -1), question.expand(2, -1)), 1)
+        got, same = (model.generate(ids, attention_mask=mask, past_key_values=x, **settings) for x in (cache, again))
+        assert torch.equal(got, same)
+        alone = new_cache(model)
+        model(head[:, 12:], past_key_values=alone, use_cache=True)
+        alone.splice(piece)
+        row = torch.cat((head[:, 12:], doc, question), 1)
+        assert torch.equal(model.generate(row, past_key_values=alone, **settings)[0, -8:], got[1, -8:])
+        alone.crop(-20)
+        assert alone.get_seq_length() == 28 + 60 + 10 + 7 - 20
+
+
+@torch.no_grad()
+def test_refusals_change_nothing(llama):
+    model, books = llama
+    with quantized(model, SMALL, tiny_books(model, dataclasses.replace(SMALL, bits=2))):
+        cache_of_others = new_cache(model)
+    with quantized(model, SMALL, books):
+        cache, piece = read(model, IDS[:, :20], max_cache_len=64), read(model, IDS[:, :60])
+        before = [layer.keys.dequantize() for layer in cache.layers]
+        with pytest.raises(ValueError, match="80 tokens do not fit a capacity of 64"):
+            cache.splice(piece)
+        other = read(model, IDS[:, :20].expand(3, -1))
+        with pytest.raises(ValueError, match="the piece has 3 rows, this cache 1"):
+            cache.splice(other)
+        assert all(torch.equal(a, x.keys.dequantize()) for a, x in zip(before, cache.layers, strict=True))
+    with quantized(model, dataclasses.replace(SMALL, recent_tokens=12), books):
+        with pytest.raises(ValueError, match="recent_tokens=8, this cache 12"):
+            new_cache(model).splice(piece)
+        with pytest.raises(ValueError, match="other codebooks"):
+            new_cache(model).splice(cache_of_others)
+
+
+@pytest.mark.parametrize("family", ["opt", "lfm2"])
+def test_models_that_cannot_be_moved(family):
+    model = tiny_model(family)
+    quantize_kv_(model, GSRQConfig(bits=1), codebooks=tiny_books(model, GSRQConfig(bits=1)))
+    with pytest.raises(ValueError, match="splice: "):
+        new_cache(model).splice(new_cache(model))

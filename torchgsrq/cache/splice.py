@@ -1,0 +1,146 @@
+"""A text that was read elsewhere, put behind what a cache holds: its codes are moved, not decoded."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from torchgsrq import reference
+from torchgsrq.cache.hybrid import GSRQHybridLayer
+from torchgsrq.cache.layer import GSRQLayer
+from torchgsrq.codec.rope import rotate
+from torchgsrq.tensor import GSRQTensor
+
+if TYPE_CHECKING:
+    from torchgsrq.cache.cache import GSRQCache
+
+
+@torch.no_grad()
+def splice(cache: GSRQCache, piece: GSRQCache) -> None:
+    """See `GSRQCache.splice`."""
+    _check(cache, piece)
+    if piece.is_empty:
+        return
+    held, more = int(cache.get_seq_length()), int(piece.get_seq_length())
+    rows = piece.quantized_layers[0].batch_size if cache.is_empty else cache.quantized_layers[0].batch_size
+    frame = math.lcm(*(codec.frame for layer in cache.quantized_layers for codec in layer.codec))
+    start, shift = _moved(cache.quantized_layers[0], piece.quantized_layers[0], held, more, rows, frame)
+    for layer, source in zip(cache.quantized_layers, piece.quantized_layers, strict=True):
+        if not layer.is_initialized:
+            like = torch.empty(rows, source.keys.shape[1], 0, source.keys.shape[3])
+            values = torch.empty(rows, source.values.shape[1], 0, source.values.shape[3])
+            layer.lazy_initialization(*(x.to(source.device, source.dtype) for x in (like, values)))
+        layer.prefetch()
+        layer.reserve(held + more)
+        layer.set_row_start(start.to(layer.device))
+        for buffer, other in ((layer.keys, source.keys), (layer.values, source.values)):
+            _join(buffer, other.held_on(buffer.device), held, shift.to(buffer.device))
+        layer.take_length(held + more)
+    cache.rows_are_placed = bool((start[:, 1] < held + more).all())
+
+
+def _check(cache: GSRQCache, piece: GSRQCache) -> None:
+    """Refuse what cannot be moved, or not here."""
+    if cache.unmovable:
+        raise ValueError(f"splice: {cache.unmovable}, so nothing that was read elsewhere can be moved; read it here")
+    if piece.codebooks.digest != cache.codebooks.digest:
+        raise ValueError("splice: the piece was written with other codebooks than this cache's")
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, GSRQLayer) or isinstance(layer, GSRQHybridLayer):
+            raise ValueError(
+                f"splice: layer {i} is a {type(layer).__name__}, whose keys or states cannot be moved to other "
+                "positions; read the text here"
+            )
+    sizes = ("sink_tokens", "recent_tokens", "block_tokens")
+    for name in sizes:
+        ours, theirs = getattr(cache.config, name), getattr(piece.config, name)
+        if ours != theirs:
+            raise ValueError(f"splice: the piece has {name}={theirs}, this cache {ours}")
+    if piece.is_empty or not piece.quantized_layers:
+        return
+    layers = list(zip(cache.quantized_layers, piece.quantized_layers, strict=True))
+    whole = int(cache.get_seq_length()) + int(piece.get_seq_length())
+    for layer, source in layers:
+        capacity = layer.get_max_length()
+        if -1 < capacity < whole:
+            raise ValueError(f"splice: {whole} tokens do not fit a capacity of {capacity} tokens")
+        if layer.is_initialized and source.batch_size not in (1, layer.batch_size):
+            raise ValueError(
+                f"splice: the piece has {source.batch_size} rows, this cache {layer.batch_size}; 1 or as many fit"
+            )
+        if layer.is_initialized and not torch.equal(layer.keys.inv_freq, source.keys.inv_freq.to(layer.device)):
+            raise ValueError("splice: the piece was turned by other RoPE frequencies (those of another length)")
+
+
+def _moved(layer: GSRQLayer, source: GSRQLayer, held: int, more: int, rows: int, frame: int) -> tuple[Tensor, Tensor]:
+    """Where rows begin and the positions of all slots (`GSRQTensor.start`), and how far each row's piece moves."""
+    theirs = _start(source, more).expand(rows, -1)
+    ours = _start(layer, held).to(theirs.device) if layer.is_initialized else torch.zeros_like(theirs[:, :2])
+    begun = ours[:, 1] < held
+    following = torch.where(begun, reference.positions(ours, held, held + 1)[:, 0], 0)
+    places = reference.positions(theirs, 0, more)
+    first = places.gather(1, theirs[:, 1:2].clamp(max=more - 1).long())[:, 0]
+    shift = torch.div(following - first, frame, rounding_mode="floor") * frame
+    known = torch.cat((reference.positions(ours, 0, held), places + shift[:, None]), 1)
+    ahead = following + (more - theirs[:, 1]).clamp(min=0)  # as generate counts: real tokens
+    begins = torch.where(begun[:, None], ours[:, :2], theirs[:, :2] + torch.stack((held - shift, 0 * shift + held), 1))
+    counted = torch.arange(held + more + 1, device=known.device) - begins[:, :1]
+    whole = torch.cat((known, ahead[:, None]), 1)
+    if bool((whole == counted).all()):
+        return begins.int(), shift
+    return torch.cat((begins, whole), 1).int(), shift
+
+
+def _start(layer: GSRQLayer, held: int) -> Tensor:
+    """`GSRQTensor.start` of a layer's keys, as far as its cache knows the slots."""
+    return layer.keys.start if layer.row_start is None else layer.row_start.to(layer.keys.start.device)
+
+
+def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, shift: Tensor) -> None:
+    """Append what a piece holds, moved by ``shift`` positions in each row. What is exact in both stays so as far as
+    the window reaches; what was codes in the piece stays just these codes."""
+    more, rows = int(piece.length), buffer.shape[0]
+    kv, coded = buffer.packed, piece.encoded.expand(rows)
+    sinks = kv.sink_tokens
+
+    def turned(x: Tensor) -> Tensor:
+        return (
+            rotate(x, shift[:, None, None], kv.codec.inv_freq, kv.codec.interleaved)
+            .to(buffer.dtype)
+            .expand(rows, -1, -1, -1)
+        )
+
+    due = reference.coded_slots(kv.sink_start, held + more, kv.recent_tokens, kv.block_tokens)
+    # Codes are a row's first slots: where some follow, all before them become codes too.
+    _encode_up_to(buffer, torch.where(coded > 0, held, due.clamp(max=held)))
+    last = int(coded.max())
+    buffer.codes[:, :, held : held + last] = piece.codes[:, :, :last]
+    slots = torch.arange(int(piece.encoded.min()), more, device=buffer.device)
+    exact = turned(piece.packed.recent(int(piece.encoded.min()), more))
+    buffer.window[:, :, sinks + (held + slots).remainder(kv.ring)] = exact
+    source = kv.sink_slots() - held
+    new = ((source >= 0) & (source < more))[:, None, :, None]
+    if bool(new.any()):  # a row that has not begun, or has fewer tokens than sinks
+        at = source.clamp(0, more - 1)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+        kept = buffer.window[:, :, :sinks]
+        kept.copy_(torch.where(new, turned(piece.dequantize()).gather(2, at), kept))
+    buffer.length.fill_(held + more)
+    buffer.encoded.copy_(torch.where(coded > 0, held + coded, buffer.encoded))
+    _encode_up_to(buffer, due)
+
+
+def _encode_up_to(buffer: GSRQTensor, slots: Tensor) -> None:
+    """Make codes of what the window holds of slots before these, ``[rows]``."""
+    kv = buffer.packed
+    low, high = int(kv.encoded.min()), int(slots.max())
+    if high <= low or not bool((slots > kv.encoded).any()):
+        return
+    at = torch.arange(low, high, device=buffer.device)
+    due = ((at >= kv.encoded[:, None]) & (at < slots[:, None]))[:, None, :, None]
+    flat = (kv.codec.tensors, kv.codec.integers)
+    codes = torch.ops.torchgsrq.encode(kv.recent(low, high), kv.position(low, high), *flat)
+    kv.codes[:, :, low:high] = torch.where(due, codes, kv.codes[:, :, low:high])
+    kv.encoded.copy_(torch.maximum(kv.encoded, slots.to(kv.encoded.dtype)))
