@@ -1,6 +1,7 @@
 # make demo   sets up and runs the main job on the embedded model
-# make test   sets up and runs the checks: lint, types, tests
-.PHONY: setup model demo test lint quick clean
+# make test   sets up and runs the checks: lint, types, the documents' site, tests
+# make docs   builds the documents' site into build/site
+.PHONY: setup model demo test lint docs quick clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,6 +21,11 @@ $(VENV)/.eval: $(VENV)/.done
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[eval]"
 	touch $@
 
+# For the documents' site.
+$(VENV)/.docs: $(VENV)/.done
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
 demo: setup
 	$(BIN)/torchgsrq demo --bits 1 --bits 0.5
 
@@ -28,10 +34,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 quick: setup
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
-test: lint $(VENV)/.eval
+test: lint docs $(VENV)/.eval
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 	$(BIN)/python -m pytest -q -m slow
 

@@ -1,11 +1,19 @@
-"""Links in the documents lead somewhere."""
+"""Links in the documents lead somewhere, and what they quote is so."""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
+import transformers
+from safetensors import safe_open
+
+from tests.conftest import TINY
+from torchgsrq import Codebooks, GSRQCache, GSRQConfig
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -32,3 +40,80 @@ def test_links(page):
 def test_commands_name_scripts_that_exist(page):
     for script in re.findall(r"python (benchmarks/\w+\.py)", page.read_text()):
         assert (ROOT / script).exists(), script
+
+
+def strings_of_source():
+    """Every string of the library, those with values in them with ``...`` for each value."""
+    found = set()
+    for file in [*(ROOT / "torchgsrq").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.add("".join(x.value if isinstance(x, ast.Constant) else "..." for x in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(re.sub(r"%[.\d]*[sdg]", "...", node.value))
+    return found
+
+
+def test_quoted_messages_are_those_of_the_source():
+    """A heading of docs/errors.md in backticks is a part of a message."""
+    headings = re.findall(r"^### (.*)$", (ROOT / "docs" / "errors.md").read_text(), re.M)
+    strings = strings_of_source()
+    assert len(headings) > 20
+    for heading in headings:
+        quoted = re.fullmatch("`([^`]+)`", heading)
+        assert quoted and any(quoted[1] in said for said in strings), heading
+
+
+def test_formats_are_those_of_files(tmp_path):
+    books = Codebooks({}, {})
+    books.save(tmp_path / "books")
+    with safe_open(tmp_path / "books", framework="pt") as file:
+        headers = [file.metadata()]
+    data = GSRQCache(books, GSRQConfig(), transformers.LlamaConfig(**TINY)).dumps()
+    headers.append(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"])
+    formats = ["`{format}`, version {version}".format(**header) for header in headers]
+    assert f"| format | {' | '.join(formats)} |" in (ROOT / "docs" / "files.md").read_text()
+
+
+@pytest.fixture
+def hooks():
+    """docs/hooks.py, which mkdocs runs."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_script_becomes_a_page(hooks, tmp_path, monkeypatch):
+    monkeypatch.setattr(hooks, "TUTORIALS", tmp_path)
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
+    script = '# %% [markdown]\n# # Title\n#\n# Words and `code`.\n\n# %%\nx = 1  # one\nsave("a.png", "c.png")\n\n# %%\nsave("b.png")\n'
+    script += "# %% [markdown]\n# - ![shown](b.png)\n"
+    assert hooks.title(script) == "Title"
+    assert hooks.tutorial_page(script) == (
+        '# Title\n\nWords and `code`.\n\n```python\nx = 1  # one\nsave("a.png", "c.png")\n```\n\n![a.png](a.png)\n\n'
+        '```python\nsave("b.png")\n```\n\n- ![shown](b.png)\n'
+    )
+
+
+def test_links_of_the_site(hooks):
+    script = hooks.scripts()[0]
+    page = f"tutorials/{script.stem}.md"
+    for link, place in {
+        f"[a](../tutorials/{script.name})": f"[a]({page})",
+        "[all](../tutorials)": f"[all]({page})",
+        "[b](../CONTRIBUTING.md#how-to-add)": "[b](CONTRIBUTING.md#how-to-add)",
+        "![c](compare.png), [use](use.md#memory)": "![c](compare.png), [use](use.md#memory)",
+        "[`recommend.py`](../torchgsrq/recommend.py) says": "`recommend.py` says",
+        "[d](https://example.org/x) books[0](x), [e](#memory)": "[d](https://example.org/x) books[0](x), [e](#memory)",
+        "[f](missing.md)": "[f](missing.md)",
+    }.items():
+        assert hooks.site_links(link, ROOT / "docs", "use.md") == place
+    assert hooks.site_links("[use](../docs/use.md)", ROOT / "tutorials", page) == "[use](../use.md)"
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f": {page.name}\n" in nav, page.name

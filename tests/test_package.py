@@ -1,7 +1,9 @@
-"""What is installed works without the checkout: all modules, and the kernels' sources."""
+"""The house: import order; and what is installed works without the checkout, all modules and the kernels' sources."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import os
 import subprocess
 import sys
@@ -19,6 +21,50 @@ print(torchgsrq.__file__)
 print(use_kernels() == (kernels.compiler() is not None))
 print(torchgsrq.GSRQConfig(bits=1).bits)
 """
+
+
+ORDER = (
+    "config", "codec", "reference", "kernels", "lowering", "ops", "tensor", "models", "attention", "cache", "learning",
+    "probe", "state", "api", "evaluate", "retrieval", "embedded", "recommend", "cli",
+)  # fmt: skip
+
+
+def imports():
+    """Module to the modules of the package that it imports when it is imported itself."""
+    files = {
+        **{("torchgsrq", *p.relative_to(ROOT / "torchgsrq").with_suffix("").parts): p for p in (ROOT / "torchgsrq").rglob("*.py")},
+        **{("torchgsrq", "kernels", p.stem): p for p in (ROOT / "kernels").glob("*.py")},
+    }  # fmt: skip
+    names = {".".join(name) for name in files}
+    found = {}
+    for name, path in files.items():
+        found[".".join(name)] = used = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom):
+                base = ".".join(name[: -node.level]) if node.level else ""
+                module = ".".join(x for x in (base, node.module) if x)
+                for alias in node.names:
+                    one = f"{module}.{alias.name}"
+                    used |= {x for x in (one, module, f"{one}.__init__", f"{module}.__init__") if x in names}
+    return found
+
+
+def test_nothing_imports_from_further_down():
+    """Import order is reading order: docs/architecture.md."""
+    seen = set()
+    for module, used in imports().items():
+        first = module.split(".")[1]
+        if first.startswith("__"):
+            continue
+        seen.add(first)
+        for other in used - {"torchgsrq.__init__"}:
+            assert ORDER.index(other.split(".")[1]) <= ORDER.index(first), f"{module} imports {other}"
+    assert seen == set(ORDER)
+
+
+def test_folders_have_no_circles():
+    graph = {m: {u for u in used if not u.endswith("__init__")} for m, used in imports().items()}
+    tuple(graphlib.TopologicalSorter(graph).static_order())  # raises on a circle
 
 
 @pytest.mark.slow

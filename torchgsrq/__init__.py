@@ -9,7 +9,7 @@ from torchgsrq.cache import GSRQCache
 from torchgsrq.cache.memory import MemoryReport
 from torchgsrq.codec import Codebooks, Codec
 from torchgsrq.config import GSRQConfig
-from torchgsrq.learning.calibrate import calibrate
+from torchgsrq.learning.calibrate import calibrate, calibrate_qkv
 from torchgsrq.tensor import GSRQTensor
 
 __version__ = "0.1.0"
@@ -21,6 +21,7 @@ __all__ = [
     "GSRQTensor",
     "MemoryReport",
     "calibrate",
+    "calibrate_qkv",
     "dequantize_kv_",
     "new_cache",
     "quantize_kv_",

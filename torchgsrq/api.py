@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import logging
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, StaticCache
+from transformers import PreTrainedModel
 
 from torchgsrq import models
 from torchgsrq.attention import NAME
@@ -23,58 +19,9 @@ from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.calibrate import WINDOW, cached_codebooks, quantizes
 from torchgsrq.models import LayerInfo
 from torchgsrq.probe import check_attention
+from torchgsrq.state import UNSUPPORTED, GiveCache, State, prepare_cache_for_generation, refuse, state_of
 
 log = logging.getLogger("torchgsrq")
-
-_CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "static", "offloaded_static")
-_UNSUPPORTED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-
-
-def _refuse(what: str, model: PreTrainedModel, state: _State, *args: Any, **kwargs: Any) -> Any:
-    if not state.active:  # a shallow copy was dequantized
-        return getattr(type(model), what)(model, *args, **kwargs)
-    raise ValueError(
-        f"{what} keeps keys and values in pages of its own, which are not quantized: call dequantize_kv_ first, or "
-        "generate"
-    )
-
-
-@dataclass
-class _State:
-    """What `quantize_kv_` left on a model, and needs to undo it."""
-
-    config: GSRQConfig
-    codebooks: Codebooks
-    layers: list[LayerInfo]
-    attention: list[tuple[PreTrainedConfig, str]]
-    hooks: list[Any]
-    generating: list[nn.Module]
-    warned: bool = False  # of training mode
-    active: bool = True  # a shallow copy of a model shares this, and its layers
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the model's attention reads decoded tensors, and is left as it is."""
-        return models.are_decoded(self.layers)
-
-    def new_cache(
-        self,
-        model: PreTrainedModel,
-        max_cache_len: int | None = None,
-        template: Cache | None = None,
-        config: GSRQConfig | None = None,
-    ) -> GSRQCache:
-        """An empty cache for a model that shares this state, or for one of its parts."""
-        rotaries = models.rotaries(model, self.layers)
-        about = models.text_config(model)
-        cache = GSRQCache(self.codebooks, config or self.config, about, max_cache_len, template, rotaries, self.decodes)
-        cache.unmovable = models.unmovable(self.layers)
-        return cache
-
-
-def _state_of(model: nn.Module) -> _State | None:
-    state = getattr(model, "_gsrq", None)
-    return state if state is not None and state.active else None
 
 
 def quantize_kv_(
@@ -93,7 +40,7 @@ def quantize_kv_(
     Args:
         model: any transformers decoder that uses the attention interface, also if `torch.compile` or PEFT wrapped it.
         config: a `GSRQConfig`, or its fields as a dict.
-        codebooks: from `calibrate`, or the path of their file. Of a higher rate, its first stages are used.
+        codebooks: from `calibrate`, or the path of their file or folder. Of a higher rate, its first stages are used.
         progress: show bars while calibrating.
 
     Raises:
@@ -106,12 +53,13 @@ def quantize_kv_(
         raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig or a dict of its fields")
     codebooks = config.codebooks if codebooks is None else codebooks
     if isinstance(codebooks, (str, os.PathLike)):
-        codebooks = Codebooks.load(codebooks)
+        load = Codebooks.from_pretrained if os.path.isdir(codebooks) else Codebooks.load
+        codebooks = load(codebooks)
     if codebooks is not None and not isinstance(codebooks, Codebooks):
         raise TypeError(f"codebooks is a {type(codebooks).__name__}; expected Codebooks or the path of their file")
     model = models.check_supported(model)
     name = type(model).__name__
-    if _state_of(model):
+    if state_of(model):
         raise ValueError(f"{name} is quantized already; call dequantize_kv_ first")
     layers = models.inspect_layers(model)
     if max(config.skip_layers, default=0) > max(info.index for info in layers):
@@ -143,19 +91,19 @@ def quantize_kv_(
     before = [(c, c._attn_implementation) for c in models.attention_configs(model)]
     for part, _ in before:
         part._attn_implementation = part._attn_implementation if decodes else NAME
-    state = _State(config, books, layers, before, [], [])
+    state = State(config, books, layers, before, [], [])
     module: Any
     for module in models.path_to_decoder(model):
         if models.takes_cache(module):
-            hook = _GiveCache(module, state, module is models.decoder(model))
+            hook = GiveCache(module, state, module is models.decoder(model))
             state.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         if hasattr(module, "_prepare_cache_for_generation"):  # no bound method: those do not survive pickling
-            module._prepare_cache_for_generation = functools.partial(_prepare_cache_for_generation, module, state)
+            module._prepare_cache_for_generation = functools.partial(prepare_cache_for_generation, module, state)
             state.generating.append(module)
     model._gsrq = state
-    for what in _UNSUPPORTED:
+    for what in UNSUPPORTED:
         if hasattr(model, what):
-            setattr(model, what, functools.partial(_refuse, what, model, state))
+            setattr(model, what, functools.partial(refuse, what, model, state))
     try:
         check_attention(model, config, lambda small: state.new_cache(model, config=small))
     except BaseException:
@@ -187,7 +135,7 @@ def dequantize_kv_(model: PreTrainedModel) -> None:
         ValueError: the model is not quantized.
     """
     model = models.unwrap(model)
-    state = _state_of(model)
+    state = state_of(model)
     if state is None:
         raise ValueError(f"{type(model).__name__} is not quantized")
     for part, attention in state.attention:
@@ -195,7 +143,7 @@ def dequantize_kv_(model: PreTrainedModel) -> None:
     for hook in state.hooks:
         hook.remove()
     state.active = False
-    for what in _UNSUPPORTED:
+    for what in UNSUPPORTED:
         model.__dict__.pop(what, None)
     for module in state.generating:
         module.__dict__.pop("_prepare_cache_for_generation", None)
@@ -205,7 +153,7 @@ def dequantize_kv_(model: PreTrainedModel) -> None:
 def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> GSRQCache:
     """An empty cache for a quantized model; of fixed capacity, for `torch.compile`, with ``max_cache_len``."""
     model = models.unwrap(model)
-    state = _state_of(model)
+    state = state_of(model)
     if state is None:
         raise ValueError(f"{type(model).__name__} is not quantized; call quantize_kv_ first")
     cache = state.new_cache(model, max_cache_len)
@@ -295,116 +243,3 @@ def _fitting(
     if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
         cut = cut.with_beam(config.beam_width)
     return cut
-
-
-class _GiveCache:
-    """A forward pre-hook: give a module a quantized cache where it would make its own; in the decoder, tell it where
-    rows begin, and refuse what would not be quantized as asked.
-
-    Args:
-        module: of the model, on the way to its decoder.
-        state: of the model.
-        is_decoder: whether the module is the decoder itself, which sees masks and positions.
-    """
-
-    def __init__(self, module: nn.Module, state: _State, is_decoder: bool) -> None:
-        parameters = inspect.signature(module.forward).parameters.values()
-        self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
-        self.state, self.is_decoder = state, is_decoder
-
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
-        if use_cache is None:
-            use_cache = getattr(module.config, "use_cache", False)
-        if cache is None and module.training and measured and not self.state.warned:
-            log.warning("%s is in training mode, in which forwards run in full precision", type(module).__name__)
-            self.state.warned = True
-        if cache is None and not module.training and (use_cache or (measured and self.is_decoder)):
-            if torch.compiler.is_exporting():
-                raise ValueError(
-                    "torch.export of a forward that makes its own quantized cache is not supported: export with "
-                    "use_cache=False (and prefill='exact'), or a module of your own that takes GSRQTensors"
-                )
-            cache = kwargs["past_key_values"] = self.state.new_cache(module)
-            kwargs["use_cache"] = True
-        if self.is_decoder and isinstance(cache, GSRQCache):
-            self._check(module, kwargs)
-            if not (torch.compiler.is_compiling() and cache.rows_are_placed):
-                tokens = kwargs.get("input_ids")
-                tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
-                if isinstance(tokens, Tensor):
-                    cache.place_rows(tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"))
-        return (), kwargs
-
-    def _check(self, module: Any, kwargs: dict[str, Any]) -> None:
-        if self.state.decodes:
-            return
-        name = type(module).__name__
-        implementation = module.config._attn_implementation
-        if implementation != NAME:
-            raise ValueError(
-                f"the attention implementation of {name} was set to {implementation!r} after quantize_kv_, which "
-                f"cannot read a quantized cache: call dequantize_kv_ first, or set_attn_implementation({NAME!r})"
-            )
-        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
-            raise ValueError(
-                "output_attentions=True: attention on codes never forms the weights; call dequantize_kv_ first"
-            )
-
-
-def _prepare_cache_for_generation(
-    self: Any,
-    state: _State,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> None:
-    """What transformers does, with quantized layers in the cache that it made.
-
-    Raises:
-        ValueError: a kind of cache that cannot be quantized, or RoPE that would change while tokens are generated.
-    """
-    prepare = functools.partial(
-        type(self)._prepare_cache_for_generation,
-        self,
-        generation_config,
-        model_kwargs,
-        generation_mode,
-        batch_size,
-        max_cache_length,
-    )
-    if not state.active:  # a shallow copy was dequantized
-        prepare()
-        return
-    kind = generation_config.cache_implementation
-    if kind not in _CACHE_IMPLEMENTATIONS:
-        allowed = ", ".join(repr(x) for x in _CACHE_IMPLEMENTATIONS)
-        raise ValueError(f"cache_implementation={kind!r}: a model with a quantized KV cache takes one of {allowed}")
-    mask = model_kwargs.get("attention_mask")
-    prompt = mask.shape[-1] if isinstance(mask, Tensor) else 0
-    for rotary in models.rotaries(self, state.layers).values() if generation_config.use_cache else ():
-        limit = rotary.changes_within(prompt, max_cache_length)
-        if limit is not None:
-            raise ValueError(
-                f"the text would grow from {prompt} to up to {max_cache_length + 1} tokens, and past {limit} this "
-                "model's RoPE changes, which a cache of codes cannot follow: generate fewer tokens, or choose a fixed "
-                "RoPE scaling"
-            )
-    given = model_kwargs.get("past_key_values")
-    prepare()
-    made = model_kwargs.get("past_key_values")
-    if made is None or made is given:
-        return
-    own = type(self).prepare_inputs_for_generation
-    if isinstance(made, StaticCache) and "isinstance(past_key_values, StaticCache)" in inspect.getsource(own):
-        raise ValueError(
-            f"cache_implementation={kind!r}: {type(self).__name__} does something for transformers' StaticCache alone; "
-            "generate with the default cache"
-        )
-    fixed = [getattr(layer, "max_cache_len", 0) for layer in made.layers]  # of a sliding window, no more than that
-    capacity = max(max_cache_length, *fixed) if isinstance(made, StaticCache) else None
-    model_kwargs["past_key_values"] = state.new_cache(self, capacity, made)

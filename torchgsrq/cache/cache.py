@@ -8,7 +8,6 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
@@ -25,6 +24,7 @@ from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.cache.memory import MemoryReport
 from torchgsrq.cache.splice import splice
 from torchgsrq.codec import Codebooks
+from torchgsrq.codec.files import save_whole
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import Rotary
 
@@ -209,8 +209,7 @@ class GSRQCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
-        tensors, facts = files.pack(self)
-        save_file(tensors, path, facts)
+        save_whole(*files.pack(self), path)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Fill this cache from a file that `save` wrote; of any kind, growing or fixed.

@@ -12,7 +12,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from torchgsrq.cache import kept
 from torchgsrq.cache.layer import GSRQLayer
-from torchgsrq.codec import checksum
+from torchgsrq.codec.files import checksum
 
 _FORMAT, _VERSION = "torchgsrq.cache", "3"
 _WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")
@@ -110,8 +110,12 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
 
 def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int, list[list[str]]]:
     """Tokens of every layer, rows, and the names of its states, after a look at whether they are for this cache."""
-    if (meta.get("format"), meta.get("version")) != (_FORMAT, _VERSION):
-        raise ValueError(f"{name} is not a torchgsrq cache file that this version reads")
+    if meta.get("format") != _FORMAT:
+        raise ValueError(f"{name} is not a torchgsrq cache file (format={meta.get('format')!r})")
+    if meta.get("version") != _VERSION:
+        raise ValueError(
+            f"{name} has format version {meta.get('version')}; this torchgsrq reads {_VERSION}: read the prompt again"
+        )
     try:
         facts = json.loads(meta["facts"])
         lengths, rows = [int(x) for x in facts["lengths"]], int(facts["rows"])
@@ -124,7 +128,9 @@ def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int,
         raise ValueError(f"{name} was written with other codebooks than this cache's")
     for field, value in windows.items():
         if value != getattr(cache.config, field):
-            raise ValueError(f"{name} has {field}={value}; this cache has {cache.config}")
+            raise ValueError(
+                f"{name} has {field}={value}, this cache {getattr(cache.config, field)}: quantize with the same"
+            )
     longest, fits = max(lengths, default=0), [x.get_max_length() for x in cache.quantized_layers]
     if any(-1 < capacity < longest for capacity in fits):
         raise ValueError(f"{name} holds {longest} tokens; this cache holds {min(fits)}")

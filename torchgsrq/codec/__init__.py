@@ -1,6 +1,6 @@
 """What is learned of a model, and how it is laid out: layouts, clustering, `Codec`, `Codebooks`."""
 
-from torchgsrq.codec.codebooks import Codebooks, checksum
+from torchgsrq.codec.codebooks import Codebooks
 from torchgsrq.codec.codec import Codec, LayerCodec
 
-__all__ = ["Codebooks", "Codec", "LayerCodec", "checksum"]
+__all__ = ["Codebooks", "Codec", "LayerCodec"]

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
-import threading
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from torchgsrq.codec import files, hub
 from torchgsrq.codec.allocation import layer_rates
 from torchgsrq.codec.codec import Codec, LayerCodec
 from torchgsrq.codec.kmeans import train_codebook
 from torchgsrq.codec.layout import CODEWORDS, Layout, num_codes
 from torchgsrq.config import GSRQConfig
-
-FORMAT = "torchgsrq.codebooks"
-VERSION = 4
 
 
 class Codebooks:
@@ -189,30 +183,7 @@ class Codebooks:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file. Codewords are float16 (they are rounded to it when learned)."""
-        tensors: dict[str, Tensor] = {}
-        codecs: dict[str, dict[str, Any]] = {}
-        written: dict[int, str] = {}
-        for i, layer in self.layers.items():
-            for name, codec in layer._asdict().items():
-                if id(codec) in written:  # layers may share one
-                    codecs[f"{i}.{name}"] = {"same_as": written[id(codec)]}
-                    continue
-                written[id(codec)] = f"{i}.{name}"
-                tensors[f"{i}.{name}.codebook"] = codec.codebook
-                for part in ("mean", "transform", "inverse", "inv_freq", "gains"):
-                    tensors[f"{i}.{name}.{part}"] = getattr(codec, part).clone().contiguous()
-                codecs[f"{i}.{name}"] = {
-                    "groups": codec.layout.groups,
-                    "frame": codec.frame,
-                    "interleaved": codec.interleaved,
-                    "beam": codec.beam,
-                    "eta": codec.eta,
-                }
-        texts = {"codecs": json.dumps(codecs), "metadata": json.dumps(self.metadata)}
-        meta = {"format": FORMAT, "version": str(VERSION), **texts, "checksum": checksum(tensors, *texts.values())}
-        partial = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.partial"
-        save_file(tensors, partial, meta)
-        os.replace(partial, path)  # a killed process leaves no half-written file behind
+        files.write(self.layers, self.metadata, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Codebooks:
@@ -222,67 +193,46 @@ class Codebooks:
             FileNotFoundError: no such file.
             ValueError: not a codebook file, damaged, or of an unknown format version.
         """
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no codebook file at {os.fspath(path)}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                meta = file.metadata() or {}
-                if meta.get("format") != FORMAT:
-                    raise ValueError(
-                        f"{os.fspath(path)} is not a torchgsrq codebook file (format={meta.get('format')!r})"
-                    )
-                if meta.get("version") != str(VERSION):
-                    raise ValueError(
-                        f"{os.fspath(path)} has format version {meta.get('version')}; this torchgsrq reads {VERSION}: "
-                        "calibrate again"
-                    )
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-                layers: dict[int, dict[str, Codec]] = {}
-                for name, facts in json.loads(meta["codecs"]).items():
-                    index, kind = name.split(".")
-                    if "same_as" in facts:
-                        other, which = facts["same_as"].split(".")
-                        layers.setdefault(int(index), {})[kind] = layers[int(other)][which]
-                        continue
-                    parts = ("mean", "transform", "inverse", "codebook", "inv_freq", "gains")
-                    t = {part: held[f"{name}.{part}"] for part in parts}
-                    _, codes, words, width = t["codebook"].shape
-                    dims = width * facts["groups"]
-                    if words != CODEWORDS or dims != t["transform"].shape[-2]:
-                        raise ValueError(f"{os.fspath(path)}: the tables of {name} do not fit together")
-                    layout = Layout(t["mean"].shape[-1], facts["groups"], codes, dims)
-                    layers.setdefault(int(index), {})[kind] = Codec.build(
-                        layout,
-                        t["mean"],
-                        t["transform"],
-                        t["codebook"],
-                        inverse=t["inverse"],
-                        inv_freq=t["inv_freq"],
-                        frame=facts["frame"],
-                        interleaved=facts["interleaved"],
-                        gains=t["gains"],
-                        beam=facts["beam"],
-                        eta=facts["eta"],
-                    )
-                if meta.get("checksum", "") not in ("", checksum(held, meta["codecs"], meta["metadata"])):
-                    raise ValueError(f"{os.fspath(path)} is damaged: its checksum is not that of what it holds")
-                metadata = json.loads(meta["metadata"])
-                costs, asked = metadata.get("sensitivity"), metadata.get("config")
-                if costs is not None and not (
-                    all(len(costs[str(i)]) == 2 and all(c >= 0 for c in costs[str(i)]) for i in layers)
-                    and all(asked[kind] > 0 for kind in ("key_bits", "value_bits"))
-                ):
-                    raise ValueError(f"{os.fspath(path)} says nothing that makes sense of how much its layers matter")
-        except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{os.fspath(path)} is damaged, not a whole codebook file: {error}") from error
-        return cls({i: LayerCodec(c["key"], c["value"]) for i, c in sorted(layers.items())}, metadata)
+        return cls(*files.read(path))
 
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write `save`'s file into a folder, as ``codebooks.safetensors``, and a model card beside it."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        self.save(path / hub.FILE)
+        card = hub.card(self.layers, self.metadata, self.bits, self.describe())
+        (path / "README.md").write_text(card, encoding="utf-8")
 
-def checksum(tensors: dict[str, Tensor], *texts: str) -> str:
-    """A hash of named tensors and texts, by which a file is found to be damaged."""
-    found = hashlib.sha256("\n".join(texts).encode())
-    for name in sorted(tensors):
-        x = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name}{x.dtype}{list(x.shape)}".encode())
-        found.update(x.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    @classmethod
+    def from_pretrained(
+        cls, name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+    ) -> Codebooks:
+        """Read what `save_pretrained` or `push_to_hub` wrote.
+
+        Args:
+            name: a folder, or a repository of the Hugging Face hub, ``"user/repo"``.
+            revision: branch, tag or commit of the repository. token: for private ones.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or no codebooks in it.
+            ValueError: see `load`.
+        """
+        return cls.load(hub.find(name, revision, token))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Codebooks of torchgsrq",
+    ) -> str:
+        """Upload the files of `save_pretrained` to a repository of the hub, made if it is not there.
+
+        Args:
+            repo_id: ``"user/repo"``. private: of a new repository. token: with the right to write.
+
+        Returns:
+            The address of the commit.
+        """
+        return hub.push(self.save_pretrained, repo_id, private, token, commit_message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,12 +17,12 @@ from transformers import PreTrainedModel
 from torchgsrq import models
 from torchgsrq.codec import Codebooks, LayerCodec
 from torchgsrq.codec.allocation import layer_rates
-from torchgsrq.codec.codebooks import VERSION
+from torchgsrq.codec.files import VERSION
 from torchgsrq.codec.layout import key_layout, rates, value_layout
 from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.learning import text
 from torchgsrq.learning.sensitivity import sensitivity
-from torchgsrq.learning.statistics import chunks, collect_cached, collect_statistics
+from torchgsrq.learning.statistics import Statistics, chunks, collect_cached, collect_statistics
 from torchgsrq.learning.text import TOKENS
 from torchgsrq.learning.train import train, train_cached
 from torchgsrq.models import LayerInfo
@@ -84,7 +85,9 @@ def _calibrate(
 ) -> Codebooks:
     found = models.inspect_layers(model)
     layers = {info.index: info for info in found if quantizes(info, config)}
-    facts = {"config": config.codec_fields(), "model": models.fingerprint(model, found)}
+    facts: dict[str, Any] = {"config": config.codec_fields(), "model": models.fingerprint(model, found)}
+    if model.name_or_path and not os.path.exists(model.name_or_path):
+        facts["name"] = model.name_or_path  # of a hub
     if not layers:
         return Codebooks({}, {**facts, "source": "none", "tokens": 0})
     for info in layers.values():
@@ -110,6 +113,70 @@ def _calibrate(
     each = rates_of_layers(config, layers, costs)
     trained = _train_layers(model, config, each, layers, windows, max_memory, progress)
     return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
+
+
+@torch.no_grad()
+def calibrate_qkv(
+    layers: Iterable[tuple[Tensor, Tensor, Tensor]],
+    config: GSRQConfig | None = None,
+    *,
+    inv_freq: Tensor | None = None,
+    interleaved: bool = False,
+    scale: float | None = None,
+    span: int = 8192,
+) -> Codebooks:
+    """Learn the codebooks of a decoder of your own from what its attention is given, layer by layer.
+
+    All layers get the same bits; use `Codebooks.at` for lower rates and `GSRQTensor.empty` for buffers.
+
+    Args:
+        layers: for each layer queries ``[windows, q_heads, tokens, head_dim]``, keys and values ``[windows, kv_heads,
+            tokens, head_dim]``, floating, after RoPE, of windows of text that begin at position 0; 16k tokens in all
+            or more. Taken one after the other, so a generator may make them.
+        config: rates, layout, frame, recipe and seed are used.
+        inv_freq: ``[pairs]``, RoPE frequencies, of all layers; none without RoPE.
+        interleaved: RoPE turns elements ``2i`` and ``2i + 1`` together, instead of ``i`` and ``i + pairs``.
+        scale: of scores, ``head_dim ** -0.5`` by default.
+        span: how far apart a query and a key can be.
+
+    Raises:
+        ValueError: shapes that do not fit together, NaN or inf, a rate that is not offered for the head_dim,
+            or ``allocation="sensitivity"``, which takes a model.
+    """
+    config = config or GSRQConfig()
+    if config.allocation == "sensitivity":
+        raise ValueError('allocation="sensitivity" takes gradients of a model; here all layers get the same bits')
+    if config.recipe == "universal":
+        raise ValueError('recipe="universal" learns nothing: use Codebooks.universal')
+    freq = torch.zeros(0) if inv_freq is None else inv_freq.detach().float()
+    rope = models.NO_ROPE if inv_freq is None else "interleaved" if interleaved else "half-split"
+    trained, tokens = {}, 0
+    for i, (q, k, v) in enumerate(layers):
+        _check_qkv(i, q, k, v, freq)
+        info = LayerInfo(i, "full_attention", q.shape[1], k.shape[1], k.shape[3], freq.to(k.device), interleaved, rope)
+        stats = Statistics(info)
+        factor = k.shape[3] ** -0.5 if scale is None else scale
+        for window in zip(q.split(1), k.split(1), v.split(1), strict=True):  # scores of one are held at a time
+            stats.add(*window, factor, softcap=0.0, sink_logits=None)
+        trained[i] = train(stats, config, (config.key_rate, config.value_rate), span)
+        tokens = k.shape[0] * k.shape[2]
+    return Codebooks(trained, {"config": config.codec_fields(), "model": None, "source": "data", "tokens": tokens})
+
+
+def _check_qkv(layer: int, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor) -> None:
+    shapes = f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)}"
+    fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[1] % max(k.shape[1], 1) == 0
+    if not fits or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            f"layers[{layer}] has {shapes}; expected [windows, heads, tokens, head_dim], as many query heads as a "
+            "multiple of the KV heads, all else alike"
+        )
+    if k.shape[0] * k.shape[2] < text.FEWEST:
+        raise ValueError(f"layers[{layer}] has {shapes}: calibration needs at least {text.FEWEST} tokens")
+    if 2 * inv_freq.numel() > k.shape[3]:
+        raise ValueError(f"inv_freq has {inv_freq.numel()} frequencies, more than half of head_dim={k.shape[3]}")
+    if not all(x.is_floating_point() and bool(x.isfinite().all()) for x in (q, k, v)):
+        raise ValueError(f"layers[{layer}] has {shapes} that are not floating, or hold NaN or inf")
 
 
 def _costs(

@@ -1,0 +1,67 @@
+"""What all commands share: the application, options, reading texts."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from torchgsrq.config import GSRQConfig
+from torchgsrq.embedded import document
+
+LONG = 131072  # tokens, where window and codebooks weigh little
+WIDTH = 80  # columns of what commands print, in a log file too
+HELP = "An LLM's KV cache in few bits: a demo, codebooks, and what they cost and save."
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_show_locals=False)
+console = Console(stderr=True)
+Model = Annotated[str | None, typer.Option("--model", help="hub ID or folder; the embedded model by default")]
+TextFile = Annotated[Path | None, typer.Option("--text", help="a text file; the Python language reference by default")]
+Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element; may be repeated")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
+Seed = Annotated[int, typer.Option("--seed")]
+Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
+Books = Annotated[Path | None, typer.Option("--codebooks", help="a file of codebooks; else cached or calibrated")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="the same bits for all layers")]
+
+
+@app.callback()
+def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="log more")] = False) -> None:
+    level = logging.DEBUG if verbose else logging.INFO
+    handler = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+    logging.getLogger("torchgsrq").setLevel(level)
+    logging.getLogger("torchgsrq").handlers = [handler]
+
+
+def read(text: Path | None) -> str:
+    """A text file, or the Python language reference."""
+    if text is None:
+        return document()
+    if not text.is_file():
+        raise typer.BadParameter(f"{text} is no file", param_hint="--text")
+    return text.read_text()
+
+
+def config_of(**fields: Any) -> GSRQConfig:
+    """A config, of which a bad field is an error of the command line."""
+    try:
+        return GSRQConfig(**fields)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def mib(nbytes: int) -> str:
+    """Bytes, to read."""
+    return f"{nbytes / 2**20:.1f} MiB"
+
+
+def bar(share: float, width: int) -> str:
+    """A bar as long as a share of the width, in eighths of a column; of ``#`` where the output has no blocks."""
+    eighths = round(max(0.0, min(share, 1.0)) * width * 8)
+    if not (sys.stdout.encoding or "").lower().startswith("utf"):
+        return "#" * round(eighths / 8) or "|"
+    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8] or "▏"

@@ -1,0 +1,141 @@
+"""`torchgsrq demo`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from torchgsrq import evaluate as measures
+from torchgsrq.cli.common import (
+    WIDTH,
+    Bits,
+    Books,
+    Json,
+    Layout,
+    Model,
+    TextFile,
+    app,
+    bar,
+    config_of,
+    console,
+    mib,
+    read,
+)
+from torchgsrq.codec import Codebooks
+from torchgsrq.config import GSRQConfig
+from torchgsrq.embedded import NAME, load_model
+from torchgsrq.learning.calibrate import cached_codebooks
+from torchgsrq.learning.text import token_ids
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    bits: Bits = None,
+    text: TextFile = None,
+    context: Annotated[int, typer.Option(help="tokens of the document to read")] = 2048,
+    new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
+    layout: Layout = "quality",
+    codebooks: Books = None,
+    json_only: Json = False,
+) -> None:
+    """Read a document with a quantized KV cache, and compare with full precision."""
+    rates = bits or [1.0]
+    configs = [config_of(bits=b, layout=layout) for b in rates]
+    console.print(f"Loading {model or NAME} ...")
+    llm, tokenizer = load_model(model)
+    ids = token_ids(tokenizer, read(text))[None, : context + 1]
+    context = ids.shape[1] - 1
+    if context < 2 * configs[0].recent_tokens:
+        raise typer.BadParameter(f"{context} tokens leave nothing to quantize", param_hint="--context")
+    most = max(configs, key=lambda c: c.bits)
+    books = Codebooks.load(codebooks) if codebooks else cached_codebooks(llm, most)
+    nested: dict[float, Codebooks] = {}
+    for config in configs:
+        try:
+            nested[config.bits] = books.at(config.bits)
+        except ValueError as error:  # a layout whose groups follow the rate
+            if codebooks:
+                raise typer.BadParameter(str(error), param_hint="--bits") from error
+            nested[config.bits] = cached_codebooks(llm, config)
+
+    console.print(f"Reading {context} tokens in full precision and with each cache ...")
+    scores = measures.quality(llm, [ids[0]], {str(c.bits): (c, nested[c.bits]) for c in configs})
+    speed_full, said_full, full_cache = measures.decode_speed(llm, ids, new_tokens)
+    full_bytes = sum(t.untyped_storage().nbytes() for layer in full_cache.layers for t in (layer.keys, layer.values))
+    results, said = [], []
+    for config in configs:
+        with measures.quantized(llm, config, nested[config.bits]):
+            speed, words, cache = measures.decode_speed(llm, ids, new_tokens)
+        memory, score = cache.memory(), scores[str(config.bits)]
+        results.append(
+            {
+                "model": model or NAME,
+                "bits": config.bits,
+                "effective_bits": round(memory.bits_per_element, 4),
+                "context": context,
+                "kv_bytes_full": full_bytes,
+                "kv_bytes": memory.total,
+                "ppl_full": round(score.ppl_full, 4),
+                "ppl": round(score.ppl, 4),
+                "kl": round(score.kl, 4),
+                "agreement": round(score.agreement, 4),
+                "tokens_per_second_full": round(speed_full, 2),
+                "tokens_per_second": round(speed, 2),
+            }
+        )
+        said.append(words)
+    if json_only:
+        print(json.dumps(results[0] if len(results) == 1 else results))
+        return
+    out = Console(width=min(WIDTH, Console().width))
+    table = Table(title=f"{model or NAME}, {context} tokens read", caption=measures.environment())
+    table.add_column("")
+    table.add_column("full precision", justify="right")
+    for config in configs:
+        table.add_column(f"GSRQ {config.bits:g} bit", justify="right")
+    rows: list[tuple[str, str, list[str]]] = [
+        ("KV cache", mib(full_bytes), [mib(r["kv_bytes"]) for r in results]),
+        (
+            "bits per element, all counted",
+            f"{8 * llm.dtype.itemsize}",
+            [f"{r['effective_bits']:.2f}" for r in results],
+        ),
+        ("perplexity", f"{results[0]['ppl_full']:.3f}", [f"{r['ppl']:.3f}" for r in results]),
+        ("KL divergence, nats", "0", [f"{r['kl']:.4f}" for r in results]),
+        ("same next token", "100%", [f"{r['agreement']:.1%}" for r in results]),
+        ("tokens per second", f"{speed_full:.1f}", [f"{r['tokens_per_second']:.1f}" for r in results]),
+    ]
+    for name, full, others in rows:
+        table.add_row(name, full, *others)
+    out.print(table)
+    out.print("KV cache")
+    for name, size in [("full precision", full_bytes), *((f"{r['bits']:g} bit", r["kv_bytes"]) for r in results)]:
+        out.print(f"  {name:14} {bar(size / full_bytes, 40)} {mib(size)}", highlight=False)
+    out.print(
+        "[dim]Quality is measured with every token outside the recent window quantized, as a long generation would "
+        "see it. The full-precision window and sinks weigh less the longer the context.[/dim]"
+    )
+    out.print("\n[bold]The document ends:[/bold] ..." + escape(tokenizer.decode(ids[0, -40:]).replace("\n", " ")))
+    out.print(_side_by_side(tokenizer, said_full, configs, said))
+
+
+def _side_by_side(tokenizer: Any, full: Any, configs: list[GSRQConfig], said: list[Any]) -> Table:
+    """What each goes on with, in columns; underlined from where it is no longer what full precision says."""
+    table = Table(title="and goes on", show_lines=False, expand=True)
+    table.add_column("full precision", ratio=1, overflow="fold")
+    cells = [Text(tokenizer.decode(full))]
+    for config, words in zip(configs, said, strict=True):
+        table.add_column(f"GSRQ {config.bits:g} bit", ratio=1, overflow="fold")
+        pairs = enumerate(zip(full.tolist(), words.tolist(), strict=False))
+        apart = next((i for i, (a, b) in pairs if a != b), len(words))
+        cell = Text(tokenizer.decode(words[:apart]))
+        cells.append(cell.append(tokenizer.decode(words[apart:]), style="underline"))
+    table.add_row(*cells)
+    return table

@@ -1,0 +1,76 @@
+"""`torchgsrq calibrate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import Tensor
+
+from torchgsrq import evaluate as measures
+from torchgsrq.cli.common import (
+    Json,
+    Layout,
+    Model,
+    Seed,
+    Uniform,
+    app,
+    config_of,
+    console,
+    read,
+)
+from torchgsrq.codec import Codebooks
+from torchgsrq.config import GSRQConfig
+from torchgsrq.embedded import load_model
+from torchgsrq.learning.calibrate import TOKENS, WINDOW, calibrate
+from torchgsrq.learning.text import token_ids
+
+
+@app.command("calibrate")
+def calibrate_command(
+    output: Annotated[
+        Path, typer.Argument(help="file to write (.safetensors), or a folder, which gets a model card too")
+    ],
+    model: Model = None,
+    bits: Annotated[float, typer.Option(help="bits per element")] = 1,
+    text: Annotated[Path | None, typer.Option("--text", help="calibration text; the model's own by default")] = None,
+    tokens: Annotated[int, typer.Option(help="tokens of it to use")] = TOKENS,
+    layout: Layout = "quality",
+    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
+    recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",
+    uniform: Uniform = False,
+    seed: Seed = 0,
+    json_only: Json = False,
+) -> None:
+    """Learn a model's codebooks, measure them on text that was not read, and write them to a file or a folder."""
+    allocation = "uniform" if uniform else None
+    config = config_of(bits=bits, layout=layout, frame=frame, recipe=recipe, allocation=allocation, seed=seed)
+    llm, tokenizer = load_model(model)
+    words = read(text)  # without --text only measured on
+    ids = token_ids(tokenizer, words)
+    unread = ids if text is None else ids[tokens:]
+    books = calibrate(llm, config, None if text is None else [ids], tokenizer=tokenizer, tokens=tokens)
+    if len(books):
+        _measure(llm, config, books, unread, text.name if text else "the Python language reference")
+    if output.suffix == ".safetensors":
+        books.save(output)
+    else:
+        books.save_pretrained(output)
+    facts = {"file": str(output), "layers": len(books), **books.metadata}
+    print(json.dumps(facts) if json_only else f"{books.describe()}\nwritten to {output}")
+
+
+def _measure(llm: Any, config: GSRQConfig, books: Codebooks, ids: Tensor, name: str) -> None:
+    """Put into the metadata what a cache with these codebooks costs on a window of text that was not read."""
+    if ids.numel() < WINDOW:
+        console.print(f"Not measured: the text has fewer than {WINDOW} tokens besides those that were read.")
+        return
+    try:
+        found = measures.quality(llm, [ids[:WINDOW]], {"": (config, books)})[""]
+    except ValueError as error:  # a model that is decoded on reading
+        console.print(f"Not measured: {error}")
+        return
+    known = ("kl", "kl_low", "kl_high", "ppl", "ppl_full")
+    books.metadata["measured"] = {"text": name, "tokens": WINDOW, **{x: getattr(found, x) for x in known}}

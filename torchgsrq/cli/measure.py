@@ -1,0 +1,256 @@
+"""`torchgsrq evaluate` and `memory`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from torchgsrq import evaluate as measures
+from torchgsrq import retrieval as tasks
+from torchgsrq.api import new_cache
+from torchgsrq.cli.common import (
+    LONG,
+    WIDTH,
+    Bits,
+    Books,
+    Json,
+    Layout,
+    Model,
+    Seed,
+    TextFile,
+    Uniform,
+    app,
+    bar,
+    config_of,
+    mib,
+    read,
+)
+from torchgsrq.codec import Codebooks
+from torchgsrq.config import GSRQConfig
+from torchgsrq.embedded import NAME, load_model
+from torchgsrq.learning.calibrate import TOKENS, cached_codebooks, calibrate
+from torchgsrq.learning.text import token_ids
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Model = None,
+    text: TextFile = None,
+    context: Annotated[int, typer.Option(help="tokens of a window")] = 1024,
+    windows: Annotated[int, typer.Option(help="windows, evenly spread from the start of the text")] = 3,
+    stride: Annotated[int, typer.Option(help="tokens between the starts of windows")] = 4096,
+    recipe: Annotated[list[str] | None, typer.Option(help="recipes; may be repeated")] = None,
+    bits: Bits = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="calibration text; the model's own by default", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="tokens of calibration text")] = TOKENS,
+    layout: Layout = "quality",
+    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
+    uniform: Uniform = False,
+    sinks: Annotated[int, typer.Option(help="sink tokens")] = GSRQConfig.sink_tokens,
+    recent: Annotated[int, typer.Option(help="recent tokens")] = GSRQConfig.recent_tokens,
+    block: Annotated[int, typer.Option(help="tokens encoded together")] = GSRQConfig.block_tokens,
+    shift: Annotated[int, typer.Option(help="move all positions by this much")] = 0,
+    retrieval: Annotated[int, typer.Option(help="also so many trials of each retrieval task, of --context tokens")] = 0,
+    codebooks: Books = None,
+    seed: Seed = 0,
+    json_only: Json = False,
+) -> None:
+    """What quantized caches cost: perplexity, KL divergence, error of attention, and what they still find."""
+    rates = sorted(bits or [1.0], reverse=True)
+    llm, tokenizer = load_model(model)
+    document_text = read(text)
+    ids = token_ids(tokenizer, document_text)
+    starts = [i * stride for i in range(windows) if i * stride + context <= ids.numel()]
+    if not starts:
+        raise typer.BadParameter(f"the text has {ids.numel()} tokens, fewer than --context {context}")
+    candidates: dict[str, measures.Candidate] = {}
+    cuts = [ids[s : s + context] for s in starts]
+    for name in recipe or ["gsrq"]:
+        base = config_of(
+            bits=rates[0],
+            recipe=name,
+            layout=layout,
+            frame=frame,
+            allocation="uniform" if uniform else None,
+            sink_tokens=sinks,
+            recent_tokens=recent,
+            block_tokens=block,
+            seed=seed,
+        )
+        if codebooks is not None:
+            books = Codebooks.load(codebooks)
+        elif calibration is not None and name != "universal":
+            books = calibrate(llm, base, [read(calibration)], tokenizer=tokenizer, tokens=tokens)
+        else:
+            books = cached_codebooks(llm, base)
+        for rate in rates:
+            config = dataclasses.replace(base, bits=rate)
+            nested = books
+            try:
+                nested = books.at(rate) if rate != rates[0] else books
+            except ValueError:  # a layout whose groups change with the rate
+                if codebooks is not None:
+                    raise
+                data = [read(calibration)] if calibration is not None else None
+                nested = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens)
+            candidates[f"{name} {rate:g}"] = (config, nested)
+    found = measures.quality(llm, cuts, candidates, shift) if windows else {}
+    answered: dict[str, dict[str, tasks.Score]] = {}
+    if retrieval:
+        trials = tasks.trials(tokenizer, document_text, context, count=retrieval, seed=seed)
+        answered["full precision"] = tasks.retrieval(llm, trials)
+        answered["sinks and window alone"] = tasks.retrieval(llm, tasks.cut_short(trials, sinks, recent))
+    rows: list[dict[str, Any]] = []
+    for name, (config, books) in candidates.items():
+        row = {"recipe": config.recipe, "bits": config.bits, **dataclasses.asdict(found[name])}
+        nested = books.at(config.bits)
+        row["key_error"] = measures.key_error(llm, cuts[0], nested, shift)
+        row["output_error"] = measures.output_error(llm, cuts[0], config, nested)
+        for tokens_held in (context, LONG):
+            row[f"true_bits_{tokens_held}"] = measures.true_bits(config, nested, tokens_held)
+        rows.append(row)
+        if retrieval:
+            answered[name] = tasks.retrieval(llm, trials, (config, books))
+    facts = {
+        "model": model or NAME,
+        "context": context,
+        "windows": len(cuts),
+        "shift": shift,
+        "layout": layout,
+        "frame": base.key_frame,
+        "sinks": sinks,
+        "recent": recent,
+        "block": block,
+        "environment": measures.environment(),
+    }
+    if json_only:
+        found_by = {name: {task: dataclasses.asdict(s) for task, s in x.items()} for name, x in answered.items()}
+        print(json.dumps({**facts, "results": rows, "retrieval": found_by}))
+        return
+    table = Table(
+        title=f"{facts['model']}: {len(cuts)} windows of {context} tokens, positions + {shift}; layout {layout}, frame "
+        f"{facts['frame']}, {sinks} sinks, {recent} recent tokens, blocks of {block}",
+        caption=measures.environment(),
+    )
+    names = ("recipe", "bits", "at 128k, all", "perplexity", "KL, nats", "95%", "KL p99", "same token", "output error")
+    for name in names:
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    width = f"{8 * llm.dtype.itemsize}"
+    table.add_row("full precision", width, "16", f"{rows[0]['ppl_full']:.3f}", "0", "", "0", "100%", "0")
+    for row in rows:
+        outputs = row["output_error"].values()
+        table.add_row(
+            row["recipe"],
+            f"{row['bits']:g}",
+            f"{row[f'true_bits_{LONG}']:.2f}",
+            f"{row['ppl']:.3f}",
+            f"{row['kl']:.4f}",
+            f"{row['kl_low']:.3f}-{row['kl_high']:.3f}",
+            f"{row['kl_p99']:.2f}",
+            f"{row['agreement']:.1%}",
+            f"{sum(outputs) / len(outputs):.4f}",
+        )
+    Console(width=120).print(table)
+    if retrieval:
+        _print_answers(answered)
+
+
+def _print_answers(answered: dict[str, dict[str, tasks.Score]]) -> None:
+    table = Table(title="answers found: fraction, and nats per token of the right answer")
+    table.add_column("")
+    for task, score in next(iter(answered.values())).items():
+        table.add_column(f"{task} ({score.answers})", justify="right")
+    for name, scores in answered.items():
+        table.add_row(name, *(f"{s.found:.0%}  {s.nll:.2f}" for s in scores.values()))
+    Console(width=120).print(table)
+
+
+@app.command()
+def memory(
+    model: Model = None,
+    bits: Bits = None,
+    context: Annotated[int, typer.Option(help="tokens held")] = 8192,
+    json_only: Json = False,
+) -> None:
+    """KV bytes by part, with a cache filled to a context."""
+    llm, _ = load_model(model)
+    rows = []
+    for rate in bits or [1.0]:
+        config = config_of(bits=rate)
+        books = cached_codebooks(llm, config_of(bits=max(bits or [1.0])))
+        try:
+            books = books.at(rate)
+        except ValueError:  # not nested in those of the highest rate
+            books = cached_codebooks(llm, config)
+        with measures.quantized(llm, config, books):
+            cache = new_cache(llm)
+            for layer in cache.quantized_layers:
+                codec = layer.codec.key
+                for first in range(0, context, 1024):
+                    x = torch.zeros(1, codec.heads, min(1024, context - first), codec.head_dim, dtype=llm.dtype)
+                    layer.update(x, x)
+            report = cache.memory()
+        facts = dataclasses.asdict(report)
+        facts |= {
+            "bits": rate,
+            "context": context,
+            "total": report.total,
+            "bits_per_element": report.bits_per_element,
+            "bits_per_element_codes": report.bits_per_element_codes,
+            "bits_per_element_with_codebooks": report.bits_per_element_with_codebooks,
+            "bf16": 2 * report.elements,
+        }
+        rows.append(facts)
+    if json_only:
+        print(json.dumps(rows))
+        return
+    table = Table(title=f"{model or NAME}: KV cache of {context} tokens", caption=measures.environment())
+    table.add_column("")
+    for row in rows:
+        table.add_column(f"{row['bits']:g} bit", justify="right")
+    labels = {
+        "codes": "codes",
+        "unused": "  of them slots not used yet",
+        "sinks": "sinks, full precision",
+        "window": "recent window, full precision",
+        "counters": "lengths and row offsets",
+        "total": "total",
+        "bf16": "the same tokens in bf16",
+        "codebooks": "codebooks, shared by all caches",
+    }
+    for key, label in labels.items():
+        table.add_row(label, *(f"{r[key] / 2**10:,.1f} KiB" for r in rows))
+    for key, label in {
+        "bits_per_element_codes": "bits per element, codes alone",
+        "bits_per_element": "bits per element, all but codebooks",
+        "bits_per_element_with_codebooks": "bits per element, codebooks too",
+    }.items():
+        table.add_row(label, *(f"{r[key]:.3f}" for r in rows))
+    Console(width=WIDTH).print(table)
+    _print_bars(rows)
+
+
+def _print_bars(rows: list[dict[str, Any]]) -> None:
+    """Bytes by context, each beside what the same tokens take in bfloat16."""
+    print("\nby context, as a share of bfloat16 (the window in the model's own dtype)")
+    for context in (512, 2048, 8192, 32768, LONG):
+        bf16 = 2 * rows[0]["elements"] * context // rows[0]["context"]
+        print(f"{context:>7,} tokens, bfloat16 {mib(bf16)}")
+        for row in rows:
+            size = bytes_at(row, context)
+            print(f"  {row['bits']:>5g} bit {bar(size / bf16, 40):40} {mib(size)}, {size / bf16:.0%}")
+
+
+def bytes_at(row: dict[str, Any], context: int) -> int:
+    """What a cache takes at another context than that of ``row``: tokens up to the window's are exact, others codes."""
+    fixed = row["sinks"] + row["window"] + row["counters"] + row["full_precision_layers"]
+    return int(fixed + row["codes"] * context // row["context"])

@@ -1,0 +1,117 @@
+"""A file of codebooks: written whole or not at all, and checked before anything of it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchgsrq.codec.codec import Codec, LayerCodec
+from torchgsrq.codec.layout import CODEWORDS, Layout
+
+FORMAT = "torchgsrq.codebooks"
+VERSION = 4
+_PARTS = ("mean", "transform", "inverse", "codebook", "inv_freq", "gains")
+_FIELDS = ("frame", "interleaved", "beam", "eta")
+
+
+def write(layers: dict[int, LayerCodec], metadata: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write codebooks to a safetensors file."""
+    tensors: dict[str, Tensor] = {}
+    codecs: dict[str, dict[str, Any]] = {}
+    written: dict[int, str] = {}
+    for i, layer in layers.items():
+        for kind, codec in layer._asdict().items():
+            name = f"{i}.{kind}"
+            if id(codec) in written:  # layers may share one
+                codecs[name] = {"same_as": written[id(codec)]}
+                continue
+            written[id(codec)] = name
+            tensors |= {f"{name}.{part}": getattr(codec, part).clone().contiguous() for part in _PARTS}
+            codecs[name] = {"groups": codec.layout.groups, **{field: getattr(codec, field) for field in _FIELDS}}
+    texts = {"codecs": json.dumps(codecs), "metadata": json.dumps(metadata)}
+    meta = {"format": FORMAT, "version": str(VERSION), **texts, "checksum": checksum(tensors, *texts.values())}
+    save_whole(tensors, meta, path)
+
+
+def save_whole(tensors: dict[str, Tensor], meta: dict[str, str], path: str | os.PathLike[str]) -> None:
+    """Write a safetensors file that is there whole or not at all: a killed process leaves no half of one behind."""
+    partial = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.partial"
+    save_file(tensors, partial, meta)
+    os.replace(partial, path)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str, Any]]:
+    """The layers and metadata that `write` was given.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a codebook file, damaged, or of an unknown format version.
+    """
+    name = os.fspath(path)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no codebook file at {name}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            meta = file.metadata() or {}
+            if meta.get("format") != FORMAT:
+                raise ValueError(f"{name} is not a torchgsrq codebook file (format={meta.get('format')!r})")
+            if meta.get("version") != str(VERSION):
+                raise ValueError(
+                    f"{name} has format version {meta.get('version')}; this torchgsrq reads {VERSION}: calibrate again"
+                )
+            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+        layers = _layers(json.loads(meta["codecs"]), held, name)
+        if meta.get("checksum", "") not in ("", checksum(held, meta["codecs"], meta["metadata"])):
+            raise ValueError(f"{name} is damaged: its checksum is not that of what it holds")
+        metadata = json.loads(meta["metadata"])
+        if not _makes_sense(metadata, layers):
+            raise ValueError(f"{name} says nothing that makes sense of how much its layers matter")
+    except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{name} is damaged, not a whole codebook file: {error}") from error
+    return layers, metadata
+
+
+def _layers(codecs: dict[str, dict[str, Any]], held: dict[str, Tensor], name: str) -> dict[int, LayerCodec]:
+    found: dict[int, dict[str, Codec]] = {}
+    for key, facts in codecs.items():
+        index, kind = key.split(".")
+        if "same_as" in facts:
+            other, which = facts["same_as"].split(".")
+            found.setdefault(int(index), {})[kind] = found[int(other)][which]
+            continue
+        t = {part: held[f"{key}.{part}"] for part in _PARTS}
+        _, codes, words, width = t["codebook"].shape
+        dims = width * facts["groups"]
+        if words != CODEWORDS or dims != t["transform"].shape[-2]:
+            raise ValueError(f"{name}: the tables of {key} do not fit together")
+        layout = Layout(t["mean"].shape[-1], facts["groups"], codes, dims)
+        given: dict[str, Any] = {**t, **{field: facts[field] for field in _FIELDS}}
+        found.setdefault(int(index), {})[kind] = Codec.build(layout, **given)
+    return {i: LayerCodec(c["key"], c["value"]) for i, c in sorted(found.items())}
+
+
+def _makes_sense(metadata: dict[str, Any], layers: dict[int, LayerCodec]) -> bool:
+    """Whether what the metadata says of the cost of layers can be used."""
+    costs, asked = metadata.get("sensitivity"), metadata.get("config")
+    return costs is None or (
+        all(len(costs[str(i)]) == 2 and all(c >= 0 for c in costs[str(i)]) for i in layers)
+        and all(asked[kind] > 0 for kind in ("key_bits", "value_bits"))  # type: ignore[index]
+    )
+
+
+def checksum(tensors: dict[str, Tensor], *texts: str) -> str:
+    """A hash of named tensors and texts, by which a file is found to be damaged."""
+    found = hashlib.sha256("\n".join(texts).encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name}{x.dtype}{list(x.shape)}".encode())
+        found.update(x.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

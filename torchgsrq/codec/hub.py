@@ -1,0 +1,76 @@
+"""Codebooks in a folder with a model card, and on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torchgsrq.codec.codec import LayerCodec
+
+FILE = "codebooks.safetensors"
+
+
+def find(name: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> str:
+    """The file of codebooks of a folder, or of a repository of the hub, downloaded if need be.
+
+    Raises:
+        FileNotFoundError: a folder without one; a repository that is not there, has none, or cannot be reached.
+    """
+    if os.path.isdir(name):
+        path = Path(name) / FILE
+        if not path.exists():
+            raise FileNotFoundError(f"the folder {os.fspath(name)} has no {FILE}")
+        return str(path)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return str(hf_hub_download(os.fspath(name), FILE, revision=revision, token=token))
+    except Exception as error:  # whatever a network, a hub or its own checks of a name can raise
+        raise FileNotFoundError(
+            f"{os.fspath(name)!r} is no folder here, and no {FILE} was had from a repository of that name "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def push(save_pretrained: Any, repo_id: str, private: bool | None, token: str | None, message: str) -> str:
+    """Upload what ``save_pretrained(folder)`` writes; gives the address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(folder)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message))
+
+
+def card(layers: dict[int, LayerCodec], metadata: dict[str, Any], bits: float, description: str) -> str:
+    """A model card: whose codebooks these are, how they were learned, what was measured."""
+    config, owner = metadata.get("config", {}), metadata.get("model") or {}
+    base = metadata.get("name")
+    head = ["---", "library_name: torchgsrq", *([f"base_model: {base}"] if base else []), "tags: [kv-cache]", "---"]
+    facts = {
+        "model": f"{base or 'of class'} ({owner.get('class', 'any')}, shape {owner.get('shape', 'any')})",
+        "bits per element": f"{bits:.3g} (keys {config.get('key_bits')}, values {config.get('value_bits')})",
+        "layout, recipe": f"{config.get('layout')}, {config.get('recipe')}",
+        "learned from": f"{metadata.get('source')}, {metadata.get('tokens')} tokens",
+        "size": f"{sum(c.nbytes() for layer in layers.values() for c in layer) / 2**20:.1f} MiB",
+    }
+    measured = metadata.get("measured")
+    if measured:
+        facts["measured"] = (
+            f"KL divergence {measured['kl']:.4f} nats ({measured['kl_low']:.4f} to {measured['kl_high']:.4f}), "
+            f"perplexity {measured['ppl']:.3f} (full precision {measured['ppl_full']:.3f}), on {measured['tokens']} "
+            f"tokens of {measured['text']}"
+        )
+    use = [
+        "```python",
+        "from torchgsrq import Codebooks, GSRQConfig, quantize_kv_",
+        "",
+        f'quantize_kv_(model, GSRQConfig(bits={bits:.3g}), codebooks=Codebooks.from_pretrained("this repository"))',
+        "```",
+    ]
+    rows = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]
+    title = f"# Codebooks for the KV cache of {base or owner.get('class', 'any model')}"
+    return "\n".join([*head, "", title, "", *rows, "", *use, "", "```text", description, "```", ""])

@@ -1,0 +1,188 @@
+"""What `quantize_kv_` leaves on a model: its state, and what gives its forwards and `generate` a quantized cache."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, StaticCache
+
+from torchgsrq import models
+from torchgsrq.attention import NAME
+from torchgsrq.cache import GSRQCache
+from torchgsrq.codec import Codebooks
+from torchgsrq.config import GSRQConfig
+from torchgsrq.models import LayerInfo
+
+log = logging.getLogger("torchgsrq")
+_CACHE_IMPLEMENTATIONS = (None, "dynamic", "offloaded", "static", "offloaded_static")
+UNSUPPORTED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+@dataclass
+class State:
+    """What `quantize_kv_` left on a model, and needs to undo it."""
+
+    config: GSRQConfig
+    codebooks: Codebooks
+    layers: list[LayerInfo]
+    attention: list[tuple[PreTrainedConfig, str]]
+    hooks: list[Any]
+    generating: list[nn.Module]
+    warned: bool = False  # of training mode
+    active: bool = True  # a shallow copy of a model shares this, and its layers
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the model's attention reads decoded tensors, and is left as it is."""
+        return models.are_decoded(self.layers)
+
+    def new_cache(
+        self,
+        model: PreTrainedModel,
+        max_cache_len: int | None = None,
+        template: Cache | None = None,
+        config: GSRQConfig | None = None,
+    ) -> GSRQCache:
+        """An empty cache for a model that shares this state, or for one of its parts."""
+        rotaries = models.rotaries(model, self.layers)
+        about = models.text_config(model)
+        cache = GSRQCache(self.codebooks, config or self.config, about, max_cache_len, template, rotaries, self.decodes)
+        cache.unmovable = models.unmovable(self.layers)
+        return cache
+
+
+def state_of(model: nn.Module) -> State | None:
+    """The state of a quantized model; None of another."""
+    state = getattr(model, "_gsrq", None)
+    return state if state is not None and state.active else None
+
+
+def refuse(what: str, model: PreTrainedModel, state: State, *args: Any, **kwargs: Any) -> Any:
+    """A method of a quantized model that would not use its cache, by name."""
+    if not state.active:  # a shallow copy was dequantized
+        return getattr(type(model), what)(model, *args, **kwargs)
+    raise ValueError(
+        f"{what} keeps keys and values in pages of its own, which are not quantized: call dequantize_kv_ first, or "
+        "generate"
+    )
+
+
+class GiveCache:
+    """A forward pre-hook: give a module a quantized cache where it would make its own; in the decoder, tell it where
+    rows begin, and refuse what would not be quantized as asked.
+
+    Args:
+        module: of the model, on the way to its decoder.
+        state: of the model.
+        is_decoder: whether the module is the decoder itself, which sees masks and positions.
+    """
+
+    def __init__(self, module: nn.Module, state: State, is_decoder: bool) -> None:
+        parameters = inspect.signature(module.forward).parameters.values()
+        self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+        self.state, self.is_decoder = state, is_decoder
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments of the forward, all by name."""
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
+        if use_cache is None:
+            use_cache = getattr(module.config, "use_cache", False)
+        if cache is None and module.training and measured and not self.state.warned:
+            log.warning("%s is in training mode, in which forwards run in full precision", type(module).__name__)
+            self.state.warned = True
+        if cache is None and not module.training and (use_cache or (measured and self.is_decoder)):
+            if torch.compiler.is_exporting():
+                raise ValueError(
+                    "torch.export of a forward that makes its own quantized cache is not supported: export with "
+                    "use_cache=False (and prefill='exact'), or a module of your own that takes GSRQTensors"
+                )
+            cache = kwargs["past_key_values"] = self.state.new_cache(module)
+            kwargs["use_cache"] = True
+        if self.is_decoder and isinstance(cache, GSRQCache):
+            self._check(module, kwargs)
+            if not (torch.compiler.is_compiling() and cache.rows_are_placed):
+                tokens = kwargs.get("input_ids")
+                tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+                if isinstance(tokens, Tensor):
+                    cache.place_rows(tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"))
+        return (), kwargs
+
+    def _check(self, module: Any, kwargs: dict[str, Any]) -> None:
+        if self.state.decodes:
+            return
+        name = type(module).__name__
+        implementation = module.config._attn_implementation
+        if implementation != NAME:
+            raise ValueError(
+                f"the attention implementation of {name} was set to {implementation!r} after quantize_kv_, which "
+                f"cannot read a quantized cache: call dequantize_kv_ first, or set_attn_implementation({NAME!r})"
+            )
+        if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+            raise ValueError(
+                "output_attentions=True: attention on codes never forms the weights; call dequantize_kv_ first"
+            )
+
+
+def prepare_cache_for_generation(
+    self: Any,
+    state: State,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """What transformers does, with quantized layers in the cache that it made.
+
+    Raises:
+        ValueError: a kind of cache that cannot be quantized, or RoPE that would change while tokens are generated.
+    """
+    prepare = functools.partial(
+        type(self)._prepare_cache_for_generation,
+        self,
+        generation_config,
+        model_kwargs,
+        generation_mode,
+        batch_size,
+        max_cache_length,
+    )
+    if not state.active:  # a shallow copy was dequantized
+        prepare()
+        return
+    kind = generation_config.cache_implementation
+    if kind not in _CACHE_IMPLEMENTATIONS:
+        allowed = ", ".join(repr(x) for x in _CACHE_IMPLEMENTATIONS)
+        raise ValueError(f"cache_implementation={kind!r}: a model with a quantized KV cache takes one of {allowed}")
+    mask = model_kwargs.get("attention_mask")
+    prompt = mask.shape[-1] if isinstance(mask, Tensor) else 0
+    for rotary in models.rotaries(self, state.layers).values() if generation_config.use_cache else ():
+        limit = rotary.changes_within(prompt, max_cache_length)
+        if limit is not None:
+            raise ValueError(
+                f"the text would grow from {prompt} to up to {max_cache_length + 1} tokens, and past {limit} this "
+                "model's RoPE changes, which a cache of codes cannot follow: generate fewer tokens, or choose a fixed "
+                "RoPE scaling"
+            )
+    given = model_kwargs.get("past_key_values")
+    prepare()
+    made = model_kwargs.get("past_key_values")
+    if made is None or made is given:
+        return
+    own = type(self).prepare_inputs_for_generation
+    if isinstance(made, StaticCache) and "isinstance(past_key_values, StaticCache)" in inspect.getsource(own):
+        raise ValueError(
+            f"cache_implementation={kind!r}: {type(self).__name__} does something for transformers' StaticCache alone; "
+            "generate with the default cache"
+        )
+    fixed = [getattr(layer, "max_cache_len", 0) for layer in made.layers]  # of a sliding window, no more than that
+    capacity = max(max_cache_length, *fixed) if isinstance(made, StaticCache) else None
+    model_kwargs["past_key_values"] = state.new_cache(self, capacity, made)

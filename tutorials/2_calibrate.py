@@ -1,0 +1,150 @@
+# %% [markdown]
+# # Calibrate for your model and your text
+#
+# Codebooks are learned from keys and values of one model. Which text it reads while they are learned, and how many
+# bits they have, decides how well the cache works later. Here you learn codebooks, look at how bits are dealt to
+# the layers, and measure what a lower rate and another text cost.
+#
+# Run it with `python tutorials/2_calibrate.py`; it takes about a minute on two cores, and half a minute more
+# without codebooks from another tutorial. What is printed here, and the picture, are from a 2-core AMD EPYC (Zen 4,
+# AVX-512), torch 2.13.0, 2026-11-27.
+
+# %%
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from torchgsrq import Codebooks, GSRQConfig, calibrate
+from torchgsrq.embedded import document, load_model
+from torchgsrq.evaluate import quality
+
+here = Path(__file__).parent
+model, tokenizer = load_model()
+ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+
+# %% [markdown]
+# ## Your text
+#
+# `calibrate` takes strings (and a tokenizer), tensors of token ids, or batches. It reads 16384 tokens of them,
+# which takes minutes, and half as much again that it makes of them: text that repeats itself, and lists to look
+# things up in. We give it 1024 tokens to be quick: far too few for real work. The model must not be quantized yet.
+#
+# ```python
+# books = calibrate(model, GSRQConfig(bits=1), data=texts, tokenizer=tokenizer)
+# ```
+#
+# Codebooks are saved to a file with a checksum, which names the model that they belong to. If the file is there
+# already, from another tutorial, we take it.
+
+# %%
+file = here / "smollm2.safetensors"
+if not file.exists():
+    calibrate(model, GSRQConfig(bits=1), data=[ids[-1024:]]).save(file)
+books = Codebooks.load(file)
+
+# %% [markdown]
+# ## Which layer gets how many bits
+#
+# Layers are not alike: an error in one changes what the model says, an error in another hardly does. Calibration
+# measures this with backward passes, and deals out the bits so that their mean is what you asked for. `describe`
+# has a line for each layer.
+
+# %%
+print("\n".join(books.describe().splitlines()[:8]), "\n...")
+
+# %% [markdown]
+# ```text
+# Codebooks(30 layers, 1 bits, source='data')
+# layer 0: keys 0.5 bits, values 0.5 bits, 0.2% of the cost
+# layer 1: keys 0.75 bits, values 0.5 bits, 0.7% of the cost
+# layer 2: keys 1.5 bits, values 0.5 bits, 2.3% of the cost
+# layer 3: keys 1.5 bits, values 0.5 bits, 3.0% of the cost
+# layer 4: keys 1.5 bits, values 0.5 bits, 1.8% of the cost
+# layer 5: keys 3 bits, values 0.5 bits, 13.1% of the cost
+# layer 6: keys 1.5 bits, values 0.5 bits, 2.7% of the cost
+# ...
+# ```
+#
+# With `GSRQConfig(allocation="uniform")` all layers get the same. That is quicker to learn, and is what models
+# without gradients get, those with quantized weights for example.
+#
+# The **layout** is decided here too. `layout="quality"`, the default, gives whole heads several residual codes;
+# `layout="fast"` gives each small group of elements one code: more is lost, and attention and encoding are faster.
+# [Which setting?](../docs/choosing.md) helps to choose.
+#
+# ## Lower rates come for free
+#
+# The stages of a code are nested, so `books.at(0.5)` needs nothing new: it keeps the first stages. Bits are dealt
+# to the layers anew. With `layout="fast"` rates are not nested: calibrate for each.
+#
+# `quality` reads a text through the quantized cache and compares with full precision. We read 384 tokens that were
+# not learned from, and keep only 32 recent tokens exact, so that even this short text is mostly codes.
+
+# %%
+rates = (1, 0.75, 0.5)
+candidates = {f"{rate:g} bit": (GSRQConfig(bits=rate, recent_tokens=32), books.at(rate)) for rate in rates}
+
+# %% [markdown]
+# ## Own text against your text
+#
+# Without `data`, `calibrate` lets the model write text itself: this is also what `quantize_kv_` does when it finds
+# no codebooks. It needs nothing from you, and costs quality. Two small codebooks of 512 tokens each, with the same
+# bits in all layers to be quick, show the difference.
+
+# %%
+quick = GSRQConfig(bits=1, allocation="uniform", recent_tokens=32)
+candidates["own text"] = quick, calibrate(model, quick, tokens=512)
+candidates["your text"] = quick, calibrate(model, quick, data=[ids[-512:]])
+
+found = quality(model, [ids[:384]], candidates)
+for name, q in found.items():
+    print(
+        f"{name:10} KL {q.kl:.3f} ({q.kl_low:.3f} to {q.kl_high:.3f}) nats, perplexity {q.ppl:.2f} of {q.ppl_full:.2f}"
+    )
+
+# %% [markdown]
+# ```text
+# 1 bit      KL 0.031 (0.017 to 0.046) nats, perplexity 18.02 of 18.27
+# 0.75 bit   KL 0.043 (0.023 to 0.063) nats, perplexity 18.40 of 18.27
+# 0.5 bit    KL 0.066 (0.034 to 0.103) nats, perplexity 18.73 of 18.27
+# own text   KL 0.114 (0.052 to 0.175) nats, perplexity 20.82 of 18.27
+# your text  KL 0.070 (0.033 to 0.115) nats, perplexity 18.84 of 18.27
+# ```
+#
+# A KL divergence of 0 would mean that the model says the same as in full precision. 384 tokens are few, so all of
+# this is noisy: the intervals overlap, and perplexity even comes out better at 1 bit than in full precision, which
+# is chance. It points where [more tokens](../docs/quality.md) point too: your kind of text is better than the
+# model's own, and bits for the layers that need them are better than the same for all.
+
+# %%
+blue, orange, green = "#0072B2", "#E69F00", "#009E73"
+figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained", width_ratios=(6, 5))
+layers = list(books)
+left.bar([i - 0.2 for i in layers], [books[i].key.bits for i in layers], 0.4, color=blue, label="keys")
+left.bar([i + 0.2 for i in layers], [books[i].value.bits for i in layers], 0.4, color=orange, label="values")
+left.axhline(books.bits, color="black", ls="--", lw=1, label="mean")
+left.set(xlabel="layer", ylabel="bits per element", title="Who gets the bits", ylim=(0, 4.8))
+left.legend(ncols=3, loc="upper left")
+kl = [found[name] for name in candidates]
+for i, (q, colour) in enumerate(zip(kl, (blue,) * 3 + (orange, green), strict=True)):
+    right.bar(i, q.kl, color=colour)
+    right.errorbar(i, q.kl, [[q.kl - q.kl_low], [q.kl_high - q.kl]], color="black", capsize=3)
+right.set_xticks(range(len(kl)), ["1 bit", "0.75", "0.5", "own text\n1 bit", "your text\n1 bit"])
+right.axvspan(2.5, 4.5, color="#EEEEEE", zorder=0)
+right.text(
+    3.5, 0.005 + max(q.kl_high for q in kl), "quick codebooks,\nthe same bits everywhere", ha="center", fontsize=8
+)
+right.set(xlim=(-0.5, 4.5), ylim=(0, 1.25 * max(q.kl_high for q in kl)))
+right.set(ylabel="KL divergence, nats", title="What it costs (384 tokens)")
+figure.savefig(here / "2_calibrate.png", dpi=110)
+
+# %% [markdown]
+# ![bits of the keys and values of each layer, and KL divergence by rate and by calibration text](2_calibrate.png)
+#
+# ## And then
+#
+# Give the codebooks, or the path of their file, to `quantize_kv_`:
+#
+# ```python
+# quantize_kv_(model, GSRQConfig(bits=0.5), codebooks="smollm2.safetensors")
+# ```
