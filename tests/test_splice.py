@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ from torchgsrq.reference import coded_slots
 IDS = torch.arange(200)[None] % 80 + 3
 
 
+@functools.cache
+def small_books():
+    return tiny_books(tiny_llama())
+
+
 @given(
     here=st.integers(1, 70),
     there=st.integers(1, 70),
@@ -31,13 +37,13 @@ IDS = torch.arange(200)[None] % 80 + 3
     recent=st.sampled_from([0, 8, 20]),
     block=st.sampled_from([1, 4, 16]),
     one=st.booleans(),
+    skip=st.integers(0, 6),
 )
-def test_what_is_joined_decodes_as_before(here, there, pads, frames, recent, block, one):
+def test_what_is_joined_decodes_as_before(here, there, pads, frames, recent, block, one, skip):
     """Codes of the piece are the same bytes and decode to what they decoded to, turned; what was exact in either is
     exact still or has become codes, and no more of it than the window cannot hold."""
     config = dataclasses.replace(SMALL, recent_tokens=recent, block_tokens=block)
-    model = tiny_llama()
-    books = tiny_books(model)
+    books = small_books()
     g = torch.Generator().manual_seed(0)
     layers = [GSRQLayer(books[0], config) for _ in range(2)]
     pads = [min(p, n - 1) for p, n in zip(pads, (here, there), strict=True)]
@@ -46,35 +52,31 @@ def test_what_is_joined_decodes_as_before(here, there, pads, frames, recent, blo
         layer.update(*torch.randn(2, rows, 2, n, 32, generator=g))
     was, piece = (x.keys.dequantize() for x in layers)
     a, b = (x.keys for x in layers)
-    codes, old, held = b.codes.clone(), a.encoded.clone(), b.encoded.expand(2).clone()
-    layers[0].reserve(here + there)
-    shift = torch.tensor([frames * 32, frames * 64])
-    positions = torch.cat(
-        [
-            torch.arange(here) - a.start[:, :1],
-            torch.arange(there) - b.start[:, :1].expand(2, -1) + shift[:, None],
-            torch.full((2, layers[0].keys.shape[2] - here - there), 900),
-        ],
-        1,
-    )
+    skip = min(skip, there - 1)
+    left = there - skip
+    codes, old, held = b.codes[:, :, skip:].clone(), a.encoded.clone(), (b.encoded - skip).clamp(min=0).expand(2)
+    layers[0].reserve(here + left)
+    shift = torch.where(torch.arange(left) < held[:, None], 32 * frames, 37)
+    moved = torch.arange(skip, there) - b.start[:, :1].expand(2, -1) + shift
+    after = torch.full((2, layers[0].keys.shape[2] - here - left), 900)
+    positions = torch.cat((torch.arange(here) - a.start[:, :1], moved, after), 1)
     layers[0].set_row_start(torch.cat((a.start[:, :2], positions), 1).int())
     a = layers[0].keys
-    _join(a, b, here, shift)
-    got = a.dequantize()[:, :, : here + there]
-    turned = rotate(piece[:, :, :there], shift[:, None, None], a.inv_freq, False)
-    due = coded_slots(a.start[:, 1], here + there, recent, block)
+    _join(a, b, here, skip, shift)
+    got = a.dequantize()[:, :, : here + left]
+    turned = rotate(piece[:, :, skip:there], shift[:, None], a.inv_freq, False)
+    due = coded_slots(a.start[:, 1], here + left, recent, block)
     for row in range(2):
-        coded = int(a.encoded[row])
-        assert coded == max(int(due[row]), here + int(held[row]) if held[row] else int(old[row]))
-        assert torch.equal(a.codes[row, :, here : here + held[row]], codes[row % len(codes), :, : held[row]])
+        coded, same = int(a.encoded[row]), int(held[row])
+        assert coded == max(int(due[row]), here + same if same else int(old[row]))
+        assert torch.equal(a.codes[row, :, here : here + same], codes[row % len(codes), :, :same])
         first = slice(0, int(old[row]))
         torch.testing.assert_close(got[row, :, first], was[row, :, first], rtol=1e-4, atol=1e-4)
-        exact = slice(here + int(held[row]), here + there)
-        fresh = slice(max(coded, exact.start), exact.stop)
+        fresh = slice(max(coded, here + same), here + left)
         torch.testing.assert_close(got[row, :, fresh], turned[row, :, fresh.start - here :], rtol=1e-4, atol=1e-4)
-        sinks = range(int(b.start[row % len(codes), 1]), there)[: config.sink_tokens]
-        moved = [s for s in range(int(held[row])) if s not in sinks]
-        torch.testing.assert_close(got[row][:, [here + s for s in moved]], turned[row][:, moved], rtol=1e-4, atol=1e-4)
+        begin = int(b.start[row % len(codes), 1]) - skip
+        plain = [s for s in range(same) if not begin <= s < begin + config.sink_tokens]  # sinks were exact there
+        torch.testing.assert_close(got[row][:, [here + s for s in plain]], turned[row][:, plain], rtol=1e-4, atol=1e-4)
 
 
 def read(model, ids, at=0, **arguments):
@@ -98,23 +100,24 @@ def plain(cache, model):
 @pytest.mark.parametrize("fixed", [None, 192])
 @torch.no_grad()
 def test_a_piece_is_as_if_read_there(llama, here, there, origin, fixed):
-    """Read alone at the positions it is moved to, it has the same codes; and the model goes on from it."""
+    """Its codes are those of reading it whole frames away, its window is that of reading it where it follows; and the
+    model goes on from it."""
     model, books = llama
     ids, doc, rest = IDS[:, :here], IDS[:, here : here + there], IDS[:, 140:160]
     with quantized(model, SMALL, books):
         cache = read(model, ids, max_cache_len=fixed) if here else new_cache(model, fixed)
         piece = read(model, doc, origin)
-        cache.splice(piece)
+        cache.splice(piece, skip=0)
         at = (here - origin) // 32 * 32 + origin
-        there_itself = read(model, doc, at)
+        by_frames, there_itself = read(model, doc, at), read(model, doc, here)
         assert cache.get_seq_length() == here + there and piece.get_seq_length() == there
-        for layer, want in zip(cache.layers, there_itself.layers, strict=True):
+        for layer, moved, want in zip(cache.layers, by_frames.layers, there_itself.layers, strict=True):
             ours, theirs = int(layer.keys.encoded) - here, int(want.keys.encoded)
-            codes = layer.keys.codes[:, :, here : here + theirs] == want.keys.codes[:, :, :theirs]
+            codes = layer.keys.codes[:, :, here : here + theirs] == moved.keys.codes[:, :, :theirs]
             assert not theirs or codes.float().mean() > 0.95  # sines round differently at other positions
             exact = slice(max(ours, theirs), there)
-            moved = layer.keys.dequantize()[:, :, here : here + there]
-            torch.testing.assert_close(moved[:, :, exact], want.keys.dequantize()[:, :, exact], rtol=1e-3, atol=1e-3)
+            got = layer.keys.dequantize()[:, :, here : here + there]
+            torch.testing.assert_close(got[:, :, exact], want.keys.dequantize()[:, :, exact], rtol=1e-3, atol=1e-3)
         for i in range(12):
             twin = plain(cache, model)
             got = model(rest[:, i : i + 1], past_key_values=cache, use_cache=True).logits
@@ -140,11 +143,11 @@ def test_generate_goes_on_from_a_library(llama):
     batch[1, :12] = 0
     settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     with quantized(model, SMALL, books):
-        piece = read(model, doc)
+        piece = read(model, torch.cat((head[:, :2], doc), 1))
         cache = new_cache(model)
         positions = (mask[:, :40].cumsum(1) - 1).clamp(min=0)
         model(batch, attention_mask=mask[:, :40], position_ids=positions, past_key_values=cache, use_cache=True)
-        cache.splice(piece)
+        cache.splice(piece, skip=2)
         again = new_cache(model)
         again.loads(cache.dumps())
         ids = torch.cat((batch, doc.expand(2, -1), question.expand(2, -1)), 1)
@@ -152,7 +155,7 @@ def test_generate_goes_on_from_a_library(llama):
         assert torch.equal(got, same)
         alone = new_cache(model)
         model(head[:, 12:], past_key_values=alone, use_cache=True)
-        alone.splice(piece)
+        alone.splice(piece, skip=2)
         row = torch.cat((head[:, 12:], doc, question), 1)
         assert torch.equal(model.generate(row, past_key_values=alone, **settings)[0, -8:], got[1, -8:])
         alone.crop(-20)
@@ -168,16 +171,18 @@ def test_refusals_change_nothing(llama):
         cache, piece = read(model, IDS[:, :20], max_cache_len=64), read(model, IDS[:, :60])
         before = [layer.keys.dequantize() for layer in cache.layers]
         with pytest.raises(ValueError, match="80 tokens do not fit a capacity of 64"):
-            cache.splice(piece)
+            cache.splice(piece, skip=0)
         other = read(model, IDS[:, :20].expand(3, -1))
         with pytest.raises(ValueError, match="the piece has 3 rows, this cache 1"):
-            cache.splice(other)
+            cache.splice(other, skip=0)
+        with pytest.raises(ValueError, match="skip=61; it must lie between 0 and the piece's 60 tokens"):
+            cache.splice(piece, skip=61)
         assert all(torch.equal(a, x.keys.dequantize()) for a, x in zip(before, cache.layers, strict=True))
     with quantized(model, dataclasses.replace(SMALL, recent_tokens=12), books):
         with pytest.raises(ValueError, match="recent_tokens=8, this cache 12"):
-            new_cache(model).splice(piece)
+            new_cache(model).splice(piece, skip=0)
         with pytest.raises(ValueError, match="other codebooks"):
-            new_cache(model).splice(cache_of_others)
+            new_cache(model).splice(cache_of_others, skip=0)
 
 
 @pytest.mark.parametrize("family", ["opt", "lfm2"])
@@ -185,4 +190,4 @@ def test_models_that_cannot_be_moved(family):
     model = tiny_model(family)
     quantize_kv_(model, GSRQConfig(bits=1), codebooks=tiny_books(model, GSRQConfig(bits=1)))
     with pytest.raises(ValueError, match="splice: "):
-        new_cache(model).splice(new_cache(model))
+        new_cache(model).splice(new_cache(model), skip=0)

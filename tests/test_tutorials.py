@@ -19,7 +19,7 @@ def test_every_tutorial_runs_and_draws_its_pictures(tmp_path):
     """In one empty folder, in their order: the first learns codebooks, in which the others then find them."""
     pytest.importorskip("matplotlib")
     scripts = sorted(TUTORIALS.glob("*.py"))
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     env = {**os.environ, "MPLBACKEND": "Agg"}
     env.pop("TRITON_INTERPRET", None)  # of conftest.py; a reader's shell has none
     for script in scripts:

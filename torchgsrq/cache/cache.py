@@ -221,23 +221,27 @@ class GSRQCache(Cache):
         name = os.fspath(path)
         files.unpack(self, *files.read(name, name), name)
 
-    def splice(self, piece: GSRQCache) -> None:
+    def splice(self, piece: GSRQCache, *, skip: int) -> None:
         """Put a text that was read elsewhere behind what this cache holds, without decoding it: from a library of
         documents, each read once.
 
-        Keys are coded relative to their frame, so the piece is moved by whole frames, to the positions nearest
-        before those that would follow: its first position is up to a frame less than the number of tokens here
-        (none if the piece was read from position ``len(here) % frame`` on), and later tokens count on as if it had
-        followed. Its tokens saw nothing of what is before them here, as they were read alone.
+        Keys are coded relative to their frame, so codes of the piece are moved by whole frames, to the positions
+        nearest before those that would follow (these very positions, if the piece was read from position
+        ``len(here) % frame`` on, ``position_ids=``). Its window is exact, and moves to just where it follows; so do
+        all later tokens. The piece saw nothing of what is before it here, as it was read alone.
+
+        Models treat the first tokens of a text in a way of their own (sinks), and codes hold these badly. So read a
+        piece behind the first ``sink_tokens`` that the prompts begin with, and leave these out with ``skip``.
 
         Args:
             piece: a cache of the same model, codebooks and window, of one row or as many as here. It is left as it is.
+            skip: so many of its first tokens are left out.
 
         Raises:
             ValueError: other codebooks or windows, rows or RoPE frequencies; a fixed capacity that is too small; a
                 model whose positions are not RoPE, or with layers that stay in full precision. Nothing is changed then.
         """
-        splice(self, piece)
+        splice(self, piece, skip)
 
     def dumps(self) -> bytes:
         """What `save` writes, to send to another process: prefill here, decode there."""

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def splice(cache: GSRQCache, piece: GSRQCache) -> None:
+def splice(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
     """See `GSRQCache.splice`."""
-    _check(cache, piece)
-    if piece.is_empty:
+    _check(cache, piece, skip)
+    held, more = int(cache.get_seq_length()), int(piece.get_seq_length()) - skip
+    if not more:
         return
-    held, more = int(cache.get_seq_length()), int(piece.get_seq_length())
     rows = piece.quantized_layers[0].batch_size if cache.is_empty else cache.quantized_layers[0].batch_size
     frame = math.lcm(*(codec.frame for layer in cache.quantized_layers for codec in layer.codec))
-    start, shift = _moved(cache.quantized_layers[0], piece.quantized_layers[0], held, more, rows, frame)
+    start, shift = _moved(cache.quantized_layers[0], piece.quantized_layers[0], held, more, skip, rows, frame)
     for layer, source in zip(cache.quantized_layers, piece.quantized_layers, strict=True):
         if not layer.is_initialized:
             like = torch.empty(rows, source.keys.shape[1], 0, source.keys.shape[3])
@@ -37,12 +37,12 @@ def splice(cache: GSRQCache, piece: GSRQCache) -> None:
         layer.reserve(held + more)
         layer.set_row_start(start.to(layer.device))
         for buffer, other in ((layer.keys, source.keys), (layer.values, source.values)):
-            _join(buffer, other.held_on(buffer.device), held, shift.to(buffer.device))
+            _join(buffer, other.held_on(buffer.device), held, skip, shift.to(buffer.device))
         layer.take_length(held + more)
     cache.rows_are_placed = bool((start[:, 1] < held + more).all())
 
 
-def _check(cache: GSRQCache, piece: GSRQCache) -> None:
+def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
     """Refuse what cannot be moved, or not here."""
     if cache.unmovable:
         raise ValueError(f"splice: {cache.unmovable}, so nothing that was read elsewhere can be moved; read it here")
@@ -59,10 +59,12 @@ def _check(cache: GSRQCache, piece: GSRQCache) -> None:
         ours, theirs = getattr(cache.config, name), getattr(piece.config, name)
         if ours != theirs:
             raise ValueError(f"splice: the piece has {name}={theirs}, this cache {ours}")
-    if piece.is_empty or not piece.quantized_layers:
+    if not 0 <= skip <= int(piece.get_seq_length()):
+        raise ValueError(f"splice: skip={skip}; it must lie between 0 and the piece's {piece.get_seq_length()} tokens")
+    if piece.is_empty:
         return
     layers = list(zip(cache.quantized_layers, piece.quantized_layers, strict=True))
-    whole = int(cache.get_seq_length()) + int(piece.get_seq_length())
+    whole = int(cache.get_seq_length()) + int(piece.get_seq_length()) - skip
     for layer, source in layers:
         capacity = layer.get_max_length()
         if -1 < capacity < whole:
@@ -75,18 +77,26 @@ def _check(cache: GSRQCache, piece: GSRQCache) -> None:
             raise ValueError("splice: the piece was turned by other RoPE frequencies (those of another length)")
 
 
-def _moved(layer: GSRQLayer, source: GSRQLayer, held: int, more: int, rows: int, frame: int) -> tuple[Tensor, Tensor]:
-    """Where rows begin and the positions of all slots (`GSRQTensor.start`), and how far each row's piece moves."""
-    theirs = _start(source, more).expand(rows, -1)
-    ours = _start(layer, held).to(theirs.device) if layer.is_initialized else torch.zeros_like(theirs[:, :2])
+def _moved(
+    layer: GSRQLayer, source: GSRQLayer, held: int, more: int, skip: int, rows: int, frame: int
+) -> tuple[Tensor, Tensor]:
+    """Where rows begin and the positions of all slots (`GSRQTensor.start`), and how far each slot of the piece moves,
+    ``[rows, more]``: codes by whole frames, what is exact to just where it follows."""
+    theirs = _start(source).expand(rows, -1)
+    places = reference.positions(theirs, skip, skip + more)
+    theirs = torch.stack((theirs[:, 0] - skip, (theirs[:, 1] - skip).clamp(min=0)), 1)  # of what is left of it
+    ours = _start(layer).to(theirs.device) if layer.is_initialized else torch.zeros_like(theirs)
     begun = ours[:, 1] < held
     following = torch.where(begun, reference.positions(ours, held, held + 1)[:, 0], 0)
-    places = reference.positions(theirs, 0, more)
     first = places.gather(1, theirs[:, 1:2].clamp(max=more - 1).long())[:, 0]
-    shift = torch.div(following - first, frame, rounding_mode="floor") * frame
-    known = torch.cat((reference.positions(ours, 0, held), places + shift[:, None]), 1)
+    wanted = (following - first)[:, None]
+    coded = torch.arange(skip, skip + more, device=theirs.device) < source.keys.encoded[:, None]
+    shift = torch.where(coded, torch.div(wanted, frame, rounding_mode="floor") * frame, wanted).expand(rows, -1)
+    known = torch.cat((reference.positions(ours, 0, held), places + shift), 1)
     ahead = following + (more - theirs[:, 1]).clamp(min=0)  # as generate counts: real tokens
-    begins = torch.where(begun[:, None], ours[:, :2], theirs[:, :2] + torch.stack((held - shift, 0 * shift + held), 1))
+    begins = torch.where(
+        begun[:, None], ours[:, :2], theirs[:, :2] + torch.stack((held - shift[:, -1], 0 * first + held), 1)
+    )
     counted = torch.arange(held + more + 1, device=known.device) - begins[:, :1]
     whole = torch.cat((known, ahead[:, None]), 1)
     if bool((whole == counted).all()):
@@ -94,21 +104,21 @@ def _moved(layer: GSRQLayer, source: GSRQLayer, held: int, more: int, rows: int,
     return torch.cat((begins, whole), 1).int(), shift
 
 
-def _start(layer: GSRQLayer, held: int) -> Tensor:
+def _start(layer: GSRQLayer) -> Tensor:
     """`GSRQTensor.start` of a layer's keys, as far as its cache knows the slots."""
     return layer.keys.start if layer.row_start is None else layer.row_start.to(layer.keys.start.device)
 
 
-def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, shift: Tensor) -> None:
-    """Append what a piece holds, moved by ``shift`` positions in each row. What is exact in both stays so as far as
-    the window reaches; what was codes in the piece stays just these codes."""
-    more, rows = int(piece.length), buffer.shape[0]
-    kv, coded = buffer.packed, piece.encoded.expand(rows)
+def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Tensor) -> None:
+    """Append what a piece holds past ``skip``, each slot moved by ``shift [rows, more]`` positions. What is exact in
+    both stays so as far as the window reaches; what was codes in the piece stays just these codes."""
+    more, rows = int(piece.length) - skip, buffer.shape[0]
+    kv, coded = buffer.packed, (piece.encoded - skip).clamp(min=0).expand(rows)
     sinks = kv.sink_tokens
 
-    def turned(x: Tensor) -> Tensor:
+    def turned(x: Tensor, slots: slice) -> Tensor:
         return (
-            rotate(x, shift[:, None, None], kv.codec.inv_freq, kv.codec.interleaved)
+            rotate(x, shift[:, None, slots], kv.codec.inv_freq, kv.codec.interleaved)
             .to(buffer.dtype)
             .expand(rows, -1, -1, -1)
         )
@@ -117,16 +127,19 @@ def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, shift: Tensor) -> No
     # Codes are a row's first slots: where some follow, all before them become codes too.
     _encode_up_to(buffer, torch.where(coded > 0, held, due.clamp(max=held)))
     last = int(coded.max())
-    buffer.codes[:, :, held : held + last] = piece.codes[:, :, :last]
-    slots = torch.arange(int(piece.encoded.min()), more, device=buffer.device)
-    exact = turned(piece.packed.recent(int(piece.encoded.min()), more))
+    buffer.codes[:, :, held : held + last] = piece.codes[:, :, skip : skip + last]
+    first = int(coded.min())
+    slots = torch.arange(first, more, device=buffer.device)
+    exact = turned(piece.packed.recent(skip + first, skip + more), slice(first, more))
     buffer.window[:, :, sinks + (held + slots).remainder(kv.ring)] = exact
     source = kv.sink_slots() - held
     new = ((source >= 0) & (source < more))[:, None, :, None]
     if bool(new.any()):  # a row that has not begun, or has fewer tokens than sinks
         at = source.clamp(0, more - 1)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
         kept = buffer.window[:, :, :sinks]
-        kept.copy_(torch.where(new, turned(piece.dequantize()).gather(2, at), kept))
+        kept.copy_(
+            torch.where(new, turned(piece.dequantize()[:, :, skip : skip + more], slice(more)).gather(2, at), kept)
+        )
     buffer.length.fill_(held + more)
     buffer.encoded.copy_(torch.where(coded > 0, held + coded, buffer.encoded))
     _encode_up_to(buffer, due)
