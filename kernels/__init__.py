@@ -16,7 +16,8 @@ import torch
 log = logging.getLogger("torchgsrq")
 _FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "encode.cpp")
-FILES = (*SOURCES, "vector.h", "tables.h", "__init__.py")  # what a library is made from
+HEADERS = ("vector.h", "tables.h", "call.h", "by_tables.h", "by_blocks.h")
+FILES = (*SOURCES, *HEADERS, "__init__.py")  # what a library is made from
 
 
 _MACHINE = {

@@ -1,5 +1,5 @@
-// Encode, append and the assignment of k-means for the CPU: what torchgsrq/reference.py means by `encode` and `append_`,
-// and torchgsrq/kmeans.py by `nearest`, `sum_by_code` and `moments_by_code`.
+// Encode, append and the assignment of k-means for the CPU: what torchgsrq/reference means by `encode` and `append_`,
+// and torchgsrq/codec/kmeans.py by `nearest`, `sum_by_code` and `moments_by_code`.
 
 #include <torch/library.h>
 

@@ -13,7 +13,7 @@ namespace gsrq {
 
 constexpr int64_t kRotate = 256;  // positions that share one rotation of the query for the mean term
 
-// The codec as ops carry it: see Codec.tensors and Codec.integers in codec.py.
+// The codec as ops carry it: see Codec.tensors and Codec.integers in torchgsrq/codec/codec.py.
 struct CodecView {
   Tensor mean, transform, inverse, codebook, inv_freq, gains;
   int64_t heads, dim, groups, codes, dims, width, beam, eta, frame;

@@ -97,6 +97,24 @@ def test_demo_and_evaluate_commands(smol):
     assert row["bits"] == 0.5 and row["kl"] > 0 and row["ppl"] > 1 and row["ppl_full"] > 1
 
 
+def test_calibrate_and_memory_commands(smol, tmp_path):
+    """A folder with a card that says what was measured, which the other commands take."""
+    runner = CliRunner()
+    text = tmp_path / "text.txt"
+    text.write_text(document()[:9000])
+    folder = tmp_path / "books"
+    said = runner.invoke(app, ["calibrate", str(folder), "--text", str(text), "--tokens", "512", "--uniform", "--json"])
+    assert said.exit_code == 0, said.output
+    measured = json.loads(said.stdout)["measured"]
+    assert 0 < measured["kl"] < 1 and measured["text"] == "text.txt"
+    assert f"KL divergence {measured['kl']:.4f} nats" in (folder / "README.md").read_text()
+    said = runner.invoke(app, ["memory", "--codebooks", str(folder), "--context", "512"], env={"COLUMNS": "80"})
+    assert said.exit_code == 0, said.output
+    assert "131,072 tokens, bfloat16 2880.0 MiB" in said.stdout and max(map(len, said.stdout.splitlines())) <= 80
+    said = runner.invoke(app, ["calibrate", str(text)])
+    assert said.exit_code == 2 and "is a file" in said.output
+
+
 def test_bad_command_lines_say_what_is_wrong():
     runner = CliRunner()
     for arguments, says in (

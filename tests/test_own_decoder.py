@@ -67,8 +67,13 @@ def test_bad_input_is_named(given):
     ):
         with pytest.raises(ValueError, match=says):
             calibrate_qkv([bad])
-    with pytest.raises(ValueError, match="17 frequencies, more than half of head_dim=32"):
+    with pytest.raises(ValueError, match=r"inv_freq has shape \[17\]; expected \[pairs\]"):
         calibrate_qkv(layers, inv_freq=torch.ones(17))
+    for none in ([], iter(())):
+        with pytest.raises(ValueError, match="layers is empty"):
+            calibrate_qkv(none)
+    with pytest.raises(ValueError, match=r"layers\[0\] has 2 items; expected three tensors"):
+        calibrate_qkv([(q, k)])
     with pytest.raises(ValueError, match="takes gradients of a model"):
         calibrate_qkv(layers, GSRQConfig(allocation="sensitivity"))
     with pytest.raises(ValueError, match="learns nothing: use Codebooks"):

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from tests.conftest import SMALL, tiny_books, tiny_llama
 from tests.families import tiny_model
-from torchgsrq import GSRQConfig, new_cache, quantize_kv_
+from torchgsrq import Codebooks, GSRQConfig, new_cache, quantize_kv_
 from torchgsrq.cache import GSRQLayer
 from torchgsrq.cache.splice import _join
 from torchgsrq.codec.rope import rotate
@@ -185,9 +185,86 @@ def test_refusals_change_nothing(llama):
             new_cache(model).splice(cache_of_others, skip=0)
 
 
-@pytest.mark.parametrize("family", ["opt", "lfm2"])
+@torch.no_grad()
+def test_models_that_decode_their_cache():
+    """MLA: keys are a latent without RoPE, values what RoPE turns."""
+    model = tiny_model("deepseek_v3")
+    config = dataclasses.replace(SMALL, allocation="uniform")
+    ids, doc = IDS[:, :40], IDS[:, 40:100]
+    with quantized(model, config, tiny_books(model, config)):
+        cache, piece, there = read(model, ids), read(model, doc), read(model, doc, 32)
+        cache.splice(piece, skip=0)
+        for layer, want in zip(cache.layers, there.layers, strict=True):
+            for ours, theirs in ((layer.keys, want.keys), (layer.values, want.values)):
+                coded = slice(2, int(theirs.encoded))  # after the sinks
+                got = ours.dequantize()[:, :, 40:100][:, :, coded]
+                apart = (got - theirs.dequantize()[:, :, coded]).abs().amax(-1) > 1e-2 * got.abs().amax()
+                assert apart.float().mean() < 0.05  # a code on the other side of a tie
+
+
+@torch.no_grad()
+def test_frequencies_of_the_piece_are_taken_over():
+    """Dynamic NTK: a piece of many tokens has other frequencies than the model's codebooks."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = tiny_llama(max_position_embeddings=64, rope_parameters=rope)
+    with quantized(model, SMALL, tiny_books(model)):
+        piece = read(model, IDS[:, :150])
+        cache, short = new_cache(model), read(model, IDS[:, :20])
+        cache.splice(piece, skip=0)
+        a, b = (x.layers[1].keys for x in (cache, piece))
+        assert torch.equal(a.inv_freq, b.inv_freq) and not torch.equal(a.inv_freq, short.layers[1].keys.inv_freq)
+        torch.testing.assert_close(a.dequantize()[:, :, 2:150], b.dequantize()[:, :, 2:150], rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match="other RoPE frequencies"):
+            short.splice(piece, skip=0)
+
+
+@pytest.mark.parametrize("how", ["crop", "load"])
+@torch.no_grad()
+def test_a_second_piece_follows_the_first(llama, how):
+    """Positions after a splice are known after a crop back to the prompt, and after a file."""
+    model, books = llama
+    head, one, two = IDS[:, :40], IDS[:, 40:70], IDS[:, 70:130]
+    with quantized(model, SMALL, books):
+        cache = read(model, head)
+        cache.splice(read(model, one), skip=0)
+        held = 40 if how == "crop" else 70
+        if how == "crop":
+            cache.crop(-30)
+            assert cache.layers[0].keys.start.shape[1] == 2
+        else:
+            again = new_cache(model)
+            again.loads(cache.dumps())
+            cache = again
+        fits = read(model, two, held % 32)
+        cache.splice(fits, skip=0)
+        want = read(model, two, held)
+        positions = cache.layers[0].keys.packed.position(held, held + 61)
+        assert positions.tolist() == [list(range(held, held + 61))]
+        ours, theirs = (x.layers[0].keys.dequantize() for x in (cache, want))
+        apart = (ours[:, :, held + 2 : held + 60] - theirs[:, :, 2:60]).abs().amax(-1) > 1e-2
+        assert apart.float().mean() < 0.05
+
+
+@torch.no_grad()
+def test_what_is_refused_by_name(llama):
+    model, books = llama
+    with quantized(model, SMALL, books):
+        cache = read(model, IDS[:, :20])
+        with pytest.raises(ValueError, match="cannot be put behind itself"):
+            cache.splice(cache, skip=0)
+    universal = GSRQConfig(bits=1, recipe="universal")
+    with quantized(model, universal, Codebooks.universal(universal, 2, 2, 32)):
+        cache, piece = read(model, IDS[:, :20]), read(model, IDS[:, :20])
+    with pytest.raises(ValueError, match="recipe='universal' codes keys as RoPE has turned them"):
+        cache.splice(piece, skip=0)
+
+
+REFUSED = {"opt": "positions are not RoPE", "lfm2": "layer 0 is a LinearAttentionLayer, whose keys or states"}
+
+
+@pytest.mark.parametrize("family", REFUSED)
 def test_models_that_cannot_be_moved(family):
     model = tiny_model(family)
     quantize_kv_(model, GSRQConfig(bits=1), codebooks=tiny_books(model, GSRQConfig(bits=1)))
-    with pytest.raises(ValueError, match="splice: "):
+    with pytest.raises(ValueError, match=REFUSED[family]):
         new_cache(model).splice(new_cache(model), skip=0)

@@ -37,7 +37,7 @@ class GSRQTensor(Tensor):
             count up with the slots (padding in the middle, images): then also the position of every slot.
         length: int32 ``[]``, slots held.
         encoded: int32 ``[batch]``, the slots of each row, from the first on, that were turned into codes.
-        mean_vector, transform, inverse, codebook, inv_freq, gains: the codec's tables (codec.py), shared.
+        mean_vector, transform, inverse, codebook, inv_freq, gains: the codec's tables (`Codec`), shared.
 
     Non-Tensor Attributes:
         integers: sink, recent and block tokens, then `Codec.integers`.

@@ -127,7 +127,7 @@ class GSRQLayer(CacheLayerMixin):
             self.device = key_states.device
             self.prefetch()
         if self.rotary is not None:
-            self._follow(self.rotary())
+            self.follow(self.rotary())
         # Autocast gives keys and values of several dtypes, and other ones than outside of it.
         key_states, value_states = key_states.detach().to(self.dtype), value_states.detach().to(self.dtype)
         tokens = key_states.shape[2]
@@ -199,7 +199,7 @@ class GSRQLayer(CacheLayerMixin):
                 raise ValueError(f"layer {self.index}, {name}{where}: {error}") from error
 
     @_owned
-    def _follow(self, inv_freq: Tensor) -> None:
+    def follow(self, inv_freq: Tensor) -> None:
         """Code keys in frames of the frequencies that the model uses now."""
         if inv_freq is self._followed:
             return
@@ -226,7 +226,7 @@ class GSRQLayer(CacheLayerMixin):
                 buffer.placed(_start_of(codec, start, buffer.shape[2]))
                 for codec, buffer in ((self.codec.key, self.keys), (self.codec.value, self.values))
             )
-            if keys is not self.keys:
+            if keys is not self.keys or values is not self.values:
                 self._hold(keys, values)
 
     @_owned
@@ -249,10 +249,9 @@ class GSRQLayer(CacheLayerMixin):
         capacity = self.keys.shape[2]
         if tokens > capacity:
             capacity = _round_up(max(tokens, capacity + capacity // 8))
-            keys = self.keys.grown(capacity)
-            if self.row_start is not None and keys.start.shape[1] > 2:  # it may know slots beyond the old capacity
-                keys = keys.placed(reference.fitted(self.row_start, capacity))
-            self._hold(keys, self.values.grown(capacity))
+            self._hold(self.keys.grown(capacity), self.values.grown(capacity))
+            if self.row_start is not None:  # it may know slots beyond the old capacity
+                self.set_row_start(self.row_start)
 
     def take_length(self, length: int) -> None:
         """Hold this many tokens, which the buffers were given by other means than `update`."""
@@ -304,6 +303,10 @@ class GSRQLayer(CacheLayerMixin):
             buffer.crop_(keep)
         self._set_length(keep)
         self.is_empty = keep == 0
+        if self.row_start is not None and self.row_start.shape[1] > 2:
+            start = self.row_start[:, : 2 + keep]
+            counted = reference.positions(start[:, :2], 0, keep)
+            self.set_row_start(start[:, :2] if bool((start[:, 2:] == counted).all()) else start)
 
     def _set_length(self, length: int) -> None:
         if isinstance(self.cumulative_length, Tensor):
@@ -333,7 +336,7 @@ class GSRQLayer(CacheLayerMixin):
     def state(self) -> dict[str, Tensor]:
         """The tensors that this layer owns, by name, without slots that no token has used."""
         held, coded = int(self.keys.length), int(self.keys.encoded.max()) if self.batch_size else 0
-        used = {"codes": lambda t: t[:, :, :coded], "start": lambda t: t[:, : 2 + held]}
+        used = {"codes": lambda t: t[:, :, :coded], "start": lambda t: t[:, : 3 + held]}
         frequencies = {} if self.rotary is None else {"keys.inv_freq": self.keys.inv_freq}
         return frequencies | {
             f"{name}.{part}": used.get(part, lambda t: t)(getattr(buffer, part))
@@ -369,7 +372,7 @@ class GSRQLayer(CacheLayerMixin):
                 return f"has {name}.codes of {codes.dtype} {list(codes.shape)}"
             if not window.is_floating_point() or window.shape != (rows, codec.heads, slots, codec.head_dim):
                 return f"has a {name}.window of {window.dtype} {list(window.shape)}"
-            if start.dtype != torch.int32 or start.shape not in ((rows, 2), (rows, 2 + length)):
+            if start.dtype != torch.int32 or start.shape not in ((rows, 2), (rows, 2 + length), (rows, 3 + length)):
                 return f"has a {name}.start of {start.dtype} {list(start.shape)}"
         if not torch.equal(state["keys.encoded"], state["values.encoded"]):
             return "has other numbers of keys and of values in codes"
@@ -391,7 +394,7 @@ class GSRQLayer(CacheLayerMixin):
             parts = [codes, window.to(dtype or window.dtype), rows, *counters, *codec.tensors]
             setattr(self, name, GSRQTensor(parts, layout))
         self._hold(self.keys, self.values)
-        self.row_start = self.keys.start
+        self.row_start = max(self.keys.start, self.values.start, key=lambda t: t.shape[1])
         self.dtype, self.device = self.keys.dtype, self.keys.device
         self.is_initialized, self.is_empty = True, length == 0
         self._set_length(length)

@@ -32,7 +32,8 @@ def splice(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
         if not layer.is_initialized:
             like = torch.empty(rows, source.keys.shape[1], 0, source.keys.shape[3])
             values = torch.empty(rows, source.values.shape[1], 0, source.values.shape[3])
-            layer.lazy_initialization(*(x.to(source.device, source.dtype) for x in (like, values)))
+            layer.lazy_initialization(*(x.to(source.device, cache.model_dtype or source.dtype) for x in (like, values)))
+            layer.follow(source.keys.inv_freq)
         layer.prefetch()
         layer.reserve(held + more)
         layer.set_row_start(start.to(layer.device))
@@ -44,6 +45,8 @@ def splice(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
 
 def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
     """Refuse what cannot be moved, or not here."""
+    if piece is cache:
+        raise ValueError("splice: a cache cannot be put behind itself; save it, and load it into another one")
     if cache.unmovable:
         raise ValueError(f"splice: {cache.unmovable}, so nothing that was read elsewhere can be moved; read it here")
     if piece.codebooks.digest != cache.codebooks.digest:
@@ -73,7 +76,8 @@ def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
             raise ValueError(
                 f"splice: the piece has {source.batch_size} rows, this cache {layer.batch_size}; 1 or as many fit"
             )
-        if layer.is_initialized and not torch.equal(layer.keys.inv_freq, source.keys.inv_freq.to(layer.device)):
+        other = not cache.is_empty and not torch.equal(layer.keys.inv_freq, source.keys.inv_freq.to(layer.device))
+        if other:
             raise ValueError("splice: the piece was turned by other RoPE frequencies (those of another length)")
 
 

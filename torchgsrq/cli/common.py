@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import document
 
@@ -25,7 +26,9 @@ Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per eleme
 Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
 Seed = Annotated[int, typer.Option("--seed")]
 Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
-Books = Annotated[Path | None, typer.Option("--codebooks", help="a file of codebooks; else cached or calibrated")]
+Books = Annotated[
+    Path | None, typer.Option("--codebooks", help="a file or folder of codebooks; else cached or calibrated")
+]
 Uniform = Annotated[bool, typer.Option("--uniform", help="the same bits for all layers")]
 
 
@@ -52,6 +55,14 @@ def config_of(**fields: Any) -> GSRQConfig:
         return GSRQConfig(**fields)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def books_at(path: Path) -> Codebooks:
+    """The codebooks of a file, or of a folder that `calibrate` wrote."""
+    try:
+        return Codebooks.from_pretrained(path) if path.is_dir() else Codebooks.load(path)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--codebooks") from error
 
 
 def mib(nbytes: int) -> str:

@@ -22,6 +22,7 @@ from torchgsrq.cli.common import (
     TextFile,
     app,
     bar,
+    books_at,
     config_of,
     console,
     mib,
@@ -55,7 +56,7 @@ def demo(
     if context < 2 * configs[0].recent_tokens:
         raise typer.BadParameter(f"{context} tokens leave nothing to quantize", param_hint="--context")
     most = max(configs, key=lambda c: c.bits)
-    books = Codebooks.load(codebooks) if codebooks else cached_codebooks(llm, most)
+    books = books_at(codebooks) if codebooks else cached_codebooks(llm, most)
     nested: dict[float, Codebooks] = {}
     for config in configs:
         try:

@@ -47,6 +47,8 @@ def calibrate_command(
     """Learn a model's codebooks, measure them on text that was not read, and write them to a file or a folder."""
     allocation = "uniform" if uniform else None
     config = config_of(bits=bits, layout=layout, frame=frame, recipe=recipe, allocation=allocation, seed=seed)
+    if output.suffix != ".safetensors" and output.is_file():
+        raise typer.BadParameter(f"{output} is a file; name one that ends in .safetensors, or a folder")
     llm, tokenizer = load_model(model)
     words = read(text)  # without --text only measured on
     ids = token_ids(tokenizer, words)

@@ -28,11 +28,11 @@ from torchgsrq.cli.common import (
     Uniform,
     app,
     bar,
+    books_at,
     config_of,
     mib,
     read,
 )
-from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, load_model
 from torchgsrq.learning.calibrate import TOKENS, cached_codebooks, calibrate
@@ -87,7 +87,7 @@ def evaluate_command(
             seed=seed,
         )
         if codebooks is not None:
-            books = Codebooks.load(codebooks)
+            books = books_at(codebooks)
         elif calibration is not None and name != "universal":
             books = calibrate(llm, base, [read(calibration)], tokenizer=tokenizer, tokens=tokens)
         else:
@@ -179,6 +179,7 @@ def memory(
     model: Model = None,
     bits: Bits = None,
     context: Annotated[int, typer.Option(help="tokens held")] = 8192,
+    codebooks: Books = None,
     json_only: Json = False,
 ) -> None:
     """KV bytes by part, with a cache filled to a context."""
@@ -186,10 +187,12 @@ def memory(
     rows = []
     for rate in bits or [1.0]:
         config = config_of(bits=rate)
-        books = cached_codebooks(llm, config_of(bits=max(bits or [1.0])))
+        books = books_at(codebooks) if codebooks else cached_codebooks(llm, config_of(bits=max(bits or [1.0])))
         try:
             books = books.at(rate)
-        except ValueError:  # not nested in those of the highest rate
+        except ValueError as error:  # not nested in those of the highest rate
+            if codebooks:
+                raise typer.BadParameter(str(error), param_hint="--bits") from error
             books = cached_codebooks(llm, config)
         with measures.quantized(llm, config, books):
             cache = new_cache(llm)
@@ -203,6 +206,8 @@ def memory(
         facts |= {
             "bits": rate,
             "context": context,
+            "slots": cache.quantized_layers[0].keys.shape[2],
+            "kept_layers": len(cache.layers) - len(cache.quantized_layers),
             "total": report.total,
             "bits_per_element": report.bits_per_element,
             "bits_per_element_codes": report.bits_per_element_codes,
@@ -248,9 +253,11 @@ def _print_bars(rows: list[dict[str, Any]]) -> None:
         for row in rows:
             size = bytes_at(row, context)
             print(f"  {row['bits']:>5g} bit {bar(size / bf16, 40):40} {mib(size)}, {size / bf16:.0%}")
+    if rows[0]["kept_layers"]:
+        print(f"{rows[0]['kept_layers']} layers that stay in full precision are not counted")
 
 
 def bytes_at(row: dict[str, Any], context: int) -> int:
-    """What a cache takes at another context than that of ``row``: tokens up to the window's are exact, others codes."""
-    fixed = row["sinks"] + row["window"] + row["counters"] + row["full_precision_layers"]
-    return int(fixed + row["codes"] * context // row["context"])
+    """What the quantized layers take at another context than that of ``row``: every slot has room for its codes, and
+    the window does not grow."""
+    return int(row["sinks"] + row["window"] + row["counters"] + row["codes"] * context // row["slots"])

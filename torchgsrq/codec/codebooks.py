@@ -26,8 +26,8 @@ class Codebooks:
     Args:
         layers: layer index to `LayerCodec`; layers that stay in full precision are absent.
         metadata: JSON-able facts: ``model`` (`models.fingerprint`), ``config`` (what was asked), ``source``,
-            ``tokens``; where layers have rates of their own, ``sensitivity``: layer to the costs of its keys and values
-            (`learning.sensitivity`).
+            ``tokens``; ``name``, of a model of a hub; ``measured``, by ``torchgsrq calibrate``; where layers have rates
+            of their own, ``sensitivity``: layer to the costs of its keys and values (`learning.sensitivity`).
     """
 
     def __init__(self, layers: dict[int, LayerCodec], metadata: dict[str, Any]) -> None:
@@ -118,7 +118,10 @@ class Codebooks:
             each = self._spread(bits, value_bits)
         layers = {i: LayerCodec(c.key.at(each[i][0]), c.value.at(each[i][1])) for i, c in self.layers.items()}
         config = {**self.metadata.get("config", {}), "key_bits": float(bits), "value_bits": float(value_bits)}
-        return Codebooks(layers, {**self.metadata, "config": config})
+        metadata = {**self.metadata, "config": config}
+        if config != self.metadata.get("config"):
+            metadata.pop("measured", None)  # at the other rate
+        return Codebooks(layers, metadata)
 
     def _spread(self, key_bits: float, value_bits: float) -> dict[int, tuple[float, float]]:
         """Rates of every layer's keys and values at a lower mean."""
@@ -174,7 +177,7 @@ class Codebooks:
             return dataclasses.replace(codec, **tables, _copies={}, _turned=[])
 
         layers = {i: LayerCodec(part(c.key), part(c.value)) for i, c in self.layers.items()}
-        return Codebooks(layers, self.metadata)
+        return Codebooks(layers, {k: v for k, v in self.metadata.items() if k != "measured"})
 
     def to(self, device: torch.device | str) -> Codebooks:
         """The same codebooks on a device."""

@@ -68,7 +68,9 @@ def card(layers: dict[int, LayerCodec], metadata: dict[str, Any], bits: float, d
         "```python",
         "from torchgsrq import Codebooks, GSRQConfig, quantize_kv_",
         "",
-        f'quantize_kv_(model, GSRQConfig(bits={bits:.3g}), codebooks=Codebooks.from_pretrained("this repository"))',
+        f"config = GSRQConfig(key_bits={config.get('key_bits')}, value_bits={config.get('value_bits')}, "
+        f"layout={config.get('layout')!r})",
+        'quantize_kv_(model, config, codebooks=Codebooks.from_pretrained("this repository"))',
         "```",
     ]
     rows = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]

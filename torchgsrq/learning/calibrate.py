@@ -53,7 +53,8 @@ def calibrate(
             the model writes its own, which costs quality (docs/quality.md).
         tokenizer: for strings, and for lists that the model looks things up in (`text.recall_windows`); the one of
             ``model.name_or_path`` by default.
-        tokens: how much of the data to use, 16384 by default; half as much again is made of it.
+        tokens: how much of the data to use, 16384 by default; half as much again is made of it, in whole windows of
+            1024: nothing of fewer than 2048.
         max_memory: bytes of vectors held at a time; more layers than fit are calibrated in several passes.
         progress: show bars.
 
@@ -140,8 +141,8 @@ def calibrate_qkv(
         span: how far apart a query and a key can be.
 
     Raises:
-        ValueError: shapes that do not fit together, NaN or inf, a rate that is not offered for the head_dim,
-            or ``allocation="sensitivity"``, which takes a model.
+        ValueError: no layers, shapes that do not fit together, NaN or inf, a rate that is not offered for the
+            head_dim, or ``allocation="sensitivity"``, which takes a model.
     """
     config = config or GSRQConfig()
     if config.allocation == "sensitivity":
@@ -151,8 +152,8 @@ def calibrate_qkv(
     freq = torch.zeros(0) if inv_freq is None else inv_freq.detach().float()
     rope = models.NO_ROPE if inv_freq is None else "interleaved" if interleaved else "half-split"
     trained, tokens = {}, 0
-    for i, (q, k, v) in enumerate(layers):
-        _check_qkv(i, q, k, v, freq)
+    for i, given in enumerate(layers):
+        q, k, v = _checked_qkv(i, tuple(given), freq)
         info = LayerInfo(i, "full_attention", q.shape[1], k.shape[1], k.shape[3], freq.to(k.device), interleaved, rope)
         stats = Statistics(info)
         factor = k.shape[3] ** -0.5 if scale is None else scale
@@ -160,10 +161,15 @@ def calibrate_qkv(
             stats.add(*window, factor, softcap=0.0, sink_logits=None)
         trained[i] = train(stats, config, (config.key_rate, config.value_rate), span)
         tokens = k.shape[0] * k.shape[2]
+    if not trained:
+        raise ValueError("layers is empty (an iterator gives its items once); expected (q, k, v) for each layer")
     return Codebooks(trained, {"config": config.codec_fields(), "model": None, "source": "data", "tokens": tokens})
 
 
-def _check_qkv(layer: int, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor) -> None:
+def _checked_qkv(layer: int, given: tuple[Tensor, ...], inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if len(given) != 3 or not all(isinstance(x, Tensor) for x in given):
+        raise ValueError(f"layers[{layer}] has {len(given)} items; expected three tensors: queries, keys and values")
+    q, k, v = given
     shapes = f"queries {list(q.shape)}, keys {list(k.shape)} and values {list(v.shape)}"
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[1] % max(k.shape[1], 1) == 0
     if not fits or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
@@ -173,10 +179,13 @@ def _check_qkv(layer: int, q: Tensor, k: Tensor, v: Tensor, inv_freq: Tensor) ->
         )
     if k.shape[0] * k.shape[2] < text.FEWEST:
         raise ValueError(f"layers[{layer}] has {shapes}: calibration needs at least {text.FEWEST} tokens")
-    if 2 * inv_freq.numel() > k.shape[3]:
-        raise ValueError(f"inv_freq has {inv_freq.numel()} frequencies, more than half of head_dim={k.shape[3]}")
+    if inv_freq.ndim != 1 or 2 * inv_freq.numel() > k.shape[3]:
+        raise ValueError(
+            f"inv_freq has shape {list(inv_freq.shape)}; expected [pairs], at most half of head_dim={k.shape[3]}"
+        )
     if not all(x.is_floating_point() and bool(x.isfinite().all()) for x in (q, k, v)):
         raise ValueError(f"layers[{layer}] has {shapes} that are not floating, or hold NaN or inf")
+    return q, k, v
 
 
 def _costs(

@@ -142,7 +142,7 @@ def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progre
 
 
 def recall_windows(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
-    """Windows in which a model looks things up, half as many as those given and of their size.
+    """Windows in which a model looks things up, half as many as those given (none of a single one) and of their size.
 
     In ordinary text attention seldom returns to one distant token, and then codebooks learn little of the keys and
     queries by which it would. So every second of these windows says half of a given one twice; the others are lists of
