@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,15 @@ def test_sliding_windows_are_quantized_where_asked_for(kind):
 
 def test_a_model_of_sliding_windows_alone_is_refused_with_what_to_do():
     assert "sliding='quantize'" in families.outcome("ministral").refused
+
+
+def test_windows_beside_linear_attention_are_refused_by_name(llama, monkeypatch):
+    model, books = llama
+    kinds = ["full_attention", "hybrid_sliding"]
+    monkeypatch.setattr(sys.modules["torchgsrq.models.layers"], "layer_kinds", lambda _: kinds)
+    with pytest.raises(ValueError, match="layers 1 of LlamaForCausalLM have linear attention beside a sliding"):
+        quantize_kv_(model, dataclasses.replace(SMALL, sliding="quantize"), codebooks=books)
+    assert not hasattr(model, "_gsrq")
 
 
 def test_layers_that_read_another_ones_cache_count_in_what_is_learned():

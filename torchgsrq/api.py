@@ -76,6 +76,12 @@ def quantize_kv_(
             f"sliding='quantize' with skip_layers={config.skip_layers}: transformers makes one mask for all sliding "
             f"windows, so layers {', '.join(map(str, sliding))} cannot be kept while others are quantized"
         )
+    beside = [info.index for info in layers if info.kind == "hybrid_sliding"]
+    if config.sliding == "quantize" and beside:
+        raise ValueError(
+            f"sliding='quantize': layers {', '.join(map(str, beside))} of {name} have linear attention beside a sliding "
+            "window, and stay in full precision; use sliding='keep'"
+        )
     decodes = models.are_decoded(layers)
     if decodes and config.prefill == "quantized":
         raise ValueError(
