@@ -79,8 +79,8 @@ def quantize_kv_(
     beside = [info.index for info in layers if info.kind == "hybrid_sliding"]
     if config.sliding == "quantize" and beside:
         raise ValueError(
-            f"sliding='quantize': layers {', '.join(map(str, beside))} of {name} have linear attention beside a sliding "
-            "window, and stay in full precision; use sliding='keep'"
+            f"sliding='quantize': layers {', '.join(map(str, beside))} of {name} have linear attention beside a "
+            "sliding window, and stay in full precision; use sliding='keep'"
         )
     decodes = models.are_decoded(layers)
     if decodes and config.prefill == "quantized":
