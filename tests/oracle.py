@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from torchgsrq import Codebooks, GSRQConfig, reference
+from torchgsrq.codec.rope import rotate
 from torchgsrq.models import decoder
 
 
@@ -75,6 +76,18 @@ class Oracle(_Rows, DynamicCache):
         super().crop(tokens_to_remove)
         self._each(lambda t: t[:, : self.get_seq_length()])
 
+    def splice(self, piece: Oracle, skip: int) -> None:
+        """Put a piece behind: codes move by whole frames, what is exact to just where it follows."""
+        held, places = self.real.shape[1], torch.arange(skip, piece.get_seq_length())
+        wanted = self.real.sum(1, keepdim=True) - skip
+        first = self.layers[0]
+        frame = first.codecs.key.frame
+        shift = torch.where(places < piece.layers[0].coded, wanted // frame * frame, wanted)
+        self.positions = torch.cat((self.positions, places + shift), 1)
+        self.real = torch.cat((self.real, torch.ones_like(shift, dtype=torch.bool)), 1)
+        for layer, other in zip(self.layers, piece.layers, strict=True):
+            layer.splice(other, skip, shift, held)
+
 
 class OracleLayer(_Rows, DynamicLayer):
     """Keys and values as they were given (``keys``, ``values``) and as attention is shown them (``shown``)."""
@@ -86,30 +99,59 @@ class OracleLayer(_Rows, DynamicLayer):
         self.shown: list[Tensor] = []
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        c, first, n = self.config, self.get_seq_length(), key_states.shape[2]
+        first, n = self.get_seq_length(), key_states.shape[2]
         super().update(key_states, value_states)
         new = [key_states, value_states]
         self.shown = [torch.cat((a, b), 2) for a, b in zip(self.shown, new, strict=True)] if self.shown else new
         before = [t.clone() for t in self.shown]
+        self._become_codes(self._due(first + n))
+        return tuple(before if n > 1 else self.shown)  # what became codes by this very prompt was exact to it
+
+    def _start(self) -> Tensor:
+        """The slot of each row's first token, ``[rows]``."""
         real = self.cache.real.int()
-        start = torch.where(real.any(1), real.argmax(1), first + n)
-        blocks = (first + n - start - c.recent_tokens).clamp(min=0) // c.block_tokens  # of each row's own tokens
-        was = torch.zeros_like(start) if self.coded is None else self.coded
-        self.coded = was.maximum((start + blocks * c.block_tokens).clamp(max=first + n))
+        return torch.where(real.any(1), real.argmax(1), real.shape[1])
+
+    def _due(self, length: int) -> Tensor:
+        """The slots below which rows are codes, by the tokens of their own."""
+        c, start = self.config, self._start()
+        blocks = (length - start - c.recent_tokens).clamp(min=0) // c.block_tokens
+        return (start + blocks * c.block_tokens).clamp(max=length)
+
+    def _become_codes(self, due: Tensor) -> None:
+        """Show all slots below these as their codes say, but for sinks."""
+        was = torch.zeros_like(due) if self.coded is None else self.coded
+        self.coded = was.maximum(due)
         slots = slice(int(was.min()), int(self.coded.max()))
-        at, start = torch.arange(first + n)[slots], start[:, None]
+        at, start = torch.arange(self.shown[0].shape[2])[slots], self._start()[:, None]
         coded = (at >= was[:, None]) & (at < self.coded[:, None])
-        coded &= (at < start) | (at >= start + c.sink_tokens)
+        coded &= (at < start) | (at >= start + self.config.sink_tokens)
         position = self.cache.positions[:, slots]
-        shown = []
+        self.shown = [t.clone() for t in self.shown]
         for t, codec in zip(self.shown, self.codecs, strict=True):
             exact = t[:, :, slots]
-            decoded = reference.decode(reference.encode(exact, position, codec), position, codec, exact.dtype)
-            t = t.clone()
-            t[:, :, slots] = torch.where(coded[:, None, :, None], decoded, exact)
-            shown.append(t)
-        self.shown = shown
-        return tuple(before if n > 1 else shown)  # what became codes by this very prompt was exact to it
+            t[:, :, slots] = torch.where(coded[:, None, :, None], _by_codes(exact, position, codec), exact)
+
+    def splice(self, piece: OracleLayer, skip: int, shift: Tensor, held: int) -> None:
+        """What `GSRQCache.splice` promises, of a piece of one row without padding."""
+        rows, more = shift.shape
+        there = (piece.coded - skip).clamp(min=0).expand(rows)
+        super().update(*(x[:, :, skip:].expand(rows, -1, -1, -1) for x in (piece.keys, piece.values)))
+        due = self._due(held + more)
+        self._become_codes(torch.where(there > 0, held, due.clamp(max=held)))
+        start, slots = self._start()[:, None], held + torch.arange(more)
+        is_sink = ((slots >= start) & (slots < start + self.config.sink_tokens))[:, None, :, None]
+        places = torch.arange(skip, skip + more)[None]
+        was_sink = ((places < self.config.sink_tokens) & (places < piece.coded))[:, None, :, None]
+        joined = []
+        for mine, theirs, codec in zip(self.shown, piece.shown, self.codecs, strict=True):
+            theirs = theirs[:, :, skip:]
+            theirs = torch.where(was_sink & ~is_sink, _by_codes(theirs, places, codec), theirs)
+            moved = rotate(theirs, shift[:, None], codec.inv_freq, codec.interleaved).expand(rows, -1, -1, -1)
+            joined.append(torch.cat((mine, moved), 2))
+        self.shown = joined
+        self.coded = torch.where(there > 0, held + there, self.coded)
+        self._become_codes(due)
 
     def _each(self, choose: Any) -> None:
         self.shown = [choose(t) for t in self.shown]
@@ -119,6 +161,12 @@ class OracleLayer(_Rows, DynamicLayer):
         super().crop(tokens_to_remove)
         self.shown = [t[:, :, : self.get_seq_length()] for t in self.shown]
         self.coded = self.coded.clamp(max=self.get_seq_length())
+
+
+def _by_codes(x: Tensor, position: Tensor, codec: Any) -> Tensor:
+    """Vectors as their codes say."""
+    position = position.expand(x.shape[0], -1)
+    return reference.decode(reference.encode(x, position, codec), position, codec, x.dtype)
 
 
 class OracleHybridLayer(LinearAttentionLayer, OracleLayer):

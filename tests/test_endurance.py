@@ -60,6 +60,19 @@ class Story:
         self.oracle.crop(-n)
         self.mask = self.mask[:, :-n]
 
+    def splice(self):
+        ids = torch.randint(3, 100, (1, self.random.randint(4, 40)), generator=self.generator)
+        piece, said = self.empty(), Oracle(self.books, SMALL, self.model.config)
+        self.twin(ids, past_key_values=piece, use_cache=True)
+        handle = watch(self.model, said)
+        self.model(ids, past_key_values=said, use_cache=True)
+        handle.remove()
+        skip = self.random.choice([0, 2, 3])
+        self.cache.splice(piece, skip=skip)
+        self.oracle.splice(said, skip)
+        new = torch.ones(self.mask.shape[0], ids.shape[1] - skip, dtype=torch.long)
+        self.mask = torch.cat((self.mask, new), 1)
+
     def rows(self, how, what, index):
         getattr(self.cache, how)(what)
         getattr(self.oracle, how)(what)
@@ -68,7 +81,7 @@ class Story:
     def step(self):
         rows = self.mask.shape[0]
         choice = self.random.choice(
-            ["append"] * 4 + ["crop", "reorder", "repeat", "select", "reset", "file", "offload"]
+            ["append"] * 4 + ["crop", "reorder", "repeat", "select", "reset", "file", "offload", "splice"]
         )
         if choice == "append":
             self.append(self.random.choice([1, 1, 1, 2, 5, 17]))
@@ -88,6 +101,8 @@ class Story:
             self.cache.save(self.folder / "cache")
             self.cache = self.empty()
             self.cache.load(self.folder / "cache")
+        elif choice == "splice" and self.mask.shape[1] < 150:
+            self.splice()
         elif choice == "offload":
             for layer in self.cache.layers:
                 layer.offload()

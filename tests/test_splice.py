@@ -212,8 +212,12 @@ def test_frequencies_of_the_piece_are_taken_over():
         cache, short = new_cache(model), read(model, IDS[:, :20])
         cache.splice(piece, skip=0)
         a, b = (x.layers[1].keys for x in (cache, piece))
+        assert cache.layers[1].batch_size == 1
         assert torch.equal(a.inv_freq, b.inv_freq) and not torch.equal(a.inv_freq, short.layers[1].keys.inv_freq)
         torch.testing.assert_close(a.dequantize()[:, :, 2:150], b.dequantize()[:, :, 2:150], rtol=1e-4, atol=1e-4)
+        cache.reset()
+        cache.splice(short, skip=0)
+        assert torch.equal(cache.layers[1].keys.inv_freq, short.layers[1].keys.inv_freq)
         with pytest.raises(ValueError, match="other RoPE frequencies"):
             short.splice(piece, skip=0)
 

@@ -25,16 +25,18 @@ def splice(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
     held, more = int(cache.get_seq_length()), int(piece.get_seq_length()) - skip
     if not more:
         return
-    rows = piece.quantized_layers[0].batch_size if cache.is_empty else cache.quantized_layers[0].batch_size
+    ours, theirs, empty = cache.quantized_layers[0], piece.quantized_layers[0], cache.is_empty
+    rows = ours.batch_size if ours.is_initialized else theirs.batch_size
     frame = math.lcm(*(codec.frame for layer in cache.quantized_layers for codec in layer.codec))
-    start, shift = _moved(cache.quantized_layers[0], piece.quantized_layers[0], held, more, skip, rows, frame)
+    start, shift = _moved(ours, theirs, held, more, skip, rows, frame)
     for layer, source in zip(cache.quantized_layers, piece.quantized_layers, strict=True):
         if not layer.is_initialized:
             like = torch.empty(rows, source.keys.shape[1], 0, source.keys.shape[3])
             values = torch.empty(rows, source.values.shape[1], 0, source.values.shape[3])
             layer.lazy_initialization(*(x.to(source.device, cache.model_dtype or source.dtype) for x in (like, values)))
-            layer.follow(source.keys.inv_freq)
         layer.prefetch()
+        if empty:
+            layer.follow(source.keys.inv_freq.to(layer.device))
         layer.reserve(held + more)
         layer.set_row_start(start.to(layer.device))
         for buffer, other in ((layer.keys, source.keys), (layer.values, source.values)):
