@@ -630,7 +630,7 @@ def test_kinds_of_caches_that_cannot_be_quantized(llama):
     with quantized(model, SMALL, books):
         for kind, says in (
             ("quantized", "takes one of None, 'dynamic'"),
-            ("dynamic_full", ""),
+            ("dynamic_full", "cache_implementation"),
             ("paged", "generate_batch keeps"),
         ):
             with pytest.raises(ValueError, match=says):
