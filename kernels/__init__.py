@@ -106,7 +106,8 @@ def cpu_library() -> Path | None:
         facts = [torch.__version__, capability(), *((_FOLDER / name).read_text() for name in FILES)]
         path = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
         if not is_whole(path):
-            log.warning("torchgsrq: building the CPU kernels, once; this takes about a minute ...")
+            if compiler():
+                log.warning("torchgsrq: building the CPU kernels, once; this takes about a minute ...")
             build(path)
     except (RuntimeError, OSError) as error:
         log.warning("torchgsrq: the CPU kernels cannot be built, so the slower reference runs: %s", error)

@@ -56,7 +56,9 @@ def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> t
                 convert_gguf(gguf_file(), folder)
             name = str(folder)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return model.eval(), AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer.clean_up_tokenization_spaces = False  # what BPE tokenizers ignore anyway, with a warning
+        return model.eval(), tokenizer
     finally:
         hf_logging.set_verbosity(before)
         hf_logging.enable_progress_bar()
