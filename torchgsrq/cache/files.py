@@ -15,7 +15,7 @@ from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.codec.files import checksum
 
 _FORMAT, _VERSION = "torchgsrq.cache", "3"
-_WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")
+WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")
 
 
 def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -42,7 +42,7 @@ def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     whole = int(cache.get_seq_length())  # linear attention has seen it, and does not count
     lengths = [int(layer.get_seq_length()) if layer in attention else whole for layer in cache.layers]
     rows = next((layer.keys.shape[0] for layer in attention if layer.is_initialized), 0)
-    windows = {field: getattr(cache.config, field) for field in _WINDOWS}
+    windows = {field: getattr(cache.config, field) for field in WINDOWS}
     about = {"codebooks": cache.codebooks.digest, "lengths": lengths, "rows": rows}
     states = [sorted(kept.linear_state(layer)) for layer in cache.layers]
     facts = json.dumps({**windows, **about, "states": states})
@@ -119,7 +119,7 @@ def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int,
     try:
         facts = json.loads(meta["facts"])
         lengths, rows = [int(x) for x in facts["lengths"]], int(facts["rows"])
-        windows = {field: int(facts[field]) for field in _WINDOWS}
+        windows = {field: int(facts[field]) for field in WINDOWS}
         digest = str(facts["codebooks"])
         states = [[str(x) for x in names] for names in facts.get("states", [[]] * len(lengths))]
     except (KeyError, TypeError, ValueError) as error:

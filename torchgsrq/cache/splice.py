@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchgsrq import reference
+from torchgsrq.cache.files import WINDOWS
 from torchgsrq.cache.hybrid import GSRQHybridLayer
 from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.codec.rope import rotate
@@ -59,8 +60,7 @@ def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
                 f"splice: layer {i} is a {type(layer).__name__}, whose keys or states cannot be moved to other "
                 "positions; read the text here"
             )
-    sizes = ("sink_tokens", "recent_tokens", "block_tokens")
-    for name in sizes:
+    for name in WINDOWS:
         ours, theirs = getattr(cache.config, name), getattr(piece.config, name)
         if ours != theirs:
             raise ValueError(f"splice: the piece has {name}={theirs}, this cache {ours}")

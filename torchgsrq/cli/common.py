@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import document
+from torchgsrq.learning.calibrate import cached_codebooks
 
 LONG = 131072  # tokens, where window and codebooks weigh little
 WIDTH = 80  # columns of what commands print, in a log file too
@@ -63,6 +64,22 @@ def books_at(path: Path) -> Codebooks:
         return Codebooks.from_pretrained(path) if path.is_dir() else Codebooks.load(path)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--codebooks") from error
+
+
+def books_by_rate(llm: Any, configs: list[GSRQConfig], path: Path | None) -> dict[float, Codebooks]:
+    """Codebooks for the rate of each config: those of the highest, where others are nested in them; given, or of the
+    disk cache."""
+    most = max(configs, key=lambda c: c.bits)
+    books = books_at(path) if path else cached_codebooks(llm, most)
+    found: dict[float, Codebooks] = {}
+    for config in configs:
+        try:
+            found[config.bits] = books.at(config.bits)
+        except ValueError as error:  # a layout whose groups follow the rate, or a rate that is no prefix
+            if path:
+                raise typer.BadParameter(str(error), param_hint="--bits") from error
+            found[config.bits] = cached_codebooks(llm, config)
+    return found
 
 
 def mib(nbytes: int) -> str:

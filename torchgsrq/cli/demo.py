@@ -22,16 +22,14 @@ from torchgsrq.cli.common import (
     TextFile,
     app,
     bar,
-    books_at,
+    books_by_rate,
     config_of,
     console,
     mib,
     read,
 )
-from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, load_model
-from torchgsrq.learning.calibrate import cached_codebooks
 from torchgsrq.learning.text import token_ids
 
 
@@ -55,16 +53,7 @@ def demo(
     context = ids.shape[1] - 1
     if context < 2 * configs[0].recent_tokens:
         raise typer.BadParameter(f"{context} tokens leave nothing to quantize", param_hint="--context")
-    most = max(configs, key=lambda c: c.bits)
-    books = books_at(codebooks) if codebooks else cached_codebooks(llm, most)
-    nested: dict[float, Codebooks] = {}
-    for config in configs:
-        try:
-            nested[config.bits] = books.at(config.bits)
-        except ValueError as error:  # a layout whose groups follow the rate
-            if codebooks:
-                raise typer.BadParameter(str(error), param_hint="--bits") from error
-            nested[config.bits] = cached_codebooks(llm, config)
+    nested = books_by_rate(llm, configs, codebooks)
 
     console.print(f"Reading {context} tokens in full precision and with each cache ...")
     scores = measures.quality(llm, [ids[0]], {str(c.bits): (c, nested[c.bits]) for c in configs})

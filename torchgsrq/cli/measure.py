@@ -29,6 +29,7 @@ from torchgsrq.cli.common import (
     app,
     bar,
     books_at,
+    books_by_rate,
     config_of,
     mib,
     read,
@@ -185,16 +186,10 @@ def memory(
     """KV bytes by part, with a cache filled to a context."""
     llm, _ = load_model(model)
     rows = []
-    for rate in bits or [1.0]:
-        config = config_of(bits=rate)
-        books = books_at(codebooks) if codebooks else cached_codebooks(llm, config_of(bits=max(bits or [1.0])))
-        try:
-            books = books.at(rate)
-        except ValueError as error:  # not nested in those of the highest rate
-            if codebooks:
-                raise typer.BadParameter(str(error), param_hint="--bits") from error
-            books = cached_codebooks(llm, config)
-        with measures.quantized(llm, config, books):
+    configs = [config_of(bits=rate) for rate in bits or [1.0]]
+    nested = books_by_rate(llm, configs, codebooks)
+    for config in configs:
+        with measures.quantized(llm, config, nested[config.bits]):
             cache = new_cache(llm)
             for layer in cache.quantized_layers:
                 codec = layer.codec.key
@@ -204,7 +199,7 @@ def memory(
             report = cache.memory()
         facts = dataclasses.asdict(report)
         facts |= {
-            "bits": rate,
+            "bits": config.bits,
             "context": context,
             "slots": cache.quantized_layers[0].keys.shape[2],
             "kept_layers": len(cache.layers) - len(cache.quantized_layers),
