@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import shlex
 import sys
@@ -26,7 +27,7 @@ from peers.base import Method, through
 from peers.kivi import Kivi
 from peers.kvquant import KVQuant
 from peers.nsnquant import NSNQuant
-from peers.ours import GSRQ
+from peers.ours import GSRQ, PARTS, GSRQByHead
 from peers.quantized_cache import QuantizedCache
 from peers.streaming import Streaming
 from peers.turboquant import TurboQuant
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from torchgsrq import GSRQConfig, calibrate, evaluate, retrieval
 from torchgsrq.embedded import NAME, document, load_model
-from torchgsrq.learning.sensitivity import sensitivity
+from torchgsrq.learning.sensitivity import head_sensitivity, sensitivity
 from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.learning.text import token_ids
 from torchgsrq.models import inspect_layers
@@ -45,15 +46,17 @@ CONTEXT = 1024
 LONG = 131072  # where codebooks and window hardly count
 
 
-def gsrq(**fields: Any) -> Callable[[], Method]:
+def gsrq(parts: tuple[str, ...] = PARTS, **fields: Any) -> Callable[[], Method]:
     """A method of this project."""
-    return lambda: GSRQ(GSRQConfig(**fields))
+    return lambda: GSRQ(GSRQConfig(**fields), parts)
 
 
 METHODS: dict[str, list[Callable[[], Method]]] = {
     "full": [Method],
     "gsrq": [gsrq(bits=b) for b in (2, 1, 0.75, 0.5)],
     "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5)],
+    "heads": [lambda b=b: GSRQByHead(GSRQConfig(bits=b)) for b in (2, 1, 0.5)],
+    "parts": [gsrq((part,), bits=b) for b in (2, 1) for part in PARTS],
     "uniform": [gsrq(bits=b, allocation="uniform") for b in (2, 1, 0.75, 0.5)],
     "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper") for b in (1, 0.5)],
     "kmeans": [gsrq(bits=1, recipe="kmeans")],
@@ -87,6 +90,7 @@ class Bench:
             tasks=args.task or ("passkey", "keys", "lookup"),
             count=args.trials,
         )
+        self.full_answers = self.answers()
         text = [args.calibration.read_text()] if args.calibration else None
         windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, args.tokens, 0, True)
         self.learned = windows
@@ -97,15 +101,26 @@ class Bench:
         """What errors of every layer cost, for the methods that ask."""
         return sensitivity(self.model, self.layers, self.learned)
 
+    @functools.cached_property
+    def head_costs(self) -> dict[int, Tensor]:
+        """And what those of every head cost."""
+        return head_sensitivity(self.model, self.layers, self.learned)
+
     @torch.no_grad()
     def read(self, window: Tensor) -> Tensor:
         """Log-probabilities after every token of a window."""
         return self.model(window[None], use_cache=False).logits[0].float().log_softmax(-1)
 
+    def answers(self) -> dict[str, list[list[Tensor]]]:
+        """Log-probabilities of every question's answer, by task and text."""
+        return {task: [retrieval.answer_likelihoods(self.model, t) for t in some] for task, some in self.trials.items()}
+
     def measure(self, method: Method) -> dict[str, Any]:
         """A row of the table."""
         begin = time.perf_counter()
-        if isinstance(method, GSRQ) and method.config.spreads_bits:
+        if isinstance(method, GSRQByHead):
+            method.head_costs = self.head_costs
+        elif isinstance(method, GSRQ) and method.config.spreads_bits:
             method.costs = self.costs
         method.fit(self.stats)
         facts: dict[str, Any] = {
@@ -118,14 +133,24 @@ class Bench:
             for window, full in zip(self.windows, self.full, strict=True):
                 comparison.add(window, full, self.read(window))
             errors = method.output_errors()
-            scores = retrieval.retrieval(self.model, self.trials)
+            answers = self.answers()
         facts |= dataclasses.asdict(comparison.result())
         facts["output_error"] = sum(errors.values()) / len(errors)
         facts["output_errors"] = {index: round(error, 5) for index, error in errors.items()}
+        scores = {task: retrieval.score(self.trials[task], given) for task, given in answers.items()}
         facts["found"] = sum(s.found for s in scores.values()) / len(scores)
         facts["answer_nll"] = sum(s.nll for s in scores.values()) / len(scores)
         facts["tasks"] = {task: dataclasses.asdict(s) for task, s in scores.items()}
+        for task, given in answers.items():
+            facts["tasks"][task]["kl"] = _divergence(self.full_answers[task], given)
+        facts["answer_kl"] = sum(task["kl"] for task in facts["tasks"].values()) / len(answers)
         return {**facts, "seconds": time.perf_counter() - begin}
+
+
+def _divergence(full: list[list[Tensor]], given: list[list[Tensor]]) -> float:
+    """KL divergence where the tokens of answers come next, nats per token."""
+    pairs = zip(itertools.chain(*full), itertools.chain(*given), strict=True)
+    return float(torch.cat([(x.exp() * (x - y)).sum(-1) for x, y in pairs]).mean())
 
 
 def main() -> None:
@@ -139,23 +164,28 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a text that hides an answer")
     parser.add_argument("--trials", type=int, default=4, help="texts of each retrieval task")
     parser.add_argument("--task", action="append", choices=retrieval.TASKS, help="may be repeated")
-    parser.add_argument("--method", action="append", choices=METHODS, help="may be repeated; all by default")
+    parser.add_argument(
+        "--method", action="append", choices=METHODS, help="may be repeated; not parts, heads by default"
+    )
+    parser.add_argument("--name", action="append", help="of a row of these, as it is printed; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results to this file as they come")
     args = parser.parse_args()
     print(f"$ {shlex.join(['python', *sys.argv])}\n{evaluate.environment()}", flush=True)
     bench = Bench(args)
     results: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": evaluate.environment()}
     results["methods"] = json.loads(args.json.read_text())["methods"] if args.json and args.json.exists() else {}
-    for family in args.method or METHODS:
+    for family in args.method or (x for x in METHODS if x not in ("parts", "heads")):
         for make in METHODS[family]:
             try:
                 method = make()
             except ImportError as error:
                 print(f"{family}: not measured ({str(error).splitlines()[0]})")
                 continue
+            if args.name and method.name not in args.name:
+                continue
             facts = {"family": family, **bench.measure(method)}
             results["methods"][method.name] = facts
-            shown = ("bits", "ppl", "kl", "kl_p99", "agreement", "output_error", "found", "answer_nll", "seconds")
+            shown = ("bits", "ppl", "kl", "kl_p99", "agreement", "output_error", "found", "answer_kl", "seconds")
             print(f"{method.name:26s} " + "  ".join(f"{x} {facts[x]:.4g}" for x in shown), flush=True)
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1))

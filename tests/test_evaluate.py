@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -85,22 +86,32 @@ def some_trial(model):
 def test_answers_are_scored_as_a_forward_of_the_whole_text_would(llama):
     model, books = llama
     trial = some_trial(model)
-    for config in (None, SMALL):
-        if config is None:
-            found = retrieval.answer_scores(model, trial)
-            score = retrieval.retrieval(model, {"x": [trial, trial]})["x"]
-        else:
-            score = retrieval.retrieval(model, {"x": [trial, trial]}, (config, books))["x"]
-        for i, question in enumerate(trial.questions):
-            whole = torch.cat((trial.context, question.tokens))[None]
-            if config is None:
-                logits = model(whole, use_cache=False).logits[0]
-                at = len(trial.context) + question.answer.nonzero().flatten()
-                want = torch.nn.functional.cross_entropy(logits[at - 1], whole[0, at], reduction="none")
-                torch.testing.assert_close(found[i][1], want)
-                assert torch.equal(found[i][0] == 0, logits[at - 1].argmax(-1) == whole[0, at])
-        assert score.answers == 4 and 0 <= score.found <= 1 and score.error > 0
-    exact = retrieval.retrieval(model, {"x": [trial]})["x"]
-    assert score.nll != pytest.approx(exact.nll, rel=1e-6), "read through codes"
+    score = retrieval.retrieval(model, {"x": [trial, trial]})["x"]
+    nll, found = [], []
+    for question, given in zip(trial.questions, retrieval.answer_likelihoods(model, trial), strict=True):
+        whole = torch.cat((trial.context, question.tokens))[None]
+        at = len(trial.context) + question.answer.nonzero().flatten()
+        want = model(whole, use_cache=False).logits[0, at - 1].log_softmax(-1)
+        torch.testing.assert_close(given, want)
+        nll.append(-want.gather(1, whole[0, at, None]))
+        found.append(bool((want.argmax(-1) == whole[0, at]).all()))
+    assert score.answers == 4 and score.found == sum(found) / 2 and score.error > 0
+    assert score.nll == pytest.approx(float(torch.cat(nll).mean()), rel=1e-4)
+    coded = retrieval.retrieval(model, {"x": [trial, trial]}, (SMALL, books))["x"]
+    assert coded.answers == 4 and coded.nll != pytest.approx(score.nll, rel=1e-6), "read through codes"
+
+
+def test_an_answer_counts_when_each_of_its_tokens_is_the_likeliest():
+    trial = retrieval.Trial(torch.zeros(1), [retrieval.Question(torch.tensor([7, 1, 2]), torch.arange(3) > 0)])
+    right = torch.tensor([[0.1, 0.8, 0.1], [0.2, 0.3, 0.5]]).log()
+    wrong = torch.tensor([[0.1, 0.8, 0.1], [0.5, 0.3, 0.2]]).log()
+    assert retrieval.score([trial], [[right]]) == retrieval.Score(1, pytest.approx(-0.5 * math.log(0.8 * 0.5)), 1)
+    assert retrieval.score([trial, trial], [[right], [wrong]]).found == 0.5
+
+
+@torch.no_grad()
+def test_quality_reads_through_the_cache(llama):
+    model, books = llama
+    trial = some_trial(model)
     found = quality(model, [trial.context], {"": (SMALL, books)})[""]
     assert found.kl > 0

@@ -29,7 +29,7 @@ def test_a_folder_has_the_codebooks_and_a_card(llama, tmp_path):
     folder = tmp_path / "deep" / "folder"
     books.save_pretrained(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "codebooks.safetensors"]
-    assert Codebooks.from_pretrained(folder).digest == books.digest
+    assert Codebooks.from_pretrained(folder).digest == Codebooks.load(folder).digest == books.digest
     card = (folder / "README.md").read_text()
     for said in (
         "base_model: user/model",
@@ -72,8 +72,9 @@ def test_what_is_pushed_is_had_again(llama, tmp_path, monkeypatch):
 
 
 def test_what_is_not_there_is_named(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"has no codebooks\.safetensors"):
-        Codebooks.from_pretrained(tmp_path)
+    for read in (Codebooks.from_pretrained, Codebooks.load):
+        with pytest.raises(FileNotFoundError, match=r"has no codebooks\.safetensors"):
+            read(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("no/such", "three/part/name"):
         with pytest.raises(FileNotFoundError, match=f"'{name}' is no folder here"):

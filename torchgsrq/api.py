@@ -53,8 +53,7 @@ def quantize_kv_(
         raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig or a dict of its fields")
     codebooks = config.codebooks if codebooks is None else codebooks
     if isinstance(codebooks, (str, os.PathLike)):
-        load = Codebooks.from_pretrained if os.path.isdir(codebooks) else Codebooks.load
-        codebooks = load(codebooks)
+        codebooks = Codebooks.load(codebooks)
     if codebooks is not None and not isinstance(codebooks, Codebooks):
         raise TypeError(f"codebooks is a {type(codebooks).__name__}; expected Codebooks or the path of their file")
     model = models.check_supported(model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -229,14 +229,24 @@ def retrieval(
     scores = {}
     with nullcontext() if candidate is None else quantized(model, for_measuring(candidate[0]), candidate[1]):
         for task, several in trials.items():
-            answers = [answer for trial in several for answer in answer_scores(model, trial)]
-            found = sum(bool((best == 0).all()) for best, _ in answers) / len(answers)
-            scores[task] = Score(found, float(torch.cat([nll for _, nll in answers]).mean()), len(answers))
+            scores[task] = score(several, [answer_likelihoods(model, trial) for trial in several])
     return scores
 
 
-def answer_scores(model: PreTrainedModel, trial: Trial) -> list[tuple[Tensor, Tensor]]:
-    """For each question, of every token of its answer: how many tokens were likelier, and the negative log-likelihood.
+def score(trials: Sequence[Trial], likelihoods: Sequence[list[Tensor]]) -> Score:
+    """How trials were answered, from the `answer_likelihoods` of each."""
+    nll, found = [], []
+    for trial, given in zip(trials, likelihoods, strict=True):
+        for question, likely in zip(trial.questions, given, strict=True):
+            right = likely.gather(1, question.tokens[question.answer, None])
+            nll.append(-right[:, 0])
+            found.append(bool((likely <= right).all()))
+    return Score(sum(found) / len(found), float(torch.cat(nll).mean()), len(found))
+
+
+@torch.no_grad()
+def answer_likelihoods(model: PreTrainedModel, trial: Trial) -> list[Tensor]:
+    """Log-probabilities ``[n, vocabulary]`` of each question's answer, where each of its n tokens comes next.
 
     The text is read once; the questions then follow it as the rows of a batch.
     """
@@ -245,10 +255,4 @@ def answer_scores(model: PreTrainedModel, trial: Trial) -> list[tuple[Tensor, Te
     cache.batch_repeat_interleave(len(trial.questions))
     rows = pad_sequence([q.tokens for q in trial.questions], batch_first=True)
     logits = model(rows.to(model.device), past_key_values=cache, use_cache=True).logits.float().log_softmax(-1).cpu()
-    found = []
-    for question, row in zip(trial.questions, logits, strict=True):
-        at = question.answer.nonzero().flatten()
-        likely, right = row[at - 1], question.tokens[at, None]
-        own = likely.gather(1, right)
-        found.append(((likely > own).sum(1), -own[:, 0]))
-    return found
+    return [row[q.answer.nonzero().flatten() - 1] for q, row in zip(trial.questions, logits, strict=True)]

@@ -6,23 +6,30 @@ import torch
 from peers.base import Method, as_decoded
 from torch import Tensor
 
-from torchgsrq.codec import LayerCodec
+from torchgsrq.codec import Codec, LayerCodec
+from torchgsrq.codec.allocation import allocate
+from torchgsrq.codec.layout import rates
 from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.calibrate import rates_of_layers
 from torchgsrq.learning.statistics import Statistics
-from torchgsrq.learning.train import train
+from torchgsrq.learning.train import train, train_key, train_value
 from torchgsrq.models import LayerInfo
+
+PARTS = ("keys", "values")
 
 
 class GSRQ(Method):
-    """``recipe`` and ``layout`` as in `GSRQConfig`."""
+    """``recipe`` and ``layout`` as in `GSRQConfig`; ``parts`` may leave keys or values exact, to see what the others
+    cost."""
 
-    def __init__(self, config: GSRQConfig, span: int = 8192) -> None:
+    def __init__(self, config: GSRQConfig, parts: tuple[str, ...] = PARTS, span: int = 8192) -> None:
         super().__init__()
         label = {"gsrq": f"GSRQ {config.layout}", "gsrq-paper": "GSRQ, the paper's", "kmeans": "k-means"}
         split = "" if config.key_bits is None else f" (keys {config.key_rate:g}, values {config.value_rate:g})"
+        self.parts = parts
         self.name, self.config, self.span = f"{label[config.recipe]} {config.bits:g} bit{split}", config, span
         self.name += ", same bits everywhere" if config.recipe == "gsrq" and not config.spreads_bits else ""
+        self.name += "" if parts == PARTS else f", {parts[0]} alone"
         self.costs: dict[int, tuple[float, float]] | None = None  # `sensitivity`, if the config spreads bits
         self.codecs: dict[int, LayerCodec] = {}
 
@@ -32,13 +39,63 @@ class GSRQ(Method):
         self.codecs = {index: train(s, self.config, each[index], self.span) for index, s in stats.items()}
 
     def keys(self, index: int, k: Tensor) -> Tensor:
-        return as_decoded(k, self.codecs[index].key, torch.arange(k.shape[2]))
+        return k if "keys" not in self.parts else as_decoded(k, self.codecs[index].key, torch.arange(k.shape[2]))
 
     def values(self, index: int, v: Tensor) -> Tensor:
-        return as_decoded(v, self.codecs[index].value)
+        return v if "values" not in self.parts else as_decoded(v, self.codecs[index].value)
 
     def bits(self, info: LayerInfo) -> float:
-        return sum(codec.bits for codec in self.codecs[info.index]) / 2
+        stored = zip(PARTS, self.codecs[info.index], strict=True)
+        return sum(codec.bits if part in self.parts else 32 for part, codec in stored) / 2
 
     def codebook_bytes(self) -> int:
         return sum(codec.nbytes() for layer in self.codecs.values() for codec in layer)
+
+
+class GSRQByHead(GSRQ):
+    """What bits by KV head instead of by layer would bring: caches have the same number of codes in all heads."""
+
+    def __init__(self, config: GSRQConfig) -> None:
+        super().__init__(config)
+        self.name += " by head"
+        self.head_costs: dict[int, Tensor] = {}  # `head_sensitivity`
+        self.rates: dict[tuple[int, int, int], float] = {}  # layer, 0 for keys and 1 for values, head
+        self.trained: dict[tuple[int, int, float], Codec] = {}
+
+    def fit(self, stats: dict[int, Statistics]) -> None:
+        self.layers = {index: s.info for index, s in stats.items()}
+        costs = {
+            (index, part, head): float(self.head_costs[index][part, head])
+            for index, info in self.layers.items()
+            for part in (0, 1)
+            for head in range(info.kv_heads)
+        }
+        sizes = {unit: self.layers[unit[0]].head_dim for unit in costs}
+        offered = {unit: [r for r in rates(sizes[unit]) if r >= self.config.bits / 2] for unit in costs}
+        self.rates = allocate(costs, sizes, offered, self.config.bits)
+        for index, part, rate in {(index, part, rate) for (index, part, _), rate in self.rates.items()}:
+            self.trained[index, part, rate] = (
+                train_value(stats[index], self.config, rate)
+                if part
+                else train_key(stats[index], self.config, rate, self.span)
+            )
+
+    def decoded(self, index: int, part: int, x: Tensor, position: Tensor | None = None) -> Tensor:
+        """Vectors ``[b, heads, n, d]``, each head by its own rate."""
+        each = [self.rates[index, part, head] for head in range(x.shape[1])]
+        found = {rate: as_decoded(x, self.trained[index, part, rate], position) for rate in set(each)}
+        return torch.stack([found[rate][:, head] for head, rate in enumerate(each)], 1)
+
+    def keys(self, index: int, k: Tensor) -> Tensor:
+        return self.decoded(index, 0, k, torch.arange(k.shape[2]))
+
+    def values(self, index: int, v: Tensor) -> Tensor:
+        return self.decoded(index, 1, v)
+
+    def bits(self, info: LayerInfo) -> float:
+        each = [rate for (index, *_), rate in self.rates.items() if index == info.index]
+        return sum(each) / len(each)
+
+    def codebook_bytes(self) -> int:
+        used = (self.trained[index, part, rate] for (index, part, _), rate in self.rates.items())
+        return sum(codec.nbytes() // codec.heads for codec in used)

@@ -61,7 +61,7 @@ def config_of(**fields: Any) -> GSRQConfig:
 def books_at(path: Path) -> Codebooks:
     """The codebooks of a file, or of a folder that `calibrate` wrote."""
     try:
-        return Codebooks.from_pretrained(path) if path.is_dir() else Codebooks.load(path)
+        return Codebooks.load(path)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error), param_hint="--codebooks") from error
 

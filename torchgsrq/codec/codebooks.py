@@ -190,13 +190,13 @@ class Codebooks:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Codebooks:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or, of a folder, `save_pretrained`.
 
         Raises:
-            FileNotFoundError: no such file.
+            FileNotFoundError: no such file, or no codebooks in the folder.
             ValueError: not a codebook file, damaged, or of an unknown format version.
         """
-        return cls(*files.read(path))
+        return cls(*files.read(hub.find(path) if os.path.isdir(path) else path))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write `save`'s file into a folder, as ``codebooks.safetensors``, and a model card beside it."""
@@ -220,7 +220,7 @@ class Codebooks:
             FileNotFoundError: no such folder or repository, or no codebooks in it.
             ValueError: see `load`.
         """
-        return cls.load(hub.find(name, revision, token))
+        return cls(*files.read(hub.find(name, revision, token)))
 
     def push_to_hub(
         self,

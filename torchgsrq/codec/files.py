@@ -58,8 +58,6 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str,
     name = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"no codebook file at {name}")
-    if os.path.isdir(path):
-        raise ValueError(f"{name} is a folder: read it with Codebooks.from_pretrained")
     try:
         with safe_open(path, framework="pt") as file:
             meta = file.metadata() or {}
