@@ -14,7 +14,7 @@ from tests.conftest import SMALL, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, models, quantize_kv_
 from torchgsrq.codec.allocation import allocate, layer_rates
 from torchgsrq.config import BITS, RATES
-from torchgsrq.learning.sensitivity import sensitivity
+from torchgsrq.learning.sensitivity import _towards_drawn, sensitivity
 
 TOKENS = torch.randint(3, 100, (8, 64), generator=torch.Generator().manual_seed(0))
 
@@ -71,6 +71,17 @@ def test_a_layer_that_says_nothing_costs_nothing():
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wants
     assert all(p.grad is None for p in model.parameters())
     assert sensitivity(model.model, layers, TOKENS, progress=False)[1] == (0, 0)  # without a head
+
+
+def test_a_drawn_tokens_slope_is_that_of_its_log_likelihood():
+    logits = torch.randn(150, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    slope = _towards_drawn(logits.detach(), torch.Generator().manual_seed(1))
+    drawn = slope.argmax(1, keepdim=True)
+    logits.log_softmax(-1).gather(1, drawn).sum().backward()
+    torch.testing.assert_close(slope, logits.grad, atol=1e-6, rtol=1e-5)
+    told = torch.tensor([[0.2, 0.3, 0.5]]).log().expand(20000, -1)  # and tokens are drawn as often as is told
+    often = _towards_drawn(told, torch.Generator().manual_seed(2)).argmax(1).bincount(minlength=3) / 20000
+    torch.testing.assert_close(often, told[0].exp(), atol=0.02, rtol=0)
 
 
 def test_what_an_estimate_says_is_what_happens():

@@ -19,6 +19,7 @@ from torchgsrq.learning.statistics import FAR, chunks, collect_statistics, unsee
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo
 
+_ROWS = 64  # of logits at a time
 _WINDOWS = 4  # most that are read for gradients; as many others train the codecs whose errors are measured
 
 
@@ -198,10 +199,19 @@ def _backward(model: PreTrainedModel, window: Tensor, seed: int, observer: model
             drawn = torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden.device)
             (hidden * drawn / hidden.detach().square().mean().sqrt().clamp_min(1e-30)).sum().backward()
         else:
-            likely = out.logits[0].float().log_softmax(-1)
-            at = torch.rand(len(likely), 1, generator=generator, dtype=torch.float32).to(likely.device)
-            drawn = torch.searchsorted(likely.detach().exp().cumsum(-1), at).clamp_max(likely.shape[1] - 1)
-            likely.gather(1, drawn).sum().backward()
+            out.logits[0].backward(_towards_drawn(out.logits[0].detach(), generator))
+
+
+def _towards_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient, with respect to ``logits [n, words]``, of the log-likelihood of a token drawn in every row; a few rows
+    at a time, since their likelihoods in float32 would be the largest thing in memory."""
+    slope = torch.empty_like(logits)
+    chance = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32).to(logits.device)
+    for out, some, at in zip(slope.split(_ROWS), logits.split(_ROWS), chance.split(_ROWS), strict=True):
+        p = some.float().softmax(-1)
+        drawn = torch.searchsorted(p.cumsum(-1), at).clamp_max(p.shape[1] - 1)
+        out.copy_(p.neg_().scatter_add_(1, drawn, torch.ones_like(at)))
+    return slope
 
 
 @contextmanager
