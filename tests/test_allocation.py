@@ -14,7 +14,7 @@ from tests.conftest import SMALL, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, models, quantize_kv_
 from torchgsrq.codec.allocation import allocate, layer_rates
 from torchgsrq.config import BITS, RATES
-from torchgsrq.learning.sensitivity import _towards_drawn, sensitivity
+from torchgsrq.learning.sensitivity import _towards_drawn, head_sensitivity, sensitivity
 
 TOKENS = torch.randint(3, 100, (8, 64), generator=torch.Generator().manual_seed(0))
 
@@ -82,6 +82,18 @@ def test_a_drawn_tokens_slope_is_that_of_its_log_likelihood():
     told = torch.tensor([[0.2, 0.3, 0.5]]).log().expand(20000, -1)  # and tokens are drawn as often as is told
     often = _towards_drawn(told, torch.Generator().manual_seed(2)).argmax(1).bincount(minlength=3) / 20000
     torch.testing.assert_close(often, told[0].exp(), atol=0.02, rtol=0)
+
+
+def test_heads_are_weighed_alone():
+    """With the values of one head at nothing, that head costs nothing, and the layer what the other one costs."""
+    model = tiny_llama()
+    with torch.no_grad():
+        layer = model.model.layers[0].self_attn
+        layer.v_proj.weight[: layer.head_dim].zero_()
+    layers = models.inspect_layers(model)
+    costs, together = head_sensitivity(model, layers, TOKENS, progress=False), sensitivity(model, layers, TOKENS)
+    assert costs[0].shape == (2, 2) and not costs[0][:, 0].any() and (costs[0][:, 1] > 0).all()
+    assert costs[0].sum(1).tolist() == pytest.approx(together[0], rel=1e-6)
 
 
 def test_what_an_estimate_says_is_what_happens():
