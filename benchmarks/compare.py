@@ -36,7 +36,7 @@ from torch import Tensor
 
 from torchgsrq import GSRQConfig, calibrate, evaluate, retrieval
 from torchgsrq.embedded import NAME, document, load_model
-from torchgsrq.learning.sensitivity import head_sensitivity, sensitivity
+from torchgsrq.learning.sensitivity import sensitivity
 from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.learning.text import token_ids
 from torchgsrq.models import inspect_layers
@@ -97,14 +97,9 @@ class Bench:
         self.stats = collect_statistics(self.model, self.layers, windows)
 
     @functools.cached_property
-    def costs(self) -> dict[int, tuple[float, float]]:
-        """What errors of every layer cost, for the methods that ask."""
+    def costs(self) -> dict[int, Tensor]:
+        """What errors of every head cost, for the methods that ask."""
         return sensitivity(self.model, self.layers, self.learned)
-
-    @functools.cached_property
-    def head_costs(self) -> dict[int, Tensor]:
-        """And what those of every head cost."""
-        return head_sensitivity(self.model, self.layers, self.learned)
 
     @torch.no_grad()
     def read(self, window: Tensor) -> Tensor:
@@ -118,9 +113,7 @@ class Bench:
     def measure(self, method: Method) -> dict[str, Any]:
         """A row of the table."""
         begin = time.perf_counter()
-        if isinstance(method, GSRQByHead):
-            method.head_costs = self.head_costs
-        elif isinstance(method, GSRQ) and method.config.spreads_bits:
+        if isinstance(method, GSRQ) and method.config.spreads_bits:
             method.costs = self.costs
         method.fit(self.stats)
         facts: dict[str, Any] = {
@@ -142,15 +135,10 @@ class Bench:
         facts["answer_nll"] = sum(s.nll for s in scores.values()) / len(scores)
         facts["tasks"] = {task: dataclasses.asdict(s) for task, s in scores.items()}
         for task, given in answers.items():
-            facts["tasks"][task]["kl"] = _divergence(self.full_answers[task], given)
+            pairs = zip(itertools.chain(*self.full_answers[task]), itertools.chain(*given), strict=True)
+            facts["tasks"][task]["kl"] = float(torch.cat([evaluate.divergence(*pair) for pair in pairs]).mean())
         facts["answer_kl"] = sum(task["kl"] for task in facts["tasks"].values()) / len(answers)
         return {**facts, "seconds": time.perf_counter() - begin}
-
-
-def _divergence(full: list[list[Tensor]], given: list[list[Tensor]]) -> float:
-    """KL divergence where the tokens of answers come next, nats per token."""
-    pairs = zip(itertools.chain(*full), itertools.chain(*given), strict=True)
-    return float(torch.cat([(x.exp() * (x - y)).sum(-1) for x, y in pairs]).mean())
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from torchgsrq.codec.kmeans import METHODS
 from torchgsrq.config import LAYOUTS
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.learning.calibrate import rates_of_layers
-from torchgsrq.learning.sensitivity import sensitivity
+from torchgsrq.learning.sensitivity import by_layer, sensitivity
 from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.learning.text import recall_windows, token_ids, token_windows
 from torchgsrq.learning.train import train, train_key, train_value
@@ -103,7 +103,7 @@ class Bench:
         stats, span = self.statistics(source, tokens), rope_span(self.model)
         begin = time.perf_counter()
         if config.spreads_bits and self.costs is None:
-            self.costs = sensitivity(self.model, self.layers, self.learned)
+            self.costs = by_layer(sensitivity(self.model, self.layers, self.learned))
         costs = self.costs if config.spreads_bits else None
         each = rates_of_layers(config, {i: s.info for i, s in stats.items()}, costs)
         layers = {}

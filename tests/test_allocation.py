@@ -14,7 +14,7 @@ from tests.conftest import SMALL, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, models, quantize_kv_
 from torchgsrq.codec.allocation import allocate, layer_rates
 from torchgsrq.config import BITS, RATES
-from torchgsrq.learning.sensitivity import _towards_drawn, head_sensitivity, sensitivity
+from torchgsrq.learning.sensitivity import _towards_drawn, by_layer, sensitivity
 
 TOKENS = torch.randint(3, 100, (8, 64), generator=torch.Generator().manual_seed(0))
 
@@ -66,11 +66,11 @@ def test_a_layer_that_says_nothing_costs_nothing():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     wants = {name: p.requires_grad for name, p in model.named_parameters()}
     layers = models.inspect_layers(model)
-    costs = sensitivity(model, layers, TOKENS, progress=False)
+    costs = by_layer(sensitivity(model, layers, TOKENS, progress=False))
     assert costs[1] == (0, 0) and min(costs[0]) > 0
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wants
     assert all(p.grad is None for p in model.parameters())
-    assert sensitivity(model.model, layers, TOKENS, progress=False)[1] == (0, 0)  # without a head
+    assert by_layer(sensitivity(model.model, layers, TOKENS, progress=False))[1] == (0, 0)  # without a head
 
 
 def test_a_drawn_tokens_slope_is_that_of_its_log_likelihood():
@@ -91,9 +91,10 @@ def test_heads_are_weighed_alone():
         layer = model.model.layers[0].self_attn
         layer.v_proj.weight[: layer.head_dim].zero_()
     layers = models.inspect_layers(model)
-    costs, together = head_sensitivity(model, layers, TOKENS, progress=False), sensitivity(model, layers, TOKENS)
-    assert costs[0].shape == (2, 2) and not costs[0][:, 0].any() and (costs[0][:, 1] > 0).all()
-    assert costs[0].sum(1).tolist() == pytest.approx(together[0], rel=1e-6)
+    costs = sensitivity(model, layers, TOKENS, progress=False)
+    alone = costs[0].diagonal(dim1=1, dim2=2)
+    assert alone.shape == (2, 2) and not alone[:, 0].any() and (alone[:, 1] > 0).all()
+    assert alone.sum(1).tolist() == pytest.approx(by_layer(costs)[0], rel=1e-6)
 
 
 def test_what_an_estimate_says_is_what_happens():
@@ -107,7 +108,7 @@ def test_what_an_estimate_says_is_what_happens():
         model.lm_head.weight.mul_(4)
     windows = torch.randint(3, 100, (16, 256), generator=torch.Generator().manual_seed(1))
     config = GSRQConfig(layout="fast", allocation="uniform", sink_tokens=1, recent_tokens=32, block_tokens=1)
-    costs = sensitivity(model, models.inspect_layers(model), windows, progress=False)
+    costs = by_layer(sensitivity(model, models.inspect_layers(model), windows, progress=False))
     books = calibrate(model, config, windows, tokens=4096, progress=False)
     found = quality(model, windows[:6], {"": (config, books)})[""].kl
     assert 0.6 < sum(map(sum, costs.values())) / 4 / found < 1.6
@@ -179,9 +180,9 @@ def test_a_model_without_gradients_gets_the_same_bits_everywhere(monkeypatch, ca
 
 def test_a_compiled_forward_is_not_traced_with_its_gradients():
     model = tiny_llama()
-    want = sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)
+    want = by_layer(sensitivity(model, models.inspect_layers(model), TOKENS, progress=False))
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
-    assert sensitivity(model, models.inspect_layers(model), TOKENS, progress=False) == want
+    assert by_layer(sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)) == want
 
 
 def test_recipes_other_than_the_default_are_uniform(llama):

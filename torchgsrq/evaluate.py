@@ -49,6 +49,11 @@ class Quality:
     agreement: float
 
 
+def divergence(full: Tensor, got: Tensor) -> Tensor:
+    """KL divergence of distributions from those of full precision, log-probabilities ``[n, words]``: nats, ``[n]``."""
+    return (full.exp() * (full - got)).sum(-1)
+
+
 class Comparison:
     """Next-token distributions of a quantized run against full precision, window by window."""
 
@@ -61,7 +66,7 @@ class Comparison:
     def add(self, ids: Tensor, full: Tensor, got: Tensor) -> None:
         """One window: token ids ``[n]``, and log-probabilities ``[n, vocabulary]`` after each of them."""
         full, got, targets = full[:-1], got[:-1], ids[1:, None]
-        self.kl.append((full.exp() * (full - got)).sum(-1).cpu())
+        self.kl.append(divergence(full, got).cpu())
         self.same.append((full.argmax(-1) == got.argmax(-1)).float().cpu())
         for kept, distribution in ((self.nll, got), (self.nll_full, full)):
             kept.append(-distribution.gather(1, targets)[:, 0].cpu())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from peers.base import Method, as_decoded
 from torch import Tensor
 
 from torchgsrq.codec import Codec, LayerCodec
-from torchgsrq.codec.allocation import allocate
-from torchgsrq.codec.layout import rates
 from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.calibrate import rates_of_layers
+from torchgsrq.learning.sensitivity import by_layer
 from torchgsrq.learning.statistics import Statistics
 from torchgsrq.learning.train import train, train_key, train_value
 from torchgsrq.models import LayerInfo
@@ -30,12 +31,12 @@ class GSRQ(Method):
         self.name, self.config, self.span = f"{label[config.recipe]} {config.bits:g} bit{split}", config, span
         self.name += ", same bits everywhere" if config.recipe == "gsrq" and not config.spreads_bits else ""
         self.name += "" if parts == PARTS else f", {parts[0]} alone"
-        self.costs: dict[int, tuple[float, float]] | None = None  # `sensitivity`, if the config spreads bits
+        self.costs: dict[int, Tensor] | None = None  # `sensitivity`, if the config spreads bits
         self.codecs: dict[int, LayerCodec] = {}
 
     def fit(self, stats: dict[int, Statistics]) -> None:
         self.layers = {index: s.info for index, s in stats.items()}
-        each = rates_of_layers(self.config, self.layers, self.costs)
+        each = rates_of_layers(self.config, self.layers, None if self.costs is None else by_layer(self.costs))
         self.codecs = {index: train(s, self.config, each[index], self.span) for index, s in stats.items()}
 
     def keys(self, index: int, k: Tensor) -> Tensor:
@@ -58,31 +59,24 @@ class GSRQByHead(GSRQ):
     def __init__(self, config: GSRQConfig) -> None:
         super().__init__(config)
         self.name += " by head"
-        self.head_costs: dict[int, Tensor] = {}  # `head_sensitivity`
-        self.rates: dict[tuple[int, int, int], float] = {}  # layer, 0 for keys and 1 for values, head
-        self.trained: dict[tuple[int, int, float], Codec] = {}
+        self.rates: dict[tuple[int, int], tuple[float, float]] = {}  # layer and head: of its keys, of its values
+        self.trained: dict[tuple[int, int, float], Codec] = {}  # layer, 0 for keys and 1 for values, rate
 
     def fit(self, stats: dict[int, Statistics]) -> None:
+        assert self.costs is not None
         self.layers = {index: s.info for index, s in stats.items()}
-        costs = {
-            (index, part, head): float(self.head_costs[index][part, head])
-            for index, info in self.layers.items()
-            for part in (0, 1)
-            for head in range(info.kv_heads)
-        }
-        sizes = {unit: self.layers[unit[0]].head_dim for unit in costs}
-        offered = {unit: [r for r in rates(sizes[unit]) if r >= self.config.bits / 2] for unit in costs}
-        self.rates = allocate(costs, sizes, offered, self.config.bits)
-        for index, part, rate in {(index, part, rate) for (index, part, _), rate in self.rates.items()}:
-            self.trained[index, part, rate] = (
-                train_value(stats[index], self.config, rate)
-                if part
-                else train_key(stats[index], self.config, rate, self.span)
-            )
+        alone = {(i, h): dataclasses.replace(x, kv_heads=1) for i, x in self.layers.items() for h in range(x.kv_heads)}
+        costs = {(i, h): (float(self.costs[i][0, h, h]), float(self.costs[i][1, h, h])) for i, h in alone}
+        self.rates = rates_of_layers(self.config, alone, costs)
+        for (index, _), (key_bits, value_bits) in self.rates.items():
+            if (index, 0, key_bits) not in self.trained:
+                self.trained[index, 0, key_bits] = train_key(stats[index], self.config, key_bits, self.span)
+            if (index, 1, value_bits) not in self.trained:
+                self.trained[index, 1, value_bits] = train_value(stats[index], self.config, value_bits)
 
     def decoded(self, index: int, part: int, x: Tensor, position: Tensor | None = None) -> Tensor:
         """Vectors ``[b, heads, n, d]``, each head by its own rate."""
-        each = [self.rates[index, part, head] for head in range(x.shape[1])]
+        each = [self.rates[index, head][part] for head in range(x.shape[1])]
         found = {rate: as_decoded(x, self.trained[index, part, rate], position) for rate in set(each)}
         return torch.stack([found[rate][:, head] for head, rate in enumerate(each)], 1)
 
@@ -93,9 +87,9 @@ class GSRQByHead(GSRQ):
         return self.decoded(index, 1, v)
 
     def bits(self, info: LayerInfo) -> float:
-        each = [rate for (index, *_), rate in self.rates.items() if index == info.index]
+        each = [sum(pair) / 2 for (index, _), pair in self.rates.items() if index == info.index]
         return sum(each) / len(each)
 
     def codebook_bytes(self) -> int:
-        used = (self.trained[index, part, rate] for (index, part, _), rate in self.rates.items())
+        used = (self.trained[i, part, rate] for (i, _), pair in self.rates.items() for part, rate in enumerate(pair))
         return sum(codec.nbytes() // codec.heads for codec in used)

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
 Unit = TypeVar("Unit", bound=Hashable)
-Costs = Mapping[int, tuple[float, float]]  # by layer: of its keys, of its values
 
 
 def allocate(
@@ -46,13 +45,14 @@ def allocate(
 
 
 def layer_rates(
-    costs: Costs,
-    sizes: Mapping[int, int],
-    offered: Mapping[int, tuple[Sequence[float], Sequence[float]]],
+    costs: Mapping[Unit, tuple[float, float]],
+    sizes: Mapping[Unit, int],
+    offered: Mapping[Unit, tuple[Sequence[float], Sequence[float]]],
     key_bits: float,
     value_bits: float,
-) -> dict[int, tuple[float, float]]:
-    """Rates of every layer's keys and values; one mean over both if they are asked to have the same.
+) -> dict[Unit, tuple[float, float]]:
+    """Rates of every layer's (or whatever is given rates) keys and values; one mean over both if they are asked to have
+    the same.
 
     None is lower than half of its mean, if that is offered: a layer that calibration text does not need may be needed
     by another text.
@@ -63,7 +63,7 @@ def layer_rates(
     asked = (key_bits, value_bits)
     units = [(layer, kind) for layer in sizes for kind in (0, 1)]
     pools = [units] if key_bits == value_bits else [units[0::2], units[1::2]]
-    found: dict[tuple[int, int], float] = {}
+    found: dict[tuple[Unit, int], float] = {}
     for pool in pools:
         bits = asked[pool[0][1]]
         choice = {(i, kind): offered[i][kind] for i, kind in pool}

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from torchgsrq import models
 from torchgsrq.codec import Codebooks, LayerCodec
-from torchgsrq.codec.allocation import layer_rates
+from torchgsrq.codec.allocation import Unit, layer_rates
 from torchgsrq.codec.files import VERSION
 from torchgsrq.codec.layout import key_layout, rates, value_layout
 from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.learning import text
-from torchgsrq.learning.sensitivity import sensitivity
+from torchgsrq.learning.sensitivity import by_layer, sensitivity
 from torchgsrq.learning.statistics import Statistics, chunks, collect_cached, collect_statistics
 from torchgsrq.learning.text import TOKENS
 from torchgsrq.learning.train import train, train_cached
@@ -198,7 +198,7 @@ def _costs(
 ) -> dict[int, tuple[float, float]] | None:
     """What errors of every layer cost; None, with a warning, without gradients, unless the config asks for them."""
     try:
-        return sensitivity(model, layers.values(), windows, max_memory, progress)
+        return by_layer(sensitivity(model, layers.values(), windows, max_memory, progress))
     except (ValueError, torch.OutOfMemoryError) as error:
         if config.allocation == "sensitivity":
             raise
@@ -207,8 +207,8 @@ def _costs(
 
 
 def rates_of_layers(
-    config: GSRQConfig, layers: dict[int, LayerInfo], costs: dict[int, tuple[float, float]] | None
-) -> dict[int, tuple[float, float]]:
+    config: GSRQConfig, layers: dict[Unit, LayerInfo], costs: dict[Unit, tuple[float, float]] | None
+) -> dict[Unit, tuple[float, float]]:
     """Bits per element of every layer's keys and values; the same everywhere without ``costs`` (`sensitivity`)."""
     if costs is None:
         return dict.fromkeys(layers, (config.key_rate, config.value_rate))

@@ -1,4 +1,4 @@
-"""How much errors of each layer's, or head's, keys and of its values cost in what the model says."""
+"""How much errors of each layer's keys and of its values cost in what the model says, head by head."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def sensitivity(
     windows: Tensor,
     max_memory: int = 2 << 30,
     progress: bool = True,
-) -> dict[int, tuple[float, float]]:
-    """What coding a layer's keys, and its values, would cost at rate 0, in nats per token.
+) -> dict[int, Tensor]:
+    """What coding the keys, and the values, of each layer's heads would cost at rate 0, in nats per token.
 
     To second order, an error ``e`` of a layer's attention output moves the distribution of the next tokens by a KL
     divergence of ``E[(g . e)^2] / 2``, with ``g`` the gradient of the log-likelihood of tokens that the model itself
@@ -44,25 +44,8 @@ def sensitivity(
         max_memory: bytes of vectors held at a time to train codecs.
 
     Returns:
-        layer to the costs of its keys and of its values.
-
-    Raises:
-        as `head_sensitivity`.
-    """
-    found = head_sensitivity(model, layers, windows, max_memory, progress, together=True)
-    return {index: (float(keys), float(values)) for index, (keys, values) in found.items()}
-
-
-def head_sensitivity(
-    model: PreTrainedModel,
-    layers: Iterable[LayerInfo],
-    windows: Tensor,
-    max_memory: int = 2 << 30,
-    progress: bool = True,
-    together: bool = False,
-) -> dict[int, Tensor]:
-    """`sensitivity` of each KV head alone, float64 ``[2, kv_heads]`` by layer; or of a layer's heads ``together``,
-    ``[2, 1]``, whose errors can add up or cancel.
+        layer to float64 ``[2, kv_heads, kv_heads]``, for its keys and its values: on the diagonal what errors of each
+        head alone cost. Those of two heads can add up or cancel, so what a layer costs is the sum of all (`by_layer`).
 
     Raises:
         ValueError: the model has no backward pass, or one that overflows; or its weights are offloaded, all of which a
@@ -85,7 +68,7 @@ def head_sensitivity(
             offered = rates(info.head_dim)
             bits: float = 1 if 1 in offered else offered[-1]
             codecs[info.index] = train(stats.pop(info.index), GSRQConfig(layout="fast"), (bits, bits), span)
-    costs = {info.index: torch.zeros(2, 1 if together else info.kv_heads, dtype=torch.float64) for info in layers}
+    costs = {info.index: torch.zeros(2, info.kv_heads, info.kv_heads, dtype=torch.float64) for info in layers}
     with models.refusing(f"a backward pass of {name}, by which layers are given their bits, failed", instead):
         for seed, window in enumerate(tqdm(read, desc="weighing layers", disable=not progress)):
             weighed: set[int] = set()
@@ -93,12 +76,17 @@ def head_sensitivity(
             if weighed != set(costs):
                 missed = ", ".join(map(str, sorted(set(costs) - weighed)))
                 raise RuntimeError(f"no gradient came back to the attention of layers {missed}")
-    if not torch.cat(list(costs.values()), 1).isfinite().all():
+    if not torch.stack([cost.sum() for cost in costs.values()]).isfinite().all():
         raise ValueError(
             f"gradients of {name} in {model.dtype}, by which layers are given their bits, are not "
             "finite; calibrate in float32 or bfloat16, or choose allocation='uniform'"
         )
     return {index: cost / (2 * read.numel()) for index, cost in costs.items()}
+
+
+def by_layer(costs: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
+    """Layer to the costs of its keys and of its values, all heads together, from `sensitivity`."""
+    return {index: (float(keys.sum()), float(values.sum())) for index, (keys, values) in costs.items()}
 
 
 def _observer(
@@ -135,7 +123,7 @@ def _observer(
         def weigh(gradient: Tensor) -> None:  # [1, tokens, q_heads, head_dim]
             q, k, v = (x.float() for x in given)
             decoded = _decoded(k, key), _decoded(v, value)
-            along = torch.zeros(2, costs[index].shape[1], k.shape[1], dtype=torch.float64, device=k.device)
+            along = torch.zeros(2, *k.shape[:2], dtype=torch.float64, device=k.device)
             group = q.shape[0] // k.shape[0]
             sinks = None if s_aux is None else s_aux.detach().float()
             for h in range(k.shape[0]):
@@ -143,9 +131,9 @@ def _observer(
                 logits = None if sinks is None else sinks[some, None, None].expand(-1, k.shape[1], -1)
                 errors = _errors(q[some], k[h], v[h], decoded[0][h], decoded[1][h], scaling, softcap, logits, reach)
                 slope = gradient[0, :, some].transpose(0, 1).float()
-                along[:, h % along.shape[1]] += torch.stack([(error * slope).sum((0, 2)) for error in errors]).double()
+                along[:, h] = torch.stack([(error * slope).sum((0, 2)) for error in errors]).double()
             bits = torch.tensor([key.bits, value.bits], dtype=torch.float64)
-            costs[index] += along.square().sum(2).cpu() * 4 ** bits[:, None]
+            costs[index] += (along @ along.mT).cpu() * 4 ** bits[:, None, None]
             weighed.add(index)
 
         return weigh
