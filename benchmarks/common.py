@@ -6,7 +6,7 @@ import torch
 
 from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor
 from torchgsrq.codec import LayerCodec
-from torchgsrq.codec.allocation import layer_rates
+from torchgsrq.codec.allocation import head_rates
 from torchgsrq.codec.layout import Layout, key_layout, rates, value_layout
 from torchgsrq.config import encoded_tokens
 from torchgsrq.learning.train import KEY_ETA, VALUE_ETA
@@ -39,7 +39,7 @@ def random_codecs(
     device: torch.device | str = "cpu",
     each: tuple[float, float] | None = None,
 ) -> tuple[Codec, Codec]:
-    """Key and value codecs of a config, or with the rates that a layer was given."""
+    """Key and value codecs of a config, or with the rates that heads were given."""
     key_bits, value_bits = each or (config.key_rate, config.value_rate)
     keys = key_layout(dim, key_bits, config.layout)
     values = value_layout(dim, value_bits, config.layout)
@@ -52,10 +52,13 @@ def random_codecs(
 def random_codebooks(layers: int, heads: int, dim: int, config: GSRQConfig) -> Codebooks:
     """Random tables for a model, with rates as far apart as SmolLM2's: the speed is that of learned ones."""
     generator = torch.Generator().manual_seed(0)
-    costs = {i: tuple((10 ** (2.5 * torch.rand(2, generator=generator))).tolist()) for i in range(layers)}
-    offered = dict.fromkeys(costs, (rates(dim), rates(dim)))
-    each = layer_rates(costs, dict.fromkeys(costs, heads * dim), offered, config.key_rate, config.value_rate)
-    found = {i: LayerCodec(*random_codecs(heads, dim, config, each=each[i])) for i in costs}
+    costs = {i: (10 ** (2.5 * torch.rand(heads, 2, generator=generator))).tolist() for i in range(layers)}
+    offered = dict.fromkeys(costs, [(rates(dim),) * 2] * heads)
+    each = head_rates(costs, dict.fromkeys(costs, dim), offered, config.key_rate, config.value_rate)
+    found = {}
+    for i, pairs in each.items():
+        of_heads = [random_codecs(1, dim, config, each=pair) for pair in pairs]
+        found[i] = LayerCodec.of_heads(*zip(*of_heads, strict=True))
     facts = {"config": config.codec_fields(), "source": "random", "tokens": 0}
     return Codebooks(found, {**facts, "sensitivity": {str(i): cost for i, cost in costs.items()}})
 

@@ -27,7 +27,7 @@ from peers.base import Method, through
 from peers.kivi import Kivi
 from peers.kvquant import KVQuant
 from peers.nsnquant import NSNQuant
-from peers.ours import GSRQ, PARTS, GSRQByHead
+from peers.ours import GSRQ, PARTS, GSRQByLayer
 from peers.quantized_cache import QuantizedCache
 from peers.streaming import Streaming
 from peers.turboquant import TurboQuant
@@ -55,7 +55,7 @@ METHODS: dict[str, list[Callable[[], Method]]] = {
     "full": [Method],
     "gsrq": [gsrq(bits=b) for b in (2, 1, 0.75, 0.5)],
     "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5)],
-    "heads": [lambda b=b: GSRQByHead(GSRQConfig(bits=b)) for b in (2, 1, 0.5)],
+    "layers": [lambda b=b: GSRQByLayer(GSRQConfig(bits=b)) for b in (2, 1, 0.5)],
     "parts": [gsrq((part,), bits=b) for b in (2, 1) for part in PARTS],
     "uniform": [gsrq(bits=b, allocation="uniform") for b in (2, 1, 0.75, 0.5)],
     "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper") for b in (1, 0.5)],
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=4, help="texts of each retrieval task")
     parser.add_argument("--task", action="append", choices=retrieval.TASKS, help="may be repeated")
     parser.add_argument(
-        "--method", action="append", choices=METHODS, help="may be repeated; not parts, heads by default"
+        "--method", action="append", choices=METHODS, help="may be repeated; not parts, layers by default"
     )
     parser.add_argument("--name", action="append", help="of a row of these, as it is printed; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results to this file as they come")
@@ -162,7 +162,7 @@ def main() -> None:
     bench = Bench(args)
     results: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": evaluate.environment()}
     results["methods"] = json.loads(args.json.read_text())["methods"] if args.json and args.json.exists() else {}
-    for family in args.method or (x for x in METHODS if x not in ("parts", "heads")):
+    for family in args.method or (x for x in METHODS if x not in ("parts", "layers")):
         for make in METHODS[family]:
             try:
                 method = make()

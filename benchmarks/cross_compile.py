@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import itertools
 import json
@@ -77,12 +76,12 @@ def variants() -> Iterator[tuple[str, str, Callable[[], None]]]:
     k, v = random_codecs(heads, dim, config)
     codecs = {
         "plain": k,
-        "interleaved": dataclasses.replace(k, interleaved=True, _copies={}),
-        "partial rotary": dataclasses.replace(k, inv_freq=torch.ones(12), _copies={}),
-        "no RoPE": dataclasses.replace(k, inv_freq=torch.ones(0), frame=1, _copies={}),
-        "no frames": dataclasses.replace(k, frame=16, _copies={}),
-        "beam 1": dataclasses.replace(k, beam=1, _copies={}),
-        "beam 7": dataclasses.replace(k, beam=7, _copies={}),
+        "interleaved": k.replaced(interleaved=True),
+        "partial rotary": k.replaced(inv_freq=torch.ones(12)),
+        "no RoPE": k.replaced(inv_freq=torch.ones(0), frame=1),
+        "no frames": k.replaced(frame=16),
+        "beam 1": k.replaced(beam=1),
+        "beam 7": k.replaced(beam=7),
     }
     q = torch.zeros(2, 9, queries, dim, dtype=torch.bfloat16)
     additive = {"mask": torch.zeros(1, 1, queries, 1024, dtype=torch.bfloat16), "sink_logits": torch.zeros(9)}

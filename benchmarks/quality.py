@@ -25,11 +25,11 @@ from torchgsrq.codec import LayerCodec
 from torchgsrq.codec.kmeans import METHODS
 from torchgsrq.config import LAYOUTS
 from torchgsrq.embedded import NAME, document, load_model
-from torchgsrq.learning.calibrate import rates_of_layers
-from torchgsrq.learning.sensitivity import by_layer, sensitivity
+from torchgsrq.learning.calibrate import rates_of_heads
+from torchgsrq.learning.sensitivity import by_head, sensitivity
 from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.learning.text import recall_windows, token_ids, token_windows
-from torchgsrq.learning.train import train, train_key, train_value
+from torchgsrq.learning.train import train
 from torchgsrq.models import inspect_layers, rope_span
 
 calibration = sys.modules[calibrate.__module__]
@@ -59,9 +59,7 @@ SECTIONS = (
 def with_eta(books: Codebooks, key: int, value: int) -> Codebooks:
     """The same codebooks, encoding for another loss."""
     layers = {
-        i: LayerCodec(
-            *(dataclasses.replace(c, eta=e, _copies={}, _turned=[]) for c, e in zip(x, (key, value), strict=True))
-        )
+        i: LayerCodec(*(c.replaced(eta=e) for c, e in zip(x, (key, value), strict=True)))
         for i, x in books.layers.items()
     }
     return Codebooks(layers, books.metadata)
@@ -79,14 +77,12 @@ class Bench:
         self.windows = [ids[s : s + 1024] for s in (0, 4096, 8192)]
         self.bits = sorted(args.bits or RATES, reverse=True)
         self.stats: dict[tuple[str, int], Any] = {}
-        self.values: dict[Any, Any] = {}
         self.learned = self.costs = None
 
     def statistics(self, source: str, tokens: int) -> Any:
         """Calibration statistics of the text, or of what the model writes itself (``"own"``)."""
         if (source, tokens) not in self.stats:
             self.stats.clear()
-            self.values.clear()
             text = None if source == "own" else [self.args.calibration.read_text()]
             windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, tokens, 0, True)
             self.learned, self.costs = windows, None
@@ -96,35 +92,22 @@ class Bench:
     def train(
         self, config: GSRQConfig, source: str = "text", tokens: int = TOKENS, method: str = "kmeans"
     ) -> Codebooks:
-        """Codebooks of a config; statistics and value codecs that other sections made are reused."""
+        """Codebooks of a config; statistics that other sections made are reused."""
         if config.recipe == "universal":
             info = self.layers[0]
             return Codebooks.universal(config, len(self.layers), info.kv_heads, info.head_dim)
         stats, span = self.statistics(source, tokens), rope_span(self.model)
         begin = time.perf_counter()
         if config.spreads_bits and self.costs is None:
-            self.costs = by_layer(sensitivity(self.model, self.layers, self.learned))
+            self.costs = by_head(sensitivity(self.model, self.layers, self.learned))
         costs = self.costs if config.spreads_bits else None
-        each = rates_of_layers(config, {i: s.info for i, s in stats.items()}, costs)
-        layers = {}
-        for i, s in stats.items():
-            if config.recipe == "gsrq":
-                key = train_key(s, config, each[i][0], span, method)
-                layers[i] = LayerCodec(key, self.value(i, s, config, each[i][1], method))
-            else:
-                layers[i] = train(s, config, each[i], span)
+        each = rates_of_heads(config, {i: s.info for i, s in stats.items()}, costs)
+        layers = {i: train(s, config, each[i], span, method) for i, s in stats.items()}
         facts: dict[str, Any] = {"config": config.codec_fields(), "source": source, "tokens": tokens}
         if costs:
             facts["sensitivity"] = {str(i): cost for i, cost in costs.items()}
         print(f"  trained in {time.perf_counter() - begin:.0f} s", flush=True)
         return Codebooks(layers, facts)
-
-    def value(self, index: int, stats: Any, config: GSRQConfig, bits: float, method: str) -> Any:
-        """A value codec; it does not depend on the frame, so frames share it."""
-        key = (index, bits, config.layout, method)
-        if key not in self.values:
-            self.values[key] = train_value(stats, config, bits, method)
-        return self.values[key]
 
     def score(self, section: str, row: str, config: GSRQConfig, books: Codebooks, shift: int = 0) -> None:
         """Measure one row of a table."""
@@ -178,7 +161,7 @@ class Bench:
             "and lists": torch.cat((long, recall[1])),
         }.items():
             stats = collect_statistics(self.model, self.layers, windows, False)
-            layers = {i: train(s, config, (1, 1), span) for i, s in stats.items()}
+            layers = {i: train(s, config, [(1, 1)] * s.info.kv_heads, span) for i, s in stats.items()}
             books = Codebooks(layers, {"config": config.codec_fields(), "source": row, "tokens": windows.numel()})
             self.score("text", row, config, books)
             self.answers("text", f"{row}, answers", trials, (dataclasses.replace(config, **PROTOCOL), books))

@@ -18,7 +18,8 @@ constexpr int64_t kRowTile = 192;   // query rows that share a decoded block
 
 template <typename T>
 void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result) {
-  const bool framed = !c.key_tables->pairs || c.key_tables->frame >= kShortestFrame;
+  const Tables& any = c.key_tables->front();  // what runs differ in is not asked of it
+  const bool framed = !any.pairs || any.frame >= kShortestFrame;
   const bool by_tables = c.rows <= kMaxLanes && framed;
   const int64_t tile = by_tables ? c.rows : kRowTile, tiles = std::max<int64_t>(1, ceil_div(c.rows, tile));
   // The cut depends on sizes alone, never on the number of threads, so that results do not either: enough parts for a
@@ -33,14 +34,16 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
   for (int64_t i = 0; i < total; ++i)
     for (int64_t d = 0; d < c.padded; ++d) {
       plain[i * c.padded + d] = d < c.dim ? q[i * c.dim + d] : 0.f;
-      canonical[i * c.padded + d] = d < c.dim ? q[i * c.dim + c.key_tables->order[d]] : 0.f;
+      canonical[i * c.padded + d] = d < c.dim ? q[i * c.dim + any.order[d]] : 0.f;
     }
   const auto part_at = [&](int64_t part, int64_t bh, int64_t row) {
     const int64_t i = part * total + bh * c.rows + row;
     return Part{space + i, space + parts * total + i, space + 2 * parts * total + i * c.padded};
   };
-  at::parallel_for(0, c.batch * c.heads * tiles * parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
+  const int64_t tasks = c.batch * c.heads * tiles * parts;
+  std::atomic<int64_t> next{0};  // heads differ in what they take, so each thread takes the next task when it is free
+  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) {
       const int64_t bh = task / (tiles * parts), row0 = task / parts % tiles * tile, index = task % parts;
       const int64_t b = bh / c.heads, h = bh % c.heads, rows = std::min(tile, c.rows - row0);
       Part part = part_at(index, bh, row0);
@@ -83,10 +86,11 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
           at::vec::fmadd(Vec(weight), Vec::loadu(part.out + d), Vec::loadu(to + d)).store(to + d);
       }
       // From the metric of the value codec, and its mean, to plain values.
-      const Tables& vt = *c.value_tables;
-      product(sum, c.padded, coded_sum, c.padded, 1, vt.inverse + h * vt.dims * vt.padded, vt.padded, 1, c.padded, vt.dims, true);
+      const Head value = c.value_head(h);
+      const Tables& vt = value.tables;
+      product(sum, c.padded, coded_sum, c.padded, 1, vt.inverse + value.h * vt.dims * vt.padded, vt.padded, 1, c.padded, vt.dims, true);
       mass += coded_mass;
-      const float* mean = vt.mean + h * vt.padded;
+      const float* mean = vt.mean + value.h * vt.padded;
       const float scale = mass > 0 ? 1 / mass : 0.f;
       for (int64_t d = 0; d < c.dim; ++d) out[i * c.dim + d] = (sum[d] + coded_mass * mean[d]) * scale;
     }
@@ -115,7 +119,7 @@ Tensor attention(
   c.rows = c.group * c.queries, c.dim = dim, c.length = length;
   if (c.batch * c.rows == 0) return result.to(q.scalar_type());
   c.key_tables = tables_of(key.codec), c.value_tables = tables_of(value.codec);
-  c.padded = c.key_tables->padded, c.softcap = softcap;
+  c.padded = c.key_tables->front().padded, c.softcap = softcap;
   c.q = q.to(at::kFloat).mul(scale).contiguous();
   if (mask.has_value()) {
     TORCH_CHECK_VALUE(

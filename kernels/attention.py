@@ -17,7 +17,7 @@ from torch import Tensor
 from torchgsrq.codec import Codec
 from torchgsrq.reference import WINDOW, Packed
 
-from .common import Shape, coded_slots, codewords, floor_div, turn
+from .common import Shape, coded_slots, codewords, floor_div, heads_of, turn
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -66,7 +66,8 @@ def _frame(key: Codec) -> int:
 def supports(key: Codec, value: Codec) -> bool:
     """Whether these kernels read such codecs; the reference reads the others."""
     framed = not key.inv_freq.numel() or key.frame % 16 == 0
-    return framed and not key.gains.numel() and not value.gains.numel() and not value.inv_freq.numel()
+    together = [run.heads for run in key.runs] == [run.heads for run in value.runs]
+    return framed and together and not key.gains.numel() and not value.gains.numel() and not value.inv_freq.numel()
 
 
 @triton.jit
@@ -279,7 +280,7 @@ def split_kernel(
     k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
     start, length_, encoded_, tail_start_, k_mean, k_inverse, k_book, k_freq, v_book,
     mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, part_top, part_mass, exact_out,
-    HEADS, GROUP, QUERIES, TAIL, SPLITS,
+    heads, HEADS, GROUP, QUERIES, TAIL, SPLITS,
     D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
     INTERLEAVED: tl.constexpr, FRAME: tl.constexpr,
     KG: tl.constexpr, KGP: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, KN: tl.constexpr,
@@ -289,12 +290,14 @@ def split_kernel(
     BM: tl.constexpr, BT: tl.constexpr,
     DTYPE: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One split of the codes for a tile of query rows of a KV head; the last split does what is exact."""
+    """One split of the codes for a tile of query rows of a KV head of a run; the last split does what is exact. The
+    head is ``h`` in the run, whose tables and codes these are, and ``kv_head`` in the layer."""
     tile, bh, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
+    kv_head = tl.load(heads + h).to(tl.int64)
     r = tile * BM + tl.arange(0, BM)
     row = r < GROUP * QUERIES
-    head, query = h * GROUP + r // QUERIES, r % QUERIES
+    head, query = kv_head * GROUP + r // QUERIES, r % QUERIES
     base = b * q_b + head * q_h + query * q_q
     length, encoded = tl.load(length_), tl.load(encoded_ + b)
     origin, sink = tl.load(start + 2 * b), tl.load(start + 2 * b + 1)
@@ -321,7 +324,7 @@ def split_kernel(
     if split == SPLITS:
         top, mass = _exact(
             q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
-            b, h, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
+            b, kv_head, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
             mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
             D, BD, SINKS, BS, RING, VIEW, CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, PRECISION,
         )  # fmt: skip
@@ -339,12 +342,14 @@ def split_kernel(
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def merge_kernel(
-    part_out, part_top, part_mass, exact_out, v_inverse, v_mean, sink_logits, out, ROWS, HEADS, GROUP, QUERIES, SPLITS,
+    part_out, part_top, part_mass, exact_out, v_inverse, v_mean, sink_logits, out, out_b, out_h, heads,
+    ROWS, HEADS, GROUP, QUERIES, SPLITS,
     D: tl.constexpr, DIMS: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of a tile of query rows; only here does the output leave the values' metric."""
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h = bh % HEADS
+    kv_head = tl.load(heads + h).to(tl.int64)
     r = tile * BM + tl.arange(0, BM)
     row = r < GROUP * QUERIES
     place = bh * ROWS + r  # ROWS of a KV head were written, padding included
@@ -370,15 +375,15 @@ def merge_kernel(
         share = share * fade
         top = peak
     if LOGITS:
-        logit = tl.load(sink_logits + h * GROUP + r // QUERIES, mask=row, other=0.0).to(tl.float32)
+        logit = tl.load(sink_logits + kv_head * GROUP + r // QUERIES, mask=row, other=0.0).to(tl.float32)
         peak = tl.maximum(top, logit)
         fade = tl.exp2((top - peak) * LOG2E)
         mass = mass * fade + tl.exp2((logit - peak) * LOG2E)
         y, coded, share = y * fade[:, None], coded * fade, share * fade
     held = row & (share > 0)
     mass = tl.where(mass == 0, 1.0, mass)[:, None]
-    head, query = h * GROUP + r // QUERIES, r % QUERIES
-    to = ((bh // HEADS) * (HEADS * GROUP) + head) * QUERIES + query
+    head, query = kv_head * GROUP + r // QUERIES, r % QUERIES
+    to = (bh // HEADS) * out_b + head * out_h + query * D
     for first in range(0, D, 32):
         d = first + tl.arange(0, 32)
         inside = d < D
@@ -391,7 +396,7 @@ def merge_kernel(
         x = tl.dot(y, inverse, input_precision="tf32x3") + coded[:, None] * mean[None, :]
         exact = tl.load(exact_out + place[:, None] * D + d[None, :], mask=held[:, None] & inside[None, :], other=0.0)
         x = (x + share[:, None] * exact) / mass
-        tl.store(out + to[:, None] * D + d[None, :], x.to(out.dtype.element_ty), mask=row[:, None] & inside[None, :])
+        tl.store(out + to[:, None] + d[None, :], x.to(out.dtype.element_ty), mask=row[:, None] & inside[None, :])
 
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -414,78 +419,69 @@ def attention(
 ) -> Tensor:
     """`torchgsrq.reference.attention`, for codecs that `supports` accepts; ``plan_`` overrides `plan`."""
     batch, q_heads, queries, dim = q.shape
-    heads, capacity = key.codec.heads, key.codes.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     q = q if q.stride(3) == 1 else q.contiguous()
-    rows = q_heads // heads * queries
-    p = plan_ or plan(key.codec, rows, capacity, batch * heads, processors(q.device), q.dtype != torch.float32)
-    tiles = triton.cdiv(rows, p.rows)
-    places = batch * heads * tiles * p.rows
-    part_out = q.new_empty((p.splits, places, value.codec.layout.dims), dtype=torch.float32)
-    part_top, part_mass = q.new_empty((2, p.splits + 1, places), dtype=torch.float32)
-    exact_out = q.new_empty((places, dim), dtype=torch.float32)
+    group = q_heads // key.codec.heads
+    rows, capacity = group * queries, key.codes.shape[2]
     exact = (key.window, value.window) if tails is None else tails
     exact = tuple(t if t.stride(3) == 1 else t.contiguous() for t in exact)
     windows = [t if t.stride(2) == dim and t.stride(3) == 1 else t.contiguous() for t in (key.window, value.window)]
     kind, strides, mask_ = _mask(mask, q)
     view = WINDOW if tails is None else view
-    shape = Shape.of(key.codec)
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        split_kernel[(tiles, batch * heads, p.splits + 1)](
-            q, *q.stride()[:3], key.codes, *key.codes.stride()[:3], value.codes, *value.codes.stride()[:3],
-            exact[0], *exact[0].stride()[:3], exact[1], *exact[1].stride()[:3], windows[0], *windows[0].stride()[:2],
-            windows[1], *windows[1].stride()[:2], key.start, key.length, key.encoded,
-            key.encoded if tail_start is None else tail_start, key.codec.mean, key.codec.inverse, key.codec.codebook,
-            key.codec.inv_freq if shape.pairs else key.codec.mean, value.codec.codebook, mask_, *strides, scale,
-            softcap, part_out, part_top, part_mass, exact_out, heads, q_heads // heads, queries,
-            exact[0].shape[2], p.splits, **constants(key, value, p, view, causal, kind, bool(softcap), q.dtype),
-            num_warps=p.warps, num_stages=1,
-        )  # fmt: skip
-        merge_kernel[(triton.cdiv(rows, _MERGE_ROWS), batch * heads)](
-            part_out, part_top, part_mass, exact_out, value.codec.inverse, value.codec.mean,
-            key.codec.mean if sink_logits is None else sink_logits, out, tiles * p.rows, heads, q_heads // heads,
-            queries, p.splits, **merge_constants(value.codec, sink_logits is not None), num_warps=4, num_stages=1,
-        )  # fmt: skip
+    limits = {"VIEW": view, "CAUSAL": causal, "MASK": kind, "SOFTCAP": softcap != 0}
+    sides = [zip(kv.codec.by_run(), kv.codec.split_codes(kv.codes), strict=True) for kv in (key, value)]
+    for run, ((_, k), k_codes), ((_, v), v_codes) in zip(key.codec.runs, *sides, strict=True):
+        heads, which = k.heads, heads_of(run, q.device)
+        p = plan_ or plan(k, rows, capacity, batch * heads, processors(q.device), q.dtype != torch.float32)
+        tiles = triton.cdiv(rows, p.rows)
+        places = batch * heads * tiles * p.rows
+        part_out = q.new_empty((p.splits, places, v.layout.dims), dtype=torch.float32)
+        part_top, part_mass = q.new_empty((2, p.splits + 1, places), dtype=torch.float32)
+        exact_out = q.new_empty((places, dim), dtype=torch.float32)
+        fixed = {**constants(k, v, p, q.dtype), **_window(key), **limits}
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            split_kernel[(tiles, batch * heads, p.splits + 1)](
+                q, *q.stride()[:3], k_codes, *k_codes.stride()[:3], v_codes, *v_codes.stride()[:3],
+                exact[0], *exact[0].stride()[:3], exact[1], *exact[1].stride()[:3],
+                windows[0], *windows[0].stride()[:2], windows[1], *windows[1].stride()[:2],
+                key.start, key.length, key.encoded, key.encoded if tail_start is None else tail_start,
+                k.mean, k.inverse, k.codebook,
+                k.inv_freq if k.inv_freq.numel() else k.mean, v.codebook, mask_, *strides, scale, softcap, part_out,
+                part_top, part_mass, exact_out, which, heads, group, queries, exact[0].shape[2], p.splits, **fixed,
+                num_warps=p.warps, num_stages=1,
+            )  # fmt: skip
+            merge_kernel[(triton.cdiv(rows, _MERGE_ROWS), batch * heads)](
+                part_out, part_top, part_mass, exact_out, v.inverse, v.mean,
+                k.mean if sink_logits is None else sink_logits, out, *out.stride()[:2], which, tiles * p.rows, heads,
+                group, queries, p.splits, **merge_constants(v, sink_logits is not None), num_warps=4, num_stages=1,
+            )  # fmt: skip
     return out
 
 
-def constants(
-    key: Packed,
-    value: Packed,
-    p: Plan,
-    view: int,
-    causal: int,
-    mask: int,
-    softcap: bool,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """The compile-time arguments of `split_kernel`."""
-    frame = _frame(key.codec)
-    k, v = Shape.of(key.codec), Shape.of(value.codec)
+def constants(key: Codec, value: Codec, p: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """The compile-time arguments of `split_kernel` that codecs and the plan decide."""
+    k, v = Shape.of(key), Shape.of(value)
     full = {f"K{name}": getattr(k, name.lower()) for name in ("G", "GP", "W", "WP", "N")}
     full |= {f"V{name}": getattr(v, name.lower()) for name in ("G", "GP", "W", "WP", "N")}
     return full | {
         **k.rotary,
         "D": k.d,
         "BD": max(16, triton.next_power_of_2(k.d)),
-        "FRAME": frame,
-        "SINKS": key.sink_tokens,
-        "BS": max(16, triton.next_power_of_2(key.sink_tokens)),
-        "RING": key.ring,
-        "RECENT": key.recent_tokens,
-        "BLOCK": key.block_tokens,
-        "VIEW": view,
-        "CAUSAL": causal,
-        "MASK": mask,
-        "SOFTCAP": softcap,
+        "FRAME": _frame(key),
         "BM": p.rows,
         "BT": p.tokens,
         "DTYPE": DTYPES[dtype],
         "CODE": tl.float32 if dtype == torch.float32 else tl.float16,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
+
+
+def _window(kv: Packed) -> dict[str, int]:
+    """Sizes of a cache's window."""
+    sizes = {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
+    return {**sizes, "BS": max(16, triton.next_power_of_2(kv.sink_tokens))}
 
 
 def merge_constants(value: Codec, logits: bool) -> dict[str, Any]:

@@ -35,12 +35,12 @@ void absorb(const Call& c, Part part, int64_t rows, float* scores, int64_t n, co
   product(part.out, c.padded, scores, kBlock, 1, values, c.padded, rows, c.padded, n, true);
 }
 
-// Sums of codewords of tokens [first, first + n), in the metric: [n, padded].
-void add_codewords(const Packed& kv, const Tables& t, int64_t b, int64_t h, int64_t first, int64_t n, float* out) {
-  const int64_t bytes = kv.codec.bytes(), gain = bytes - t.codes;
-  const uint8_t* codes = kv.codes_of(b, h) + first * bytes;
-  const float* gains = kv.codec.gain_table();
-  const at::Half* words = kv.codec.words(h, 0);
+// Sums of codewords of tokens, from the first of `codes` on, in the metric: [n, padded].
+void add_codewords(const Head& head, const uint8_t* codes, int64_t n, float* out) {
+  const Tables& t = head.tables;
+  const int64_t bytes = head.run.bytes(), gain = bytes - t.codes;
+  const float* gains = head.run.gains;
+  const at::Half* words = head.run.words(head.h, 0);
   for (int64_t i = 0; i < n; ++i, codes += bytes) {
     float* row = out + i * t.padded;
     std::fill_n(row, t.padded, 0.f);
@@ -55,21 +55,20 @@ void add_codewords(const Packed& kv, const Tables& t, int64_t b, int64_t h, int6
 class KeyDecoder {
  public:
   KeyDecoder(const Call& c, int64_t b, int64_t h)
-      : c_(c), t_(*c.key_tables), b_(b), h_(h), sums_(kBlock * t_.padded), keys_(kBlock * t_.padded),
+      : row_(c.key.row(b)), head_(c.key_head(h)), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded), keys_(kBlock * t_.padded),
         frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs) {}
 
   void decode(float* out, int64_t first, int64_t n) {
-    const RowStart row = c_.key.row(b_);
     int64_t turned = std::numeric_limits<int64_t>::min(), framed = turned;
-    add_codewords(c_.key, t_, b_, h_, first, n, sums_);
-    product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + h_ * t_.dims * t_.padded, t_.padded, n, t_.padded, t_.dims);
+    add_codewords(head_, codes_ + first * head_.run.bytes(), n, sums_);
+    product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + head_.h * t_.dims * t_.padded, t_.padded, n, t_.padded, t_.dims);
     const int64_t pairs = t_.pairs;
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t position = row.position(first + i);
+      const int64_t position = row_.position(first + i);
       const int64_t turn = floor_mod(position, kRotate), place = floor_mod(position, t_.frame);
       if (position - turn != turned) cos_sin(turn_cos_, turn_sin_, t_.inv_freq.data(), pairs, turned = position - turn);
       if (position - place != framed) cos_sin(frame_cos_, frame_sin_, t_.inv_freq.data(), pairs, framed = position - place);
-      const float* mean = t_.mean_rows + (h_ * kRotate + turn) * t_.padded;
+      const float* mean = t_.mean_rows + (head_.h * kRotate + turn) * t_.padded;
       float* k = keys_ + i * t_.padded;
       const float *cf = frame_cos_, *sf = frame_sin_, *ct = turn_cos_, *st = turn_sin_;
       int64_t p = 0;
@@ -89,9 +88,10 @@ class KeyDecoder {
   }
 
  private:
-  const Call& c_;
+  const RowStart row_;
+  const Head head_;
   const Tables& t_;
-  const int64_t b_, h_;
+  const uint8_t* codes_;
   Buffer sums_, keys_, frame_cos_, frame_sin_, turn_cos_, turn_sin_;
 };
 
@@ -106,6 +106,7 @@ void attend_by_blocks(
   for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, limits[c.query_of(r)]);
   last = std::min(last, widest);
   KeyDecoder decoder(c, b, h);
+  const Head value = c.value_head(h);
   Buffer keys, values(kBlock * c.padded), scores(rows * kBlock);
   keys.fill(c.padded * kBlock);
   for (int64_t slot = first; slot < last; slot += kBlock) {
@@ -119,7 +120,7 @@ void attend_by_blocks(
       for (int64_t t = std::max(slot, sink); t < std::min(slot + n, sink + c.key.sinks); ++t) s[t - slot] = -kInf;
     });
     timer.lap(kSoftmax);
-    add_codewords(c.value, *c.value_tables, b, h, slot, n, values);
+    add_codewords(value, c.value.codes_of(b, h) + slot * value.run.bytes(), n, values);
     absorb(c, part, rows, scores, n, values);
     timer.lap(kValues);
   }

@@ -80,8 +80,8 @@ void for_slabs(int64_t codes, F f) {
 template <int L>
 class FrameTables {
  public:
-  FrameTables(const Call& call, const float* q, int64_t head)
-      : c_(call), t_(*call.key_tables), head_(head), q_(q), turned_(kFrames * L * t_.padded),
+  FrameTables(const Call& call, const float* q, const Head& head)
+      : c_(call), t_(head.tables), head_(head.h), q_(q), turned_(kFrames * L * t_.padded),
         into_(kFrames * L * t_.padded_dims), planar_(kFrames * L * t_.codes * kWords), cosine_(t_.pairs + kWidth),
         sine_(t_.pairs + kWidth), table_(L * t_.codes * kWords) {}
 
@@ -129,9 +129,9 @@ class FrameTables {
 // thin factors of what the mean does within those.
 class MeanScores {
  public:
-  MeanScores(const Call& call, const float* q, int64_t head)
-      : c_(call), t_(*call.key_tables), q_(q), into_(t_.mean_into + head * t_.dim * t_.padded_rank),
-        mean_(t_.mean_at + head * t_.rank * kRotate), turned_(kTurns * c_.rows * t_.padded),
+  MeanScores(const Call& call, const float* q, const Head& head)
+      : c_(call), t_(head.tables), q_(q), into_(t_.mean_into + head.h * t_.dim * t_.padded_rank),
+        mean_(t_.mean_at + head.h * t_.rank * kRotate), turned_(kTurns * c_.rows * t_.padded),
         thin_(kTurns * c_.rows * t_.padded_rank), planar_(kTurns * c_.rows * kRotate), cosine_(t_.pairs),
         sine_(t_.pairs), cos_(t_.pairs), sin_(t_.pairs) {}
 
@@ -190,14 +190,15 @@ template <int L>
 void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_t last, const float* q, Part part) {
   using V = Lanes<L>;
   Timer timer;
-  const Tables &kt = *c.key_tables, &vt = *c.value_tables;
-  const int64_t key_bytes = c.key.codec.bytes(), value_bytes = c.value.codec.bytes();
+  const Head key = c.key_head(h), value = c.value_head(h);
+  const Tables &kt = key.tables, &vt = value.tables;
+  const int64_t key_bytes = key.run.bytes(), value_bytes = value.run.bytes();
   const int64_t key_gain = key_bytes - kt.codes, value_gain = value_bytes - vt.codes;
   const uint8_t *key_codes = c.key.codes_of(b, h), *value_codes = c.value.codes_of(b, h);
   const RowStart row = c.key.row(b);
   const int64_t sink = row.sink();
-  FrameTables<L> tables(c, q, h);
-  MeanScores means(c, q, h);
+  FrameTables<L> tables(c, q, key);
+  MeanScores means(c, q, key);
   Buffer scores(kChunk * L), of_mean(kChunk * L), histogram;
   histogram.fill(vt.codes * kWords * L);
   alignas(64) float top[L], mass[L], peak[std::max<int64_t>(L, kWidth)];
@@ -222,7 +223,7 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
       add_table_scores<L, count.value>(scores, kc + key_gain + m, key_bytes, table + m * kWords * L, n);
     });
     if (key_gain) {  // the gain scales the codewords, not the mean
-      const float* gains = c.key.codec.gain_table();
+      const float* gains = key.run.gains;
       for (int64_t t = 0; t < n; ++t)
         V::store(scores + t * L, V::load(scores + t * L) * gains[kc[t * key_bytes]] + V::load(of_mean + t * L));
     }
@@ -277,7 +278,7 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
 
     const uint8_t* vc = value_codes + slot * value_bytes;
     if (value_gain) {
-      const float* gains = c.value.codec.gain_table();
+      const float* gains = value.run.gains;
       for (int64_t t = 0; t < n; ++t) V::store(scores + t * L, V::load(scores + t * L) * gains[vc[t * value_bytes]]);
     }
     for_slabs(vt.codes, [&](int64_t m, auto count) {
@@ -294,11 +295,11 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
     const int64_t width = vt.width, begin = m % vt.groups * width;
     const float* bins = histogram + m * kWords * L;
     if (vt.wide == width) {
-      product(part.out + begin, c.padded, bins, 1, L, c.value.codec.words(h, m), width, c.rows, width, kWords, true);
+      product(part.out + begin, c.padded, bins, 1, L, value.run.words(value.h, m), width, c.rows, width, kWords, true);
       continue;
     }
     Buffer sum(c.rows * vt.wide);
-    const at::Half* words = vt.wide_words.data() + (h * vt.codes + m) * kWords * vt.wide;
+    const at::Half* words = vt.wide_words.data() + (value.h * vt.codes + m) * kWords * vt.wide;
     product(sum, vt.wide, bins, 1, L, words, vt.wide, c.rows, vt.wide, kWords);
     for (int64_t r = 0; r < c.rows; ++r)
       for (int64_t e = 0; e < width; ++e) part.out[r * c.padded + begin + e] += sum[r * vt.wide + e];

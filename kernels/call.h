@@ -43,17 +43,25 @@ struct Packed {
       : codes(kv[0]), window(kv[1]), start(kv[2]), length(kv[3]), encoded(kv[4]), codec(kv.slice(5), layout.slice(3)),
         sinks(layout[0]), recent(layout[1]), block(layout[2]), ring(window.size(2) - layout[0]) {
     check_start(start, codes);
+    codec.check_codes(codes);
   }
 
   const uint8_t* codes_of(int64_t b, int64_t h) const {
-    return codes.const_data_ptr<uint8_t>() + b * codes.stride(0) + h * codes.stride(1);
+    return codes.const_data_ptr<uint8_t>() + b * codes.stride(0) + codec.codes_at(codes, h);
   }
   RowStart row(int64_t b) const { return RowStart(start, b); }
 };
 
+// A head of a layer's keys, or of its values: it is head h of a run and of the run's tables.
+struct Head {
+  const Run& run;
+  const Tables& tables;
+  int64_t h;
+};
+
 struct Call {
   const Packed &key, &value;
-  std::shared_ptr<Tables> key_tables, value_tables;
+  std::shared_ptr<RunTables> key_tables, value_tables;
   int64_t batch, heads, group, queries, rows, dim, padded, length;
   Tensor q;         // float32 [batch, heads, rows, dim], scaled
   Tensor mask;      // bool or float32, strides expanded to [batch, query heads, queries, width]; undefined for none
@@ -66,12 +74,20 @@ struct Call {
   std::vector<int64_t> dense_low;    // per row of the batch: the first slot that is held in full precision
 
   int64_t query_of(int64_t row) const { return row % queries; }
+  Head key_head(int64_t head) const { return head_of(key.codec, *key_tables, head); }
+  Head value_head(int64_t head) const { return head_of(value.codec, *value_tables, head); }
 
   // The mask of a query row, from slot 0 on.
   template <typename T>
   const T* mask_row(int64_t b, int64_t h, int64_t row) const {
     return mask.const_data_ptr<T>() + b * mask.stride(0) + (h * group + row / queries) * mask.stride(1) +
         query_of(row) * mask.stride(2);
+  }
+
+ private:
+  static Head head_of(const CodecView& codec, const RunTables& tables, int64_t head) {
+    const auto [run, h] = codec.of_head[head];
+    return {codec.runs[run], tables[run], h};
   }
 };
 

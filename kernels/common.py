@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from torchgsrq.codec import Codec
+from torchgsrq.codec.layout import Run
 
 TWO_PI = tl.constexpr(6.283185307179586)
 
@@ -45,6 +49,12 @@ class Shape:
         pairs = max(16, triton.next_power_of_2(self.pairs))
         rest = max(16, triton.next_power_of_2(self.d - 2 * self.pairs))
         return {"PAIRS": self.pairs, "BP": pairs, "BR": rest, "INTERLEAVED": self.interleaved}
+
+
+@functools.cache
+def heads_of(run: Run, device: torch.device) -> Tensor:
+    """Which head of the layer each head of a run is, int32, for kernels; made once, before graphs are captured."""
+    return torch.tensor(run.heads, dtype=torch.int32, device=device)
 
 
 @triton.jit

@@ -82,7 +82,7 @@ float squared_norm(const float* x, int64_t n) {
 // |e|^2 + (eta - 1) (e . y/|y|)^2 at the last stage, and followed by a sweep over the stages that only lowers it.
 class Search {
  public:
-  Search(const CodecView& codec, const Tables& tables)
+  Search(const Run& codec, const Tables& tables)
       : c_(codec), t_(tables), beam_(std::clamp<int64_t>(codec.beam, 1, kMaxBeam)),
         stages_(ceil_div(codec.codes, codec.groups)), stride_(round_up(codec.width, kWidth)),
         extra_(static_cast<float>(codec.eta - 1)), distance_(kTile * beam_ * kWords), along_(kTile * kWords),
@@ -263,7 +263,7 @@ class Search {
     std::copy(next_path_.begin(), next_path_.end(), path);
   }
 
-  const CodecView& c_;
+  const Run& c_;
   const Tables& t_;
   const int64_t beam_, stages_, stride_;
   const float extra_;  // eta - 1
@@ -274,16 +274,16 @@ class Search {
 };
 
 // Codes of up to kTile vectors in their metric, y [n, t.padded_dims], which may change; out [n, bytes].
-void search_tile(const CodecView& c, const Tables& t, Search& search, int64_t head, float* y, int64_t n, uint8_t* out) {
-  const int64_t bytes = c.bytes(), gain = c.has_gains();
+void search_tile(const Run& c, const Tables& t, Search& search, int64_t head, float* y, int64_t n, uint8_t* out) {
+  const int64_t bytes = c.bytes(), gain = c.gains != nullptr;
   if (gain)
     for (int64_t i = 0; i < n; ++i) {
       float* row = y + i * t.padded_dims;
       const float norm = std::sqrt(squared_norm(row, t.dims));
       int64_t best = 0;
       for (int64_t g = 1; g < kWords; ++g)
-        if (std::abs(norm - c.gain_table()[g]) < std::abs(norm - c.gain_table()[best])) best = g;
-      for (int64_t e = 0; e < t.dims; ++e) row[e] /= c.gain_table()[best];
+        if (std::abs(norm - c.gains[g]) < std::abs(norm - c.gains[best])) best = g;
+      for (int64_t e = 0; e < t.dims; ++e) row[e] /= c.gains[best];
       out[i * bytes] = static_cast<uint8_t>(best);
     }
   for (int64_t g = 0; g < t.groups; ++g) search.run(head, g, y + g * t.width, t.padded_dims, n, out + gain, bytes);
@@ -292,7 +292,7 @@ void search_tile(const CodecView& c, const Tables& t, Search& search, int64_t he
 // Encodes vectors of one row and head: x(i) gives vector i as T, position(i) its position, out [n, bytes].
 template <typename Source, typename Position>
 void encode_rows(
-    const CodecView& c, const Tables& t, Search& search, int64_t head, int64_t n, Source x, Position position, uint8_t* out) {
+    const Run& c, const Tables& t, Search& search, int64_t head, int64_t n, Source x, Position position, uint8_t* out) {
   Buffer vectors(kTile * t.padded), y(kTile * t.padded_dims), turned(t.padded), cosine(t.pairs), sine(t.pairs);
   const float* mean = t.mean + head * t.padded;
   for (int64_t first = 0; first < n; first += kTile) {
@@ -316,6 +316,25 @@ void encode_rows(
     search_tile(c, t, search, head, y, some, out + first * c.bytes());
   }
 }
+
+// A thread's searches of a codec's runs, each made when it is first needed.
+class Searches {
+ public:
+  Searches(const CodecView& codec, const RunTables& tables) : c_(codec), t_(tables), found_(codec.runs.size()) {}
+
+  // `encode_rows` of a head of the layer.
+  template <typename Source, typename Position>
+  void encode(int64_t head, int64_t n, Source x, Position position, uint8_t* out) {
+    const auto [run, h] = c_.of_head[head];
+    if (!found_[run]) found_[run] = std::make_unique<Search>(c_.runs[run], t_[run]);
+    encode_rows(c_.runs[run], t_[run], *found_[run], h, n, x, position, out);
+  }
+
+ private:
+  const CodecView& c_;
+  const RunTables& t_;
+  std::vector<std::unique_ptr<Search>> found_;
+};
 
 template <typename T>
 bool all_finite(const T* x, int64_t n) {
@@ -344,22 +363,24 @@ Tensor encode(const Tensor& x_, const Tensor& position_, at::TensorList codec, a
   const Tensor x = (x_.scalar_type() == at::kDouble ? x_.to(at::kFloat) : x_).contiguous();
   TORCH_CHECK_VALUE(all_finite(x), "x holds NaN or inf, which no codeword stands for");
   const Tensor position = position_.to(at::kLong).contiguous();
-  const int64_t batch = x.size(0), heads = x.size(1), n = x.size(2), bytes = c.bytes();
-  Tensor out = at::empty({batch, heads, n, bytes}, x.options().dtype(at::kByte));
+  const int64_t batch = x.size(0), heads = x.size(1), n = x.size(2);
+  TORCH_CHECK_VALUE(heads == c.heads, "x has shape ", x.sizes(), "; this codec is for ", c.heads, " heads");
+  Tensor out = at::empty(c.codes_shape(batch, n), x.options().dtype(at::kByte));
   if (!out.numel()) return out;
   const auto t = tables_of(c);
   const int64_t stretches = ceil_div(n, kStretch);
   dispatch(x.scalar_type(), "x", [&](auto type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     at::parallel_for(0, batch * heads * stretches, 1, [&](int64_t begin, int64_t end) {
-      Search search(c, *t);
+      Searches searches(c, *t);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t bh = task / stretches, first = task % stretches * kStretch;
+        const int64_t bh = task / stretches, first = task % stretches * kStretch, b = bh / heads, h = bh % heads;
+        uint8_t* to = out.mutable_data_ptr<uint8_t>() + b * out.stride(0) + c.codes_at(out, h);
         const T* from = x.const_data_ptr<T>() + (bh * n + first) * c.dim;
-        const int64_t* at = position.const_data_ptr<int64_t>() + bh / heads * n + first;
-        encode_rows(
-            c, *t, search, bh % heads, std::min(kStretch, n - first), [&](int64_t i) { return from + i * c.dim; },
-            [&](int64_t i) { return at[i]; }, out.mutable_data_ptr<uint8_t>() + (bh * n + first) * bytes);
+        const int64_t* at = position.const_data_ptr<int64_t>() + b * n + first;
+        searches.encode(
+            h, std::min(kStretch, n - first), [&](int64_t i) { return from + i * c.dim; }, [&](int64_t i) { return at[i]; },
+            to + first * c.bytes_of(h));
       }
     });
   });
@@ -368,12 +389,15 @@ Tensor encode(const Tensor& x_, const Tensor& position_, at::TensorList codec, a
 
 // The second half of encode, for graphs that do the first, the change to the metric, with what comes before it.
 Tensor search(const Tensor& y_, at::TensorList codec, at::IntArrayRef layout) {
-  const CodecView c(codec, layout);
-  const auto t = tables_of(c);
+  const CodecView all(codec, layout);
+  TORCH_CHECK_VALUE(all.runs.size() == 1, "search takes a codec whose heads have one layout");
+  const auto tables = tables_of(all);
+  const Run& c = all.runs[0];
+  const Tables* t = &tables->front();
   const int64_t heads = y_.dim() == 3 ? y_.size(0) : -1;
   TORCH_CHECK_VALUE(
-      heads == codec[0].size(0) && y_.size(2) == t->dims && y_.scalar_type() == at::kFloat, "y has shape ", y_.sizes(),
-      " and is ", name_of(y_.scalar_type()), "; expected float32 [", codec[0].size(0), ", n, ", t->dims, "]");
+      heads == c.heads && y_.size(2) == t->dims && y_.scalar_type() == at::kFloat, "y has shape ", y_.sizes(),
+      " and is ", name_of(y_.scalar_type()), "; expected float32 [", c.heads, ", n, ", t->dims, "]");
   const Tensor y = y_.contiguous();
   TORCH_CHECK_VALUE(all_finite(y), "x holds NaN or inf, which no codeword stands for");
   const int64_t n = y.size(1), tiles = ceil_div(n, kTile);
@@ -399,8 +423,8 @@ int64_t check_append(
     const Tensor& slots) {
   const int64_t n = x.dim() == 4 ? x.size(2) : -1;
   TORCH_CHECK_VALUE(
-      x.dim() == 4 && x.size(0) == codes.size(0) && x.size(1) == codes.size(1) && x.size(3) == c.dim, "x has shape ",
-      x.sizes(), "; this cache takes [", codes.size(0), ", ", codes.size(1), ", n, ", c.dim,
+      x.dim() == 4 && x.size(0) == codes.size(0) && x.size(1) == c.heads && x.size(3) == c.dim, "x has shape ",
+      x.sizes(), "; this cache takes [", codes.size(0), ", ", c.heads, ", n, ", c.dim,
       "] (batch, KV heads, tokens, head_dim)");
   TORCH_CHECK_VALUE(
       x.scalar_type() == window.scalar_type(), "x is ", name_of(x.scalar_type()), "; this cache holds ",
@@ -435,6 +459,7 @@ void append(
   const CodecView c(codec, layout.slice(3));
   const int64_t first = check_append(codes, window, length, c, x_, slots);
   check_start(start, codes);
+  c.check_codes(codes);
   const int64_t batch = x_.size(0), heads = x_.size(1), n = x_.size(2), ring = window.size(2) - sinks;
   if (n == 0 || batch == 0) return;
   const Tensor x = x_.contiguous();
@@ -455,19 +480,20 @@ void append(
     const auto window_of = [&](int64_t bh) { return held + bh / heads * window.stride(0) + bh % heads * window.stride(1); };
     if (!due.empty())
       at::parallel_for(0, static_cast<int64_t>(due.size()) * heads, 1, [&](int64_t begin, int64_t end) {
-        Search search(c, *t);
+        Searches searches(c, *t);
         for (int64_t task = begin; task < end; ++task) {
           const auto [b, low, tokens] = due[task / heads];
           const int64_t h = task % heads, bh = b * heads + h;
-          uint8_t* out = codes.mutable_data_ptr<uint8_t>() + b * codes.stride(0) + h * codes.stride(1) + low * c.bytes();
+          uint8_t* out = codes.mutable_data_ptr<uint8_t>() + b * codes.stride(0) + c.codes_at(codes, h);
           // Tokens from before this call are in the window, the others are new.
-          encode_rows(
-              c, *t, search, h, tokens,
+          searches.encode(
+              h, tokens,
               [&, low = low](int64_t i) {
                 const int64_t slot = low + i;
                 return slot < first ? window_of(bh) + (sinks + slot % ring) * c.dim : data + (bh * n + slot - first) * c.dim;
               },
-              [&, low = low, row = RowStart(start, b)](int64_t i) { return row.position(low + i); }, out);
+              [&, low = low, row = RowStart(start, b)](int64_t i) { return row.position(low + i); },
+              out + low * c.bytes_of(h));
         }
       });
     const int64_t kept = std::max(first, *std::min_element(coded.begin(), coded.end()));

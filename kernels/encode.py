@@ -13,7 +13,7 @@ from torch import Tensor
 from torchgsrq.codec import Codec
 from torchgsrq.reference import Packed
 
-from .common import Shape, coded_slots, floor_div, turn
+from .common import Shape, coded_slots, floor_div, heads_of, turn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TILE = 16  # vectors of a program: with their candidates, the rows of one product
@@ -22,7 +22,7 @@ _STAGES = 16  # codes of a path that a program keeps, one byte each of two 64-bi
 
 def supports(codec: Codec) -> bool:
     """Whether these kernels encode with such a codec; the reference does with the others."""
-    return not codec.gains.numel() and codec.layout.stages <= _STAGES and codec.beam <= 16
+    return not codec.gains.numel() and all(r.layout.stages <= _STAGES for r in codec.runs) and codec.beam <= 16
 
 
 @triton.jit
@@ -39,15 +39,17 @@ def _exact_dot(r, words):
 @triton.jit
 def encode_kernel(
     x, x_b, x_h, x_t, position, tokens, out, out_b, out_h, out_t, window, window_b, window_h, slots, start, encoded_,
-    mean, transform, book, inv_freq, HEADS, CAPACITY,
+    mean, transform, book, inv_freq, heads, HEADS, CAPACITY,
     APPEND: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
     INTERLEAVED: tl.constexpr, FRAME: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     N: tl.constexpr, BEAM: tl.constexpr, NB: tl.constexpr, T: tl.constexpr, ETA: tl.constexpr,
     SINKS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one group of T vectors of a row and head: of ``x``, or of the slots that are due to leave the window."""
+    """Codes of one group of T vectors of a row and head of a run: of ``x``, or of the slots that are due to leave the
+    window. The head is ``h`` in the run, whose tables and codes these are, and ``head`` in the layer."""
     tile, bh, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
+    head = tl.load(heads + h).to(tl.int64)
     t = tile * T + tl.arange(0, T)
     low = 0
     first = 0
@@ -65,12 +67,12 @@ def encode_kernel(
             place = slot - tl.load(start + 2 * b)
             new = slot >= first
             # Tokens from before this call are in the window, the others are new.
-            old_at = bh // HEADS * window_b + h * window_h + (SINKS + slot % RING) * D
+            old_at = b * window_b + head * window_h + (SINKS + slot % RING) * D
             new_at = (slot - first).to(tl.int64) * x_t
         else:
             slot = t
             place = tl.load(position + b * tokens + t, mask=held, other=0).to(tl.int32)
-        base = b * x_b + h * x_h
+        base = b * x_b + head * x_h
         i, j = tl.arange(0, BP), tl.arange(0, BR)
         first_of = i * 2 if INTERLEAVED else i
         second_of = i * 2 + 1 if INTERLEAVED else i + PAIRS
@@ -236,7 +238,7 @@ def write_kernel(
 
 
 def constants(codec: Codec) -> dict[str, Any]:
-    """The compile-time arguments of `encode_kernel` that a codec decides."""
+    """The compile-time arguments of `encode_kernel` that a codec of one layout decides."""
     s = Shape.of(codec)
     sizes = {"D": s.d, "G": s.g, "W": s.w, "WP": max(16, s.wp), "N": s.n, **s.rotary}
     width = codec.beam if codec.layout.stages > 1 else 1  # a single stage has nothing to look ahead to
@@ -250,27 +252,27 @@ def _window(kv: Packed) -> dict[str, int]:
 
 
 def _launch(codec: Codec, x: Tensor, position: Tensor, out: Tensor, kv: Packed | None, due: int) -> None:
-    """Run `encode_kernel` for at most ``due`` tokens."""
-    batch, heads, tokens, _ = x.shape
+    """Run `encode_kernel` for at most ``due`` tokens, run by run, into ``out``, the codes of all heads."""
+    batch, tokens = x.shape[0], x.shape[2]
     ints = {"SINKS": 0, "RING": 1, "RECENT": 0, "BLOCK": 1, "APPEND": False}
     window, slots, start, encoded = x, position, position, position
     if kv is not None:
         ints = {**_window(kv), "APPEND": True}
         window, start, encoded = kv.window, kv.start, kv.encoded
-    grid = (triton.cdiv(due, _TILE), batch * heads, codec.layout.groups)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        encode_kernel[grid](
-            x, *x.stride()[:3], position, tokens, out, *out.stride()[:3], window, *window.stride()[:2], slots, start,
-            encoded, codec.mean, codec.transform, codec.codebook,
-            codec.inv_freq if codec.inv_freq.numel() else codec.mean, heads, out.shape[2], **constants(codec), **ints,
-            num_warps=8, num_stages=1,
-        )  # fmt: skip
+        for run, (_, part), to in zip(codec.runs, codec.by_run(), codec.split_codes(out), strict=True):
+            encode_kernel[triton.cdiv(due, _TILE), batch * part.heads, run.layout.groups](
+                x, *x.stride()[:3], position, tokens, to, *to.stride()[:3], window, *window.stride()[:2], slots, start,
+                encoded, part.mean, part.transform, part.codebook,
+                part.inv_freq if part.inv_freq.numel() else part.mean, heads_of(run, x.device), part.heads,
+                to.shape[2], **constants(part), **ints, num_warps=8, num_stages=1,
+            )  # fmt: skip
 
 
 def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
     """`torchgsrq.reference.encode`, for codecs that `supports` accepts."""
-    batch, heads, n, _ = x.shape
-    out = torch.empty((batch, heads, n, codec.num_codes), dtype=torch.uint8, device=x.device)
+    batch, _, n, _ = x.shape
+    out = torch.empty(codec.codes_shape(batch, n), dtype=torch.uint8, device=x.device)
     if out.numel():
         _launch(codec, x if x.stride(3) == 1 else x.contiguous(), position.contiguous(), out, None, n)
     return out

@@ -3,6 +3,7 @@
 
 #include <c10/util/intrusive_ptr.h>
 
+#include <deque>
 #include <mutex>
 #include <numeric>
 #include <unordered_map>
@@ -13,23 +14,62 @@ namespace gsrq {
 
 constexpr int64_t kRotate = 256;  // positions that share one rotation of the query for the mean term
 
+// Heads that share a layout, in a codec that outlives this.
+struct Run {
+  int64_t heads, dim, groups, codes, dims, width, beam, eta, frame;
+  bool interleaved;
+  const float *mean, *transform, *inverse, *gains;  // gains: null for none
+  const at::Half* codebook;
+  const Tensor* inv_freq;
+  int64_t before;  // bytes of the codes of a token that heads of earlier runs have
+
+  int64_t bytes() const { return codes + (gains != nullptr); }
+  const at::Half* words(int64_t head, int64_t code) const { return codebook + (head * codes + code) * kWords * width; }
+};
+
 // The codec as ops carry it: see Codec.tensors and Codec.integers in torchgsrq/codec/codec.py.
 struct CodecView {
   Tensor mean, transform, inverse, codebook, inv_freq, gains;
-  int64_t heads, dim, groups, codes, dims, width, beam, eta, frame;
-  bool interleaved;
+  int64_t heads, dim, token_bytes = 0, unit = 0;
+  std::vector<Run> runs;
+  std::vector<std::pair<int64_t, int64_t>> of_head;  // of each head of the layer: its run, and which it is there
 
   CodecView(at::TensorList tensors, at::IntArrayRef integers)
       : mean(tensors[0].contiguous()), transform(tensors[1].contiguous()), inverse(tensors[2].contiguous()),
         codebook(tensors[3].contiguous()), inv_freq(tensors[4].contiguous()), gains(tensors[5].contiguous()),
-        heads(mean.size(0)), dim(integers[0]), groups(integers[1]), codes(integers[2]), dims(integers[3]),
-        width(dims / groups), beam(integers[5]), eta(integers[6]), frame(integers[7]), interleaved(integers[4] != 0) {}
+        heads(mean.size(0)), dim(integers[0]), of_head(heads) {
+    const float *m = mean.const_data_ptr<float>(), *into = transform.const_data_ptr<float>();
+    const float *back = inverse.const_data_ptr<float>(), *g = gains.numel() ? gains.const_data_ptr<float>() : nullptr;
+    const at::Half* words = codebook.const_data_ptr<at::Half>();
+    for (size_t at = 5; at < integers.size();) {
+      const int64_t groups = integers[at], codes = integers[at + 1], dims = integers[at + 2], n = integers[at + 3];
+      const int64_t width = dims / groups;
+      at += 4;
+      for (int64_t i = 0; i < n; ++i) of_head[integers[at + i]] = {static_cast<int64_t>(runs.size()), i};
+      at += n;
+      runs.push_back(
+          {n, dim, groups, codes, dims, width, integers[2], integers[3], integers[4], integers[1] != 0, m, into, back, g,
+           words, &inv_freq, token_bytes});
+      m += n * dim, into += n * dims * dim, back += n * dims * dim, words += n * codes * kWords * width;
+      token_bytes += n * runs.back().bytes();
+      unit = std::gcd(unit, runs.back().bytes());
+    }
+  }
+  CodecView(const CodecView&) = delete;  // runs point into it
 
-  int64_t bytes() const { return codes + has_gains(); }
-  bool has_gains() const { return gains.numel() > 0; }
-  const float* gain_table() const { return has_gains() ? gains.const_data_ptr<float>() : nullptr; }
-  const at::Half* words(int64_t head, int64_t code) const {
-    return codebook.const_data_ptr<at::Half>() + (head * codes + code) * kWords * width;
+  // Shape of the codes of n tokens: those of a run are [its heads, n, its bytes], one run after the other.
+  std::vector<int64_t> codes_shape(int64_t batch, int64_t n) const { return {batch, token_bytes / unit, n, unit}; }
+  // Where the codes of a head begin, from the first of its row on. `codes` is of that shape, or longer in n.
+  int64_t codes_at(const Tensor& codes, int64_t head) const {
+    const auto [run, i] = of_head[head];
+    return (runs[run].before + i * runs[run].bytes()) / unit * codes.stride(1);
+  }
+  int64_t bytes_of(int64_t head) const { return runs[of_head[head].first].bytes(); }
+  void check_codes(const Tensor& codes) const {
+    TORCH_CHECK_VALUE(
+        codes.size(1) * codes.size(3) == token_bytes && codes.size(3) == unit &&
+            (runs.size() == 1 || codes.numel() == 0 || (codes.stride(1) == codes.size(2) * unit && codes.stride(2) == unit)),
+        "codes have shape ", codes.sizes(), " and strides ", codes.strides(), ", which are not this codec's");
   }
 };
 
@@ -60,7 +100,7 @@ inline void check_start(const Tensor& start, const Tensor& codes) {
       "start has shape ", start.sizes(), "; expected [", codes.size(0), ", 2] or [", codes.size(0), ", 2 + capacity]");
 }
 
-// "Canonical" is the order of a vector's elements that rotations are simple in: first elements of the RoPE pairs, second
+// Of one run. "Canonical" is the order of a vector's elements that rotations are simple in: first elements of the RoPE pairs, second
 // elements, the rest. Rows are padded with zeros to whole vectors.
 struct Tables {
   int64_t heads, dim, padded, dims, padded_dims, codes, groups, width, pairs, frame;
@@ -80,10 +120,10 @@ struct Tables {
   std::vector<at::Half> wide_words;        // [heads, codes, 256, wide]: the codewords, padded if they need to be
   int64_t wide;
 
-  explicit Tables(const CodecView& c)
+  explicit Tables(const Run& c)
       : heads(c.heads), dim(c.dim), padded(round_up(c.dim, kWidth)), dims(c.dims), padded_dims(round_up(c.dims, kWidth)),
-        codes(c.codes), groups(c.groups), width(c.width), pairs(c.inv_freq.numel()), frame(c.frame), order(c.dim) {
-    const float* f = c.inv_freq.const_data_ptr<float>();
+        codes(c.codes), groups(c.groups), width(c.width), pairs(c.inv_freq->numel()), frame(c.frame), order(c.dim) {
+    const float* f = c.inv_freq->const_data_ptr<float>();
     for (int64_t i = 0; i < pairs; ++i) {
       inv_freq.push_back(f[i]);
       step_cos.push_back(std::cos(kRotate * static_cast<double>(f[i])));
@@ -97,8 +137,7 @@ struct Tables {
     transform.fill(heads * dim * padded_dims);
     inverse.fill(heads * dims * padded);
     inverse_t.fill(heads * dim * padded_dims);
-    const float *m = c.mean.const_data_ptr<float>(), *back = c.inverse.const_data_ptr<float>();
-    const float* into = c.transform.const_data_ptr<float>();
+    const float *m = c.mean, *back = c.inverse, *into = c.transform;
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t d = 0; d < dim; ++d) {
         mean[h * padded + d] = m[h * dim + order[d]];
@@ -187,13 +226,19 @@ struct Tables {
   }
 };
 
-// The tables of a codec; found again by its tensors.
-inline std::shared_ptr<Tables> tables_of(const CodecView& c) {
+// The tables of every run of a codec; found again by its tensors.
+using RunTables = std::deque<Tables>;  // whose elements never move
+inline std::shared_ptr<RunTables> tables_of(const CodecView& c) {
   using Weak = c10::weak_intrusive_ptr<c10::TensorImpl>;
   struct Entry {
     Weak codebook, transform, inv_freq;
-    std::shared_ptr<Tables> tables;
+    std::shared_ptr<RunTables> tables;
     bool gone() const { return codebook.expired() || transform.expired() || inv_freq.expired(); }
+    bool fits(const std::vector<Run>& runs) const {
+      return std::equal(runs.begin(), runs.end(), tables->begin(), tables->end(), [](const Run& run, const Tables& t) {
+        return run.codes == t.codes && run.heads == t.heads;
+      });
+    }
   };
   static std::mutex mutex;
   // Never destroyed: buffers go back to a pool of their thread, which is gone first when the process ends.
@@ -204,10 +249,11 @@ inline std::shared_ptr<Tables> tables_of(const CodecView& c) {
   const auto [begin, end] = known.equal_range(codebook.get());
   for (auto it = begin; it != end; ++it) {
     const Entry& e = it->second;
-    if (!e.gone() && e.transform == transform && e.inv_freq == inv_freq && e.tables->codes == c.codes) return e.tables;
+    if (!e.gone() && e.transform == transform && e.inv_freq == inv_freq && e.fits(c.runs)) return e.tables;
   }
   for (auto it = known.begin(); it != known.end();) it = it->second.gone() ? known.erase(it) : std::next(it);
-  auto tables = std::make_shared<Tables>(c);
+  auto tables = std::make_shared<RunTables>();
+  for (const Run& run : c.runs) tables->emplace_back(run);
   known.emplace(codebook.get(), Entry{Weak(codebook), transform, inv_freq, tables});
   return tables;
 }

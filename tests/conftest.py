@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 
 from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate
+from torchgsrq.codec import LayerCodec
 from torchgsrq.codec.kmeans import train_codebook
 from torchgsrq.codec.layout import Layout, key_layout, value_layout
 
@@ -61,6 +62,16 @@ def make_codec(
         beam=beam,
         eta=eta,
     )
+
+
+def by_turns(one: Codec, two: Codec) -> Codec:
+    """A codec whose heads are by turns those of one codec and of another; the other's are kept first."""
+    runs = []
+    for i, codec in ((1, two), (0, one)):
+        heads = list(range(i, one.heads, 2))
+        some = [codec.by_head()[head] for head in heads]
+        runs.append((heads, LayerCodec.of_heads(some, some).key))
+    return Codec.of_runs(runs)
 
 
 def make_pair(
@@ -160,6 +171,7 @@ __all__ = [
     "SMALL",
     "TINY",
     "Words",
+    "by_turns",
     "key_layout",
     "make_codec",
     "make_pair",

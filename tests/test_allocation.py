@@ -1,4 +1,4 @@
-"""Which layer is given how many bits."""
+"""Which head is given how many bits."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import SMALL, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, models, quantize_kv_
-from torchgsrq.codec.allocation import allocate, layer_rates
+from torchgsrq.codec.allocation import allocate, head_rates
 from torchgsrq.config import BITS, RATES
-from torchgsrq.learning.sensitivity import _towards_drawn, by_layer, sensitivity
+from torchgsrq.learning.sensitivity import _towards_drawn, by_head, sensitivity
 
 TOKENS = torch.randint(3, 100, (8, 64), generator=torch.Generator().manual_seed(0))
 
@@ -48,15 +48,18 @@ def test_equal_costs_get_equal_rates_and_too_few_bits_are_refused():
         allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, (1, 2)), 0.5)
 
 
-def test_no_layer_is_given_less_than_half_and_asked_means_are_kept_apart():
-    costs = {0: (1e3, 1e-9), 1: (1.0, 1e-9), 2: (1e-9, 1e-9)}
-    sizes, offered = dict.fromkeys(costs, 64), dict.fromkeys(costs, (BITS, BITS))
-    together = layer_rates(costs, sizes, offered, 1, 1)
-    assert together[0][0] == 2 and min(min(pair) for pair in together.values()) == 0.5
-    assert sum(map(sum, together.values())) <= 6
-    apart = layer_rates(costs, sizes, offered, 1, 0.5)
-    assert sum(key for key, _ in apart.values()) <= 3 and sum(value for _, value in apart.values()) <= 1.5
+def test_no_head_is_given_less_than_half_and_asked_means_are_kept_apart():
+    costs = {0: [(1e3, 1e-9), (1e-9, 1e-9)], 1: [(1.0, 1e-9)]}
+    dims, offered = dict.fromkeys(costs, 64), {i: [(BITS, BITS)] * len(heads) for i, heads in costs.items()}
+    together = head_rates(costs, dims, offered, 1, 1)
+    each = [pair for heads in together.values() for pair in heads]
+    assert together[0][0][0] == 2 and min(map(min, each)) == 0.5 and sum(map(sum, each)) <= 6
+    assert [len(heads) for heads in together.values()] == [2, 1]
+    apart = [pair for heads in head_rates(costs, dims, offered, 1, 0.5).values() for pair in heads]
+    assert sum(key for key, _ in apart) <= 3 and sum(value for _, value in apart) <= 1.5
     assert apart[0][0] == 2
+    wide = head_rates(costs, {0: 64, 1: 128}, offered, 1, 1)  # a head of twice the elements counts twice
+    assert sum(map(sum, wide[0])) + 2 * sum(map(sum, wide[1])) <= 8
 
 
 def test_a_layer_that_says_nothing_costs_nothing():
@@ -66,11 +69,11 @@ def test_a_layer_that_says_nothing_costs_nothing():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     wants = {name: p.requires_grad for name, p in model.named_parameters()}
     layers = models.inspect_layers(model)
-    costs = by_layer(sensitivity(model, layers, TOKENS, progress=False))
-    assert costs[1] == (0, 0) and min(costs[0]) > 0
+    costs = sensitivity(model, layers, TOKENS, progress=False)
+    assert not costs[1].any() and costs[0].diagonal(dim1=1, dim2=2).min() > 0
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wants
     assert all(p.grad is None for p in model.parameters())
-    assert by_layer(sensitivity(model.model, layers, TOKENS, progress=False))[1] == (0, 0)  # without a head
+    assert not sensitivity(model.model, layers, TOKENS, progress=False)[1].any()  # without a head
 
 
 def test_a_drawn_tokens_slope_is_that_of_its_log_likelihood():
@@ -90,11 +93,10 @@ def test_heads_are_weighed_alone():
     with torch.no_grad():
         layer = model.model.layers[0].self_attn
         layer.v_proj.weight[: layer.head_dim].zero_()
-    layers = models.inspect_layers(model)
-    costs = sensitivity(model, layers, TOKENS, progress=False)
-    alone = costs[0].diagonal(dim1=1, dim2=2)
-    assert alone.shape == (2, 2) and not alone[:, 0].any() and (alone[:, 1] > 0).all()
-    assert alone.sum(1).tolist() == pytest.approx(by_layer(costs)[0], rel=1e-6)
+    costs = sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)
+    nothing, something = by_head(costs)[0]
+    assert nothing == (0, 0) and min(something) > 0
+    assert something == pytest.approx(costs[0].sum((1, 2)).tolist(), rel=1e-6)
 
 
 def test_what_an_estimate_says_is_what_happens():
@@ -108,10 +110,10 @@ def test_what_an_estimate_says_is_what_happens():
         model.lm_head.weight.mul_(4)
     windows = torch.randint(3, 100, (16, 256), generator=torch.Generator().manual_seed(1))
     config = GSRQConfig(layout="fast", allocation="uniform", sink_tokens=1, recent_tokens=32, block_tokens=1)
-    costs = by_layer(sensitivity(model, models.inspect_layers(model), windows, progress=False))
+    costs = sensitivity(model, models.inspect_layers(model), windows, progress=False)
     books = calibrate(model, config, windows, tokens=4096, progress=False)
     found = quality(model, windows[:6], {"": (config, books)})[""].kl
-    assert 0.6 < sum(map(sum, costs.values())) / 4 / found < 1.6
+    assert 0.6 < float(torch.stack(list(costs.values())).sum()) / 4 / found < 1.6
 
 
 def test_codebooks_spread_a_lower_rate_anew(tmp_path, caplog):
@@ -122,10 +124,9 @@ def test_codebooks_spread_a_lower_rate_anew(tmp_path, caplog):
     assert books.bits == 2 and books.at(2)[0].key is books[0].key
     half = books.at(1)
     assert half.bits <= 1 and half[0].key.bits > half[1].key.bits
-    told = half.describe().splitlines()
-    assert (
-        len(told) == 3 and told[1].startswith(f"layer 0: keys {half[0].key.bits:g} bits, values ") and "% of" in told[1]
-    )
+    told, each = half.describe().splitlines(), dict.fromkeys(half[0].key.head_bits)
+    rates = ", ".join(f"{bits:g}" for bits in (each if len(each) == 1 else half[0].key.head_bits))
+    assert len(told) == 3 and told[1].startswith(f"layer 0: keys {rates} bits, values ") and "% of" in told[1]
     half.save(tmp_path / "half.safetensors")
     again = Codebooks.load(tmp_path / "half.safetensors")
     assert (
@@ -143,7 +144,9 @@ def test_codebooks_spread_a_lower_rate_anew(tmp_path, caplog):
         quantize_kv_(model, dataclasses.replace(SMALL, bits=1, skip_layers=(0,)), codebooks=again)
     assert f"those left have {model._gsrq.codebooks.bits:.3g}. Calibrate with skip_layers" in caplog.text
     dequantize_kv_(model)
-    for wrong in ({"0": [1.0, 1.0]}, {"0": [1.0], "1": [1.0]}, {"0": ["a", "b"], "1": [1, 1]}, 3):
+    good = [[1.0, 1.0], [1.0, 1.0]]
+    short, negative, words = ({"0": good, "1": bad} for bad in (good[1:], [[1, 1], [1, -1]], [["a", "b"], [1, 1]]))
+    for wrong in ({"0": good}, {"0": [1.0, 1.0], "1": [1.0, 1.0]}, short, negative, words, 3):
         Codebooks(half.layers, {**half.metadata, "sensitivity": wrong}).save(tmp_path / "wrong.safetensors")
         with pytest.raises(ValueError, match=r"wrong.safetensors (says nothing|is damaged)"):
             Codebooks.load(tmp_path / "wrong.safetensors")
@@ -158,7 +161,7 @@ def test_a_model_without_gradients_gets_the_same_bits_everywhere(monkeypatch, ca
         tiny_books(model, asked)
     with caplog.at_level("WARNING", "torchgsrq"):
         books = tiny_books(model)
-    assert "all layers get the same bits: a backward pass of LlamaForCausalLM" in caplog.text
+    assert "all heads get the same bits: a backward pass of LlamaForCausalLM" in caplog.text
     assert {codec.bits for layer in books.layers.values() for codec in layer} == {1}
 
     model = tiny_llama()  # of whose first layer no gradient arrives, though the pass succeeds
@@ -180,16 +183,17 @@ def test_a_model_without_gradients_gets_the_same_bits_everywhere(monkeypatch, ca
 
 def test_a_compiled_forward_is_not_traced_with_its_gradients():
     model = tiny_llama()
-    want = by_layer(sensitivity(model, models.inspect_layers(model), TOKENS, progress=False))
+    want = sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
-    assert by_layer(sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)) == want
+    again = sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)
+    assert all(torch.equal(again[i], want[i]) for i in want)
 
 
 def test_recipes_other_than_the_default_are_uniform(llama):
     model, _ = llama
     assert not GSRQConfig(recipe="kmeans").spreads_bits
     assert "sensitivity" not in tiny_books(model, dataclasses.replace(SMALL, recipe="kmeans")).metadata
-    with pytest.raises(ValueError, match=r"allocation='sensitivity' is for recipe='gsrq'; 'kmeans' gives"):
+    with pytest.raises(ValueError, match=r"allocation='sensitivity' is for recipe='gsrq'; 'kmeans' gives all heads"):
         GSRQConfig(recipe="kmeans", allocation="sensitivity")
     with pytest.raises(ValueError, match=r"allocation='best' is not offered; choose one of sensitivity, uniform"):
         GSRQConfig(allocation="best")

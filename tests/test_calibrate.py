@@ -67,7 +67,7 @@ def test_statistics_are_the_formulas(model, stats):
 def test_the_codec_codes_what_it_was_trained_on(model, stats):
     """In sample, more codes mean less weighted error, and far less than the mean alone."""
     config = dataclasses.replace(SMALL, bits=2)
-    layer = train(stats[0], config, (config.key_rate, config.value_rate), 512)
+    layer = train(stats[0], config, [(2, 2)] * 2, 512)
     k = torch.stack([rotate(x, torch.arange(128), stats[0].info.inv_freq) for x in stats[0].keys])
     at = torch.arange(128).expand(4, -1)
     errors = []
@@ -209,7 +209,7 @@ def test_a_higher_rate_serves_a_lower(model):
     quantize_kv_(model, dataclasses.replace(SMALL, bits=1, value_bits=0.5), codebooks=books)
     used = model._gsrq.codebooks
     dequantize_kv_(model)
-    assert sum(used[i].key.num_codes for i in used) == 8 and sum(used[i].value.num_codes for i in used) == 4
+    assert sum(used[i].key.token_bytes for i in used) == 16 and sum(used[i].value.token_bytes for i in used) == 8
     with pytest.raises(ValueError, match=r"bits=2\b.*more than .* calibrated for \(1 for keys, 1 for values\)"):
         quantize_kv_(model, dataclasses.replace(SMALL, bits=2), codebooks=tiny_books(model))
     alike = tiny_books(model, dataclasses.replace(SMALL, allocation="uniform"))

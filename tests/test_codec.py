@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.conftest import make_codec
 from torchgsrq import Codebooks, GSRQConfig
 from torchgsrq.codec import LayerCodec
-from torchgsrq.codec.layout import Layout
+from torchgsrq.codec.layout import Layout, Run
 from torchgsrq.codec.rope import rotate
 from torchgsrq.reference import beam_search, codeword_sum, decode, encode
 
@@ -252,10 +252,10 @@ def test_wrong_files_are_refused(tmp_path):
     with safe_open(path, "pt") as file:
         meta, tensors = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     save_file(tensors, path, {**meta, "version": "99"})
-    with pytest.raises(ValueError, match="format version 99; this torchgsrq reads 4: calibrate again"):
+    with pytest.raises(ValueError, match="format version 99; this torchgsrq reads 5: calibrate again"):
         Codebooks.load(path)
     facts = json.loads(meta["codecs"])
-    facts["0.key"]["groups"] = 4
+    facts["0.key"]["runs"][0]["dims"] = 8
     save_file(tensors, path, {**meta, "codecs": json.dumps(facts)})
     with pytest.raises(ValueError, match=r"tables of 0\.key do not fit"):
         Codebooks.load(path)
@@ -282,8 +282,6 @@ def test_codeword_sum_reads_every_layout_alike():
     for m in range(4):
         start = codec.layout.start(m)
         wide[:, m, :, start : start + codec.layout.width] = codec.codebook[:, m]
-    from dataclasses import replace
-
-    whole = replace(codec, layout=Layout(16, 1, 4), codebook=wide)
+    whole = codec.replaced(runs=(Run((0, 1), Layout(16, 1, 4)),), codebook=wide)
     codes = torch.randint(0, 256, (2, 2, 7, 4)).byte()
     torch.testing.assert_close(codeword_sum(codes, whole), codeword_sum(codes, codec))

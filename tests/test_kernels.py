@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import make_codec, make_pair
+from tests.conftest import by_turns, make_codec, make_pair
 from torchgsrq import GSRQConfig, kernels, reference
 from torchgsrq.codec.kmeans import moments_by_code, nearest, sum_by_code
 from torchgsrq.codec.layout import Layout, key_layout, value_layout
@@ -31,6 +31,8 @@ CODECS = {
     "mixed": lambda dim, bits: (key_layout(dim, 4), value_layout(dim, 0.5)),  # as layers are given their bits
     "ragged": lambda dim, bits: (Layout(dim, 2, 5, dim - 8), Layout(dim, 4, 7)),
 }
+SECOND = {"by head": lambda dim, bits: (key_layout(dim, 4), value_layout(dim, 2))}  # the layouts of every second head
+CODECS["by head"] = CODECS["quality"]
 
 
 def run(q, key, value, mask=None, causal=NOT_CAUSAL, softcap=0.0, logits=None, tails=(None,) * 3, view=WINDOW):
@@ -70,8 +72,14 @@ def buffers(
 ):
     """Buffers with real windows and random, skewed codes."""
     k, v = CODECS[preset](dim, bits)
+    gains = gains and preset not in SECOND
     key_codec = make_codec(heads, layout=k, frame=frame, seed=seed % 2, gains=gains, interleaved=interleaved)
     value_codec = make_codec(heads, layout=v, pairs=0, seed=1, gains=gains)
+    if preset in SECOND:
+        more_k, more_v = SECOND[preset](dim, bits)
+        other = make_codec(heads, layout=more_k, frame=frame, seed=seed % 2, interleaved=interleaved)
+        key_codec = by_turns(key_codec, other)
+        value_codec = by_turns(value_codec, make_codec(heads, layout=more_v, pairs=0, seed=1))
     start = torch.zeros(batch, dtype=torch.int32)
     start[-1] = min(pad, length)
     key, value, _, _ = make_pair(
@@ -193,20 +201,33 @@ def test_far_positions():
 )
 @settings(max_examples=8)
 def test_encode(preset, beam, eta, dim, n, first, dtype, gains, interleaved, seed):
-    layout, _ = CODECS[preset](dim, 1.0)
-    codec = make_codec(2, layout=layout, frame=64, beam=beam, eta=eta, gains=gains, interleaved=interleaved)
+    codec = key_codec(preset, dim, beam, eta, gains, interleaved)
     x = torch.randn(2, 2, n, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
     position = (torch.arange(n) + first).expand(2, -1)
     got = gsrq.encode(x, position, codec.tensors, codec.integers)
-    want = reference.encode(x, position, codec)
-    differ = (got != want).any(-1)
+    check_codes(x, got, reference.encode(x, position, codec), position, codec, 1e-3)
+
+
+def key_codec(preset, dim, beam, eta, gains=False, interleaved=False):
+    """The key codec of a preset, at 1 bit."""
+    facts = dict(frame=64, beam=beam, eta=eta, interleaved=interleaved)
+    codec = make_codec(2, layout=CODECS[preset](dim, 1.0)[0], gains=gains and preset not in SECOND, **facts)
+    if preset not in SECOND:
+        return codec
+    return by_turns(codec, make_codec(2, layout=SECOND[preset](dim, 1.0)[0], **facts))
+
+
+def check_codes(x, got, want, position, codec, rtol):
+    """Codes of kernels against those of the reference."""
+    runs = list(zip(codec.by_run(), *map(codec.split_codes, (got, want)), strict=True))
+    apart = [(a != b).any(-1) for _, a, b in runs]
     # Sums in another order decide near-ties otherwise; then both must be as near to the input, in the metric.
-    assert differ.sum() <= 2 + 0.03 * differ.numel()
+    assert sum(int(d.sum()) for d in apart) <= 2 + 0.03 * sum(d.numel() for d in apart)
     # Another candidate kept, or another turn of the sweep, may end elsewhere, about as near.
-    errors = [distance(x, c, position, codec)[differ] for c in (got, want)]
-    torch.testing.assert_close(
-        errors[0], errors[1], rtol=1e-3 if beam == eta == 1 else 0.3 ** (1 + (eta == 1)), atol=1e-5
-    )
+    rtol = 0.3 ** (1 + (codec.eta == 1)) if codec.beam > 1 or codec.eta > 1 else rtol
+    for ((heads, run), *codes), differ in zip(runs, apart, strict=True):
+        errors = [distance(x[:, heads], c, position, run)[differ] for c in codes]
+        torch.testing.assert_close(errors[0], errors[1], rtol=rtol, atol=1e-5)
 
 
 def distance(x, codes, position, codec):
@@ -230,11 +251,13 @@ def distance(x, codes, position, codec):
     rewind=st.integers(0, 12),
     pad=st.integers(0, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    by_head=st.booleans(),
 )
-def test_append(chunks, rewind, pad, dtype):
+def test_append(chunks, rewind, pad, dtype, by_head):
     """The same bytes as the reference leaves, after appends in chunks and a rewind."""
     start = torch.tensor([0, pad])
     codec = make_codec(2, layout=Layout(16, 2, 4))
+    codec = by_turns(codec, make_codec(2, layout=Layout(16, 1, 3))) if by_head else codec
     pairs = [make_pair(2, 2, 16, 256, key=codec, start=start, dtype=dtype)[0] for _ in range(2)]
     g = torch.Generator().manual_seed(0)
     at = 0
@@ -249,7 +272,7 @@ def test_append(chunks, rewind, pad, dtype):
     for name in ("window", "length", "encoded"):
         assert torch.equal(getattr(pairs[0], name), getattr(pairs[1], name)), name
     done = int(pairs[0].encoded.max())
-    same = (pairs[0].codes[:, :, :done] == pairs[1].codes[:, :, :done]).all(-1)
+    same = pairs[0].packed.coded(0, done) == pairs[1].packed.coded(0, done)
     assert same.float().mean() > 0.95 if done else True
 
 

@@ -32,7 +32,7 @@ def test_it_learns_what_calibrate_learns(given):
     stats = collect_statistics(model, inspect_layers(model), tokens, progress=False)
     assert sorted(own) == sorted(stats) == [0, 1]
     for i in own:
-        for a, b in zip(own[i], train(stats[i], config, (1, 1), 1000), strict=True):
+        for a, b in zip(own[i], train(stats[i], config, [(1, 1)] * 2, 1000), strict=True):
             assert (a.layout, a.frame, a.eta, a.beam) == (b.layout, b.frame, b.eta, b.beam)
             torch.testing.assert_close(a.mean, b.mean, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(a.inverse @ a.transform, b.inverse @ b.transform, rtol=1e-2, atol=1e-2)

@@ -194,7 +194,7 @@ def _table(name: str, layers: list[LayerInfo], books: Codebooks, skipped: tuple[
         line = f"  layers {which[0]}-{which[-1]}: {what}" if len(which) > 1 else f"  layer {which[0]}: {what}"
         if which[0] in books:
             line += "; keys {}, values {}".format(
-                *(_span([books[i][kind].bits for i in which]) for kind in (0, 1)),
+                *(_span([bits for i in which for bits in books[i][kind].head_bits]) for kind in (0, 1)),
             )
         lines.append(line)
     mean = f", {books.bits:.3g} bits per element of quantized layers" if len(books) else ""

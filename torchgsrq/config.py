@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
-RATES = (4, 3, *BITS)  # what a layer may be given, under a mean that is one of BITS
+RATES = (4, 3, *BITS)  # what a head may be given, under a mean that is one of BITS
 LAYOUTS = ("quality", "fast")
 SLIDINGS = ("keep", "quantize")
 PREFILLS = ("exact", "quantized")
@@ -29,10 +29,11 @@ class GSRQConfig:
         value_bits: mean bits per value element; defaults to ``bits``.
         layout: ``"quality"`` (residual codes of whole heads) or ``"fast"`` (one code for each small group of elements:
             small tables, hardly any cost to encode).
-        allocation: how calibration spreads bits over layers. ``"sensitivity"`` gives more to those whose errors change
-            more of what the model says, none more than 4 and none less than half of the mean; where ``key_bits`` and
-            ``value_bits`` differ, each is a mean of its own. ``"uniform"`` gives all the same, as do recipes other than
-            ``"gsrq"``. By default ``"sensitivity"``, or, with a warning, ``"uniform"`` for a model without gradients.
+        allocation: how calibration spreads bits over the keys and the values of all KV heads. ``"sensitivity"`` gives
+            more to those whose errors change more of what the model says, none more than 4 and none less than half of
+            the mean; where ``key_bits`` and ``value_bits`` differ, each is a mean of its own. ``"uniform"`` gives all
+            the same, as do recipes other than ``"gsrq"``. By default ``"sensitivity"``, or, with a warning,
+            ``"uniform"`` for a model without gradients.
         frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512 with
             ``layout="quality"`` and 1024 with ``"fast"``.
         sink_tokens: first real tokens of each row, kept in full precision.
@@ -97,9 +98,7 @@ class GSRQConfig:
             if getattr(self, name) not in allowed and not (name == "allocation" and self.allocation is None):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not offered; choose one of {', '.join(allowed)}")
         if self.allocation == "sensitivity" and self.recipe != "gsrq":
-            raise ValueError(
-                f"allocation='sensitivity' is for recipe='gsrq'; {self.recipe!r} gives all layers the same"
-            )
+            raise ValueError(f"allocation='sensitivity' is for recipe='gsrq'; {self.recipe!r} gives all heads the same")
         for name, least in (("frame", 1), ("sink_tokens", 0), ("recent_tokens", 0), ("block_tokens", 1), ("beam", 1)):
             value = getattr(self, name)
             if name in ("frame", "beam") and value is None:
@@ -131,7 +130,7 @@ class GSRQConfig:
 
     @property
     def spreads_bits(self) -> bool:
-        """Whether layers get rates of their own."""
+        """Whether heads get rates of their own."""
         return self.recipe == "gsrq" and self.allocation != "uniform"
 
     @property

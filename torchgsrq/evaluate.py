@@ -135,7 +135,7 @@ def true_bits(config: GSRQConfig, codebooks: Codebooks, tokens: int) -> float:
     size = elements = 0
     for layer in codebooks.layers.values():
         for codec in layer:
-            size += codec.heads * (coded * codec.num_codes + 2 * window * codec.head_dim) + codec.nbytes()
+            size += coded * codec.token_bytes + 2 * window * codec.heads * codec.head_dim + codec.nbytes()
             elements += codec.heads * tokens * codec.head_dim
     return 8 * size / max(elements, 1)
 
@@ -156,13 +156,16 @@ def key_error(model: PreTrainedModel, window: Tensor, codebooks: Codebooks, shif
         codec = codebooks[module.layer_idx].key
         decoded = reference.decode(reference.encode(k, positions, codec), positions, codec)
         back = (positions.remainder(codec.frame) - positions)[:, None]
-        turned = [
-            rotate(x.float(), back, codec.inv_freq, codec.interleaved) @ codec.transform.transpose(1, 2)
-            for x in (k - decoded, k)
-        ]
-        # Sinks are kept in full precision, so the first token does not count.
-        error, size = (t[:, :, 1:].square().sum((0, 2, 3)) for t in turned)
-        errors.append((error / size).mean())
+        found = []
+        for heads, run in codec.by_run():
+            turned = [
+                rotate(x[:, heads].float(), back, run.inv_freq, run.interleaved) @ run.transform.transpose(1, 2)
+                for x in (k - decoded, k)
+            ]
+            # Sinks are kept in full precision, so the first token does not count.
+            error, size = (t[:, :, 1:].square().sum((0, 2, 3)) for t in turned)
+            found.append(error / size)
+        errors.append(torch.cat(found).mean())
 
     with models.observed(model, observer):
         model.base_model(ids, position_ids=positions, use_cache=False)

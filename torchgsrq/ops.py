@@ -68,7 +68,7 @@ def pack(kv: list[Tensor], layout: list[int]) -> Packed:
 
 
 def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 ``[b, h, n, codes]``."""
+    """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 (`Codec.codes_shape`)."""
     _check_vectors(x, position, layout, values=not _capturing())
     codec_ = Codec.from_flat(codec, layout)
     return (_kernel(x, "encode", codec_) or reference.encode)(x, position, codec_)
@@ -86,12 +86,13 @@ def search(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
 
 
 def decode(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
-    """Codes ``[b, h, n, codes]`` at positions ``[b, n]`` to vectors of ``dtype``, ``[b, h, n, d]``."""
+    """Codes of `encode` at positions ``[b, n]`` to vectors of ``dtype``, ``[b, h, n, d]``."""
     codec_ = Codec.from_flat(codec, layout)
-    if codes.dtype != torch.uint8 or codes.ndim != 4 or codes.shape[1::2] != (codec_.heads, codec_.num_codes):
+    want = codec_.codes_shape(0, 0)
+    if codes.dtype != torch.uint8 or codes.ndim != 4 or codes.shape[1::2] != want[1::2]:
         raise ValueError(
-            f"codes are {codes.dtype} {tuple(codes.shape)}; this codec reads uint8 "
-            f"[batch, {codec_.heads}, n, {codec_.num_codes}]: they come from another codebook"
+            f"codes are {codes.dtype} {tuple(codes.shape)}; this codec reads uint8 [batch, {want[1]}, n, {want[3]}]: "
+            "they come from another codebook"
         )
     return reference.decode(codes, position, codec_, dtype)
 
@@ -261,9 +262,10 @@ def _kernel(x: Tensor, name: str, *codecs: Codec, caches: tuple[Packed, ...] = (
         return getattr(module, name)
     if _capturing():
         raise RuntimeError(
-            f"{name} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, or more than 16 "
-            "residual stages), for positions that do not count up with the slots, or without triton, and cannot be "
-            "captured in a CUDA graph: choose another compile mode (in generate, disable_compile=True)"
+            f"{name} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, more than 16 "
+            "residual stages, or keys with other runs of heads than values), for positions that do not count up with "
+            "the slots, or without triton, and cannot be captured in a CUDA graph: choose another compile mode (in "
+            "generate, disable_compile=True)"
         )
     return None
 
@@ -358,22 +360,18 @@ for _key in ("CPU", "CUDA"):
 @torch.library.register_fake("torchgsrq::encode", lib=_library)
 def _(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
     lowering.register()
-    return x.new_empty((x.shape[0], x.shape[1], x.shape[2], _bytes(codec, layout)), dtype=torch.uint8)
+    return x.new_empty(Codec.from_flat(codec, layout).codes_shape(x.shape[0], x.shape[2]), dtype=torch.uint8)
 
 
 @torch.library.register_fake("torchgsrq::search", lib=_library)
 def _(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    return y.new_empty((y.shape[0], y.shape[1], _bytes(codec, layout)), dtype=torch.uint8)
-
-
-def _bytes(codec: list[Tensor], layout: list[int]) -> int:
-    return layout[2] + (1 if codec[5].shape[0] else 0)
+    return y.new_empty((*y.shape[:2], Codec.from_flat(codec, layout).num_codes), dtype=torch.uint8)
 
 
 @torch.library.register_fake("torchgsrq::decode", lib=_library)
 def _(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
     lowering.register()
-    return codes.new_empty((*codes.shape[:3], layout[0]), dtype=dtype)
+    return codes.new_empty((codes.shape[0], codec[0].shape[0], codes.shape[2], layout[0]), dtype=dtype)
 
 
 @torch.library.register_fake("torchgsrq::append_", lib=_library)
@@ -401,7 +399,7 @@ def _(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Te
 @torch.library.register_fake("torchgsrq::dequantize", lib=_library)
 def _(kv: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
     codes, window = kv[:2]
-    return codes.new_empty((*codes.shape[:3], window.shape[3]), dtype=dtype)
+    return codes.new_empty((*window.shape[:2], codes.shape[2], window.shape[3]), dtype=dtype)
 
 
 @torch.library.register_fake("torchgsrq::refuse_gradient", lib=_library)

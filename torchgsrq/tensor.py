@@ -29,7 +29,8 @@ class GSRQTensor(Tensor):
     take part in attention. Tokens are written in order; writing at an earlier slot rewinds to it.
 
     Tensor Attributes:
-        codes: uint8 ``[batch, heads, capacity, codes]``, the encoded tokens.
+        codes: uint8 ``[batch, heads, capacity, codes]``, the encoded tokens (`Codec.codes_shape`, where heads have
+            layouts of their own).
         window: ``[batch, heads, sink_tokens + ring, head_dim]``: the first real tokens of each row, and a ring
             of the newest, in full precision.
         start: int32 ``[batch, 2]``: the slot of each row's position 0 (negative where positions begin above 0),
@@ -69,7 +70,7 @@ class GSRQTensor(Tensor):
     ) -> GSRQTensor:
         """Wrap the tensor attributes, in their order; users call `empty`."""
         codes, window = tensors[:2]
-        batch, heads, capacity, _ = codes.shape
+        batch, heads, capacity = codes.shape[0], window.shape[1], codes.shape[2]
         size = (batch, heads, repeat, capacity, window.shape[-1])
         if not split:
             size = (batch, heads * repeat, capacity, window.shape[-1])  # type: ignore[assignment]
@@ -115,7 +116,7 @@ class GSRQTensor(Tensor):
         codec = codec.to(device)
         ring = config.recent_tokens + config.block_tokens
         tensors = [
-            torch.zeros(batch, kv_heads, capacity, codec.num_codes, dtype=torch.uint8, device=device),
+            torch.zeros(codec.codes_shape(batch, capacity), dtype=torch.uint8, device=device),
             torch.zeros(batch, kv_heads, config.sink_tokens + ring, head_dim, dtype=dtype, device=device),
             torch.zeros(batch, 2, dtype=torch.int32, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
@@ -142,7 +143,7 @@ class GSRQTensor(Tensor):
         return cls([inner[name] for name in PARTS + TABLES], *meta)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        bits = 8 * self.codes.shape[-1] / self.window.shape[-1]
+        bits = self.codec.bits
         return f"GSRQTensor(shape={tuple(self.shape)}, bits={bits:g}, dtype={self.dtype}, device={self.device})"
 
     def _stable_hash_for_caching(self) -> str:
@@ -208,11 +209,11 @@ class GSRQTensor(Tensor):
 
     def grown(self, capacity: int) -> GSRQTensor:
         """A buffer of at least this capacity with the same tokens; its codes are moved, the rest is shared."""
-        more = capacity - self.codes.shape[2]
-        if more <= 0:
+        if capacity <= self.codes.shape[2]:
             return self
         codes, window, start, *rest = self.parts
-        return _like(self, [F.pad(codes, (0, 0, 0, more)), window, reference.fitted(start, capacity), *rest])
+        codes = self.codec.padded_codes(codes, capacity)
+        return _like(self, [codes, window, reference.fitted(start, capacity), *rest])
 
     def placed(self, start: Tensor) -> GSRQTensor:
         """The same buffer with another ``start``, of which it takes a copy, as a part or in place."""
@@ -372,7 +373,7 @@ def _slice(kv: GSRQTensor, dim: int = 0, start: int | None = None, end: int | No
         *parts, coded = (t[first:last] for t in (codes, window, begin, encoded))
         return _like(kv, [*parts, length, coded, *tables], read_only=True)
     if dim == kv.ndim - 2 and first == 0 and step == 1:
-        parts = [codes[:, :, :last], window, begin, length.clamp(max=last), encoded.clamp(max=last)]
+        parts = [kv.packed.coded(0, last), window, begin, length.clamp(max=last), encoded.clamp(max=last)]
         return _like(kv, [*parts, *tables], read_only=True)
     raise ValueError(
         f"slice [{start}:{end}:{step}] along dim {dim}: only rows of the batch and the first tokens can be cut out; "
@@ -400,7 +401,7 @@ def _expand(kv: GSRQTensor, size: list[int], implicit: bool = False) -> GSRQTens
 def _view(kv: GSRQTensor, size: list[int]) -> GSRQTensor:
     if tuple(size) == tuple(kv.shape):
         return _alias(kv)
-    batch, heads, capacity, _ = kv.codes.shape
+    batch, heads, capacity = kv.codes.shape[0], kv.window.shape[1], kv.codes.shape[2]
     if tuple(size) == (batch, heads * kv.head_repeat, capacity, kv.window.shape[-1]):
         return _like(kv, kv.parts, split=False, read_only=True)
     raise ValueError(f"cannot view {tuple(kv.shape)} as {list(size)}: only repeated heads can be merged")

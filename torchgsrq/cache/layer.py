@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as hf_logging
@@ -336,13 +335,11 @@ class GSRQLayer(CacheLayerMixin):
     def state(self) -> dict[str, Tensor]:
         """The tensors that this layer owns, by name, without slots that no token has used."""
         held, coded = int(self.keys.length), int(self.keys.encoded.max()) if self.batch_size else 0
-        used = {"codes": lambda t: t[:, :, :coded], "start": lambda t: t[:, : 3 + held]}
-        frequencies = {} if self.rotary is None else {"keys.inv_freq": self.keys.inv_freq}
-        return frequencies | {
-            f"{name}.{part}": used.get(part, lambda t: t)(getattr(buffer, part))
-            for name, buffer in (("keys", self.keys), ("values", self.values))
-            for part in PARTS
-        }
+        found = {} if self.rotary is None else {"keys.inv_freq": self.keys.inv_freq}
+        for name, buffer in (("keys", self.keys), ("values", self.values)):
+            used = {"codes": buffer.packed.coded(0, coded), "start": buffer.start[:, : 3 + held]}
+            found |= {f"{name}.{part}": used.get(part, getattr(buffer, part)) for part in PARTS}
+        return found
 
     def check_state(self, state: dict[str, Tensor], length: int, rows: int) -> str | None:
         """What is wrong with a file's tensors for this layer, if anything: `state` of ``length`` tokens in ``rows``."""
@@ -368,7 +365,7 @@ class GSRQLayer(CacheLayerMixin):
                     f"holds {int(held)} tokens in its {name}, {least} to {coded} of them in codes, where {length} are "
                     "said to be"
                 )
-            if codes.dtype != torch.uint8 or codes.shape != (rows, codec.heads, coded, codec.num_codes):
+            if codes.dtype != torch.uint8 or codes.shape != codec.codes_shape(rows, coded):
                 return f"has {name}.codes of {codes.dtype} {list(codes.shape)}"
             if not window.is_floating_point() or window.shape != (rows, codec.heads, slots, codec.head_dim):
                 return f"has a {name}.window of {window.dtype} {list(window.shape)}"
@@ -388,7 +385,7 @@ class GSRQLayer(CacheLayerMixin):
             key = key.with_frequencies(state["keys.inv_freq"])
         for name, codec in (("keys", key), ("values", self.codec.value)):
             codes, window, start, *counters = (state[f"{name}.{part}"].to(codec.mean.device) for part in PARTS)
-            codes = F.pad(codes, (0, 0, 0, capacity - codes.shape[2]))
+            codes = codec.padded_codes(codes, capacity)
             layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
             rows = reference.fitted(start, capacity)
             parts = [codes, window.to(dtype or window.dtype), rows, *counters, *codec.tensors]

@@ -133,7 +133,8 @@ def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Te
     # Codes are a row's first slots: where some follow, all before them become codes too.
     _encode_up_to(buffer, torch.where(coded > 0, held, due.clamp(max=held)))
     last = int(coded.max())
-    buffer.codes[:, :, held : held + last] = piece.codes[:, :, skip : skip + last]
+    for to, source in zip(kv.codec.split_codes(buffer.codes), kv.codec.split_codes(piece.codes), strict=True):
+        to[:, :, held : held + last] = source[:, :, skip : skip + last]
     first = int(coded.min())
     slots = torch.arange(first, more, device=buffer.device)
     exact = turned(piece.packed.recent(skip + first, skip + more), slice(first, more))
@@ -161,5 +162,6 @@ def _encode_up_to(buffer: GSRQTensor, slots: Tensor) -> None:
     due = ((at >= kv.encoded[:, None]) & (at < slots[:, None]))[:, None, :, None]
     flat = (kv.codec.tensors, kv.codec.integers)
     codes = torch.ops.torchgsrq.encode(kv.recent(low, high), kv.position(low, high), *flat)
-    kv.codes[:, :, low:high] = torch.where(due, codes, kv.codes[:, :, low:high])
+    for old, new in zip(kv.codec.split_codes(kv.codes), kv.codec.split_codes(codes), strict=True):
+        old[:, :, low:high] = torch.where(due, new, old[:, :, low:high])
     kv.encoded.copy_(torch.maximum(kv.encoded, slots.to(kv.encoded.dtype)))

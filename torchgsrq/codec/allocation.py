@@ -1,4 +1,4 @@
-"""How many bits each layer's keys and values are given, under one mean rate."""
+"""How many bits the keys and the values of each head are given, under one mean rate."""
 
 from __future__ import annotations
 
@@ -44,29 +44,30 @@ def allocate(
         rates[unit] = higher
 
 
-def layer_rates(
-    costs: Mapping[Unit, tuple[float, float]],
-    sizes: Mapping[Unit, int],
-    offered: Mapping[Unit, tuple[Sequence[float], Sequence[float]]],
+def head_rates(
+    costs: Mapping[int, Sequence[tuple[float, float]]],
+    dims: Mapping[int, int],
+    offered: Mapping[int, Sequence[tuple[Sequence[float], Sequence[float]]]],
     key_bits: float,
     value_bits: float,
-) -> dict[Unit, tuple[float, float]]:
-    """Rates of every layer's (or whatever is given rates) keys and values; one mean over both if they are asked to have
-    the same.
+) -> dict[int, list[tuple[float, float]]]:
+    """Rates of the keys and values of every layer's heads; one mean over both if they are asked to have the same.
 
-    None is lower than half of its mean, if that is offered: a layer that calibration text does not need may be needed
-    by another text.
+    None is lower than half of its mean, if that is offered: a head that calibration text does not need may be needed by
+    another text.
 
     Args:
-        costs, sizes, offered: as in `allocate`, by layer; ``sizes`` of keys, which are those of values.
+        costs, offered: as in `allocate`, by layer and head, for keys and for values.
+        dims: elements of a vector, by layer.
     """
     asked = (key_bits, value_bits)
-    units = [(layer, kind) for layer in sizes for kind in (0, 1)]
+    units = [(layer, head, kind) for layer, some in costs.items() for head in range(len(some)) for kind in (0, 1)]
     pools = [units] if key_bits == value_bits else [units[0::2], units[1::2]]
-    found: dict[tuple[Unit, int], float] = {}
+    found: dict[tuple[int, int, int], float] = {}
     for pool in pools:
-        bits = asked[pool[0][1]]
-        choice = {(i, kind): offered[i][kind] for i, kind in pool}
+        bits = asked[pool[0][2]]
+        choice = {(i, h, kind): offered[i][h][kind] for i, h, kind in pool}
         choice = {unit: [r for r in rates if r >= bits / 2] or [max(rates)] for unit, rates in choice.items()}
-        found |= allocate({(i, k): costs[i][k] for i, k in pool}, {(i, k): sizes[i] for i, k in pool}, choice, bits)
-    return {layer: (found[layer, 0], found[layer, 1]) for layer in sizes}
+        each = {(i, h, kind): costs[i][h][kind] for i, h, kind in pool}
+        found |= allocate(each, {unit: dims[unit[0]] for unit in pool}, choice, bits)
+    return {i: [(found[i, h, 0], found[i, h, 1]) for h in range(len(some))] for i, some in costs.items()}

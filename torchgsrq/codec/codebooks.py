@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from torchgsrq.codec import files, hub
-from torchgsrq.codec.allocation import layer_rates
+from torchgsrq.codec.allocation import head_rates
 from torchgsrq.codec.codec import Codec, LayerCodec
 from torchgsrq.codec.kmeans import train_codebook
 from torchgsrq.codec.layout import CODEWORDS, Layout, num_codes
@@ -26,8 +25,9 @@ class Codebooks:
     Args:
         layers: layer index to `LayerCodec`; layers that stay in full precision are absent.
         metadata: JSON-able facts: ``model`` (`models.fingerprint`), ``config`` (what was asked), ``source``,
-            ``tokens``; ``name``, of a model of a hub; ``measured``, by ``torchgsrq calibrate``; where layers have rates
-            of their own, ``sensitivity``: layer to the costs of its keys and values (`learning.sensitivity`).
+            ``tokens``; ``name``, of a model of a hub; ``measured``, by ``torchgsrq calibrate``; where heads have rates
+            of their own, ``sensitivity``: layer to the costs of the keys and values of each head
+            (`learning.sensitivity`).
     """
 
     def __init__(self, layers: dict[int, LayerCodec], metadata: dict[str, Any]) -> None:
@@ -99,7 +99,7 @@ class Codebooks:
         found = hashlib.sha256()
         for i, layer in self.layers.items():
             for codec in layer:
-                found.update(f"{i}{codec.layout}{codec.interleaved}{codec.frame}".encode())
+                found.update(f"{i}{codec.runs}{codec.interleaved}{codec.frame}".encode())
                 for tensor in codec.tensors:
                     found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
@@ -107,24 +107,25 @@ class Codebooks:
     def at(self, bits: float, value_bits: float | None = None) -> Codebooks:
         """The same codebooks at a lower rate; residual stages are nested (see `Codec.at`).
 
-        Where layers have rates of their own, the mean is at most ``bits``, and is spread over them anew.
+        Where heads have rates of their own, the mean is at most ``bits``, and is spread over them anew.
 
         Raises:
             ValueError: the rate is higher, or not nested in every codec.
         """
         value_bits = bits if value_bits is None else value_bits
-        each = dict.fromkeys(self.layers, (bits, value_bits))
         if "sensitivity" in self.metadata and self.layers:
             each = self._spread(bits, value_bits)
-        layers = {i: LayerCodec(c.key.at(each[i][0]), c.value.at(each[i][1])) for i, c in self.layers.items()}
+            layers = {i: _at(layer, each[i]) for i, layer in self.layers.items()}
+        else:
+            layers = {i: LayerCodec(c.key.at(bits), c.value.at(value_bits)) for i, c in self.layers.items()}
         config = {**self.metadata.get("config", {}), "key_bits": float(bits), "value_bits": float(value_bits)}
         metadata = {**self.metadata, "config": config}
         if config != self.metadata.get("config"):
             metadata.pop("measured", None)  # at the other rate
         return Codebooks(layers, metadata)
 
-    def _spread(self, key_bits: float, value_bits: float) -> dict[int, tuple[float, float]]:
-        """Rates of every layer's keys and values at a lower mean."""
+    def _spread(self, key_bits: float, value_bits: float) -> dict[int, list[tuple[float, float]]]:
+        """Rates of the keys and values of every layer's heads at a lower mean."""
         have = self.metadata["config"]["key_bits"], self.metadata["config"]["value_bits"]
         if key_bits > have[0] or value_bits > have[1]:
             raise ValueError(
@@ -132,20 +133,23 @@ class Codebooks:
                 f"keys, {have[1]:g} for values): calibrate at that rate"
             )
         costs = {i: self.metadata["sensitivity"][str(i)] for i in self.layers}
-        sizes = {i: c.key.heads * c.key.head_dim for i, c in self.layers.items()}
-        offered = {i: (c.key.nested_rates(), c.value.nested_rates()) for i, c in self.layers.items()}
+        dims = {i: c.key.head_dim for i, c in self.layers.items()}
+        offered = {
+            i: [(k.nested_rates(), v.nested_rates()) for k, v in zip(*(c.by_head() for c in layer), strict=True)]
+            for i, layer in self.layers.items()
+        }
         try:
-            return layer_rates(costs, sizes, offered, key_bits, value_bits)
+            return head_rates(costs, dims, offered, key_bits, value_bits)
         except ValueError as error:
             raise ValueError(f"{error}: calibrate at that rate") from error
 
     def describe(self) -> str:
-        """A line for every layer: bits per element of its keys and of its values; and, where these follow what errors
-        cost, its share of the cost of all layers if they had the same rate."""
-        costs = {int(i): sum(pair) for i, pair in self.metadata.get("sensitivity", {}).items()}
+        """A line for every layer: bits per element of its keys and of its values, of each head where they differ; and,
+        where these follow what errors cost, its share of the cost of all layers if they had the same rate."""
+        costs = {int(i): sum(map(sum, heads)) for i, heads in self.metadata.get("sensitivity", {}).items()}
         total = max(sum(costs[i] for i in self.layers), 1e-300) if costs else 1
         lines = [
-            f"layer {i}: keys {layer.key.bits:g} bits, values {layer.value.bits:g} bits"
+            f"layer {i}: keys {_by_head(layer.key)} bits, values {_by_head(layer.value)} bits"
             + (f", {costs[i] / total:.1%} of the cost" if costs else "")
             for i, layer in self.layers.items()
         ]
@@ -155,10 +159,7 @@ class Codebooks:
         """The same codebooks, encoding with another width of the beam search."""
         if all(codec.beam == beam for layer in self.layers.values() for codec in layer):
             return self
-        layers = {
-            i: LayerCodec(*(dataclasses.replace(c, beam=beam, _copies={}, _turned=[]) for c in layer))
-            for i, layer in self.layers.items()
-        }
+        layers = {i: LayerCodec(*(c.replaced(beam=beam) for c in layer)) for i, layer in self.layers.items()}
         return Codebooks(layers, self.metadata)
 
     def shard(self, rank: int, ranks: int) -> Codebooks:
@@ -168,15 +169,13 @@ class Codebooks:
             ValueError: the heads of a layer cannot be dealt equally.
         """
 
-        def part(codec: Codec) -> Codec:
+        def part(codec: Codec) -> list[Codec]:
             if codec.heads % ranks or not 0 <= rank < ranks:
                 raise ValueError(f"{codec.heads} KV heads cannot be dealt to rank={rank} of ranks={ranks}")
             each = codec.heads // ranks
-            mine = slice(rank * each, (rank + 1) * each)
-            tables = {x: getattr(codec, x)[mine].contiguous() for x in ("mean", "transform", "inverse", "codebook")}
-            return dataclasses.replace(codec, **tables, _copies={}, _turned=[])
+            return codec.by_head()[rank * each : (rank + 1) * each]
 
-        layers = {i: LayerCodec(part(c.key), part(c.value)) for i, c in self.layers.items()}
+        layers = {i: LayerCodec.of_heads(part(c.key), part(c.value)) for i, c in self.layers.items()}
         return Codebooks(layers, {k: v for k, v in self.metadata.items() if k != "measured"})
 
     def to(self, device: torch.device | str) -> Codebooks:
@@ -239,3 +238,19 @@ class Codebooks:
             The address of the commit.
         """
         return hub.push(self.save_pretrained, repo_id, private, token, commit_message)
+
+
+def _at(layer: LayerCodec, rates: list[tuple[float, float]]) -> LayerCodec:
+    """A layer's codecs with these rates of the keys and of the values of each head."""
+    if rates == list(zip(layer.key.head_bits, layer.value.head_bits, strict=True)):
+        return layer
+    keys, values = (codec.by_head() for codec in layer)
+    return LayerCodec.of_heads(
+        [codec.at(bits) for codec, (bits, _) in zip(keys, rates, strict=True)],
+        [codec.at(bits) for codec, (_, bits) in zip(values, rates, strict=True)],
+    )
+
+
+def _by_head(codec: Codec) -> str:
+    """Bits per element, of each head where they differ."""
+    return f"{codec.bits:g}" if len(set(codec.head_bits)) == 1 else ", ".join(f"{bits:g}" for bits in codec.head_bits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import threading
 from typing import Any
@@ -14,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchgsrq.codec.codec import Codec, LayerCodec
-from torchgsrq.codec.layout import CODEWORDS, Layout
+from torchgsrq.codec.layout import Layout, Run
 
 FORMAT = "torchgsrq.codebooks"
-VERSION = 4
+VERSION = 5
 _PARTS = ("mean", "transform", "inverse", "codebook", "inv_freq", "gains")
 _FIELDS = ("frame", "interleaved", "beam", "eta")
 
@@ -35,7 +36,8 @@ def write(layers: dict[int, LayerCodec], metadata: dict[str, Any], path: str | o
                 continue
             written[id(codec)] = name
             tensors |= {f"{name}.{part}": getattr(codec, part).clone().contiguous() for part in _PARTS}
-            codecs[name] = {"groups": codec.layout.groups, **{field: getattr(codec, field) for field in _FIELDS}}
+            fields = {field: getattr(codec, field) for field in _FIELDS}
+            codecs[name] = {"runs": [_facts(run) for run in codec.runs], **fields}
     texts = {"codecs": json.dumps(codecs), "metadata": json.dumps(metadata)}
     meta = {"format": FORMAT, "version": str(VERSION), **texts, "checksum": checksum(tensors, *texts.values())}
     save_whole(tensors, meta, path)
@@ -87,22 +89,38 @@ def _layers(codecs: dict[str, dict[str, Any]], held: dict[str, Tensor], name: st
             other, which = facts["same_as"].split(".")
             found.setdefault(int(index), {})[kind] = found[int(other)][which]
             continue
-        t = {part: held[f"{key}.{part}"] for part in _PARTS}
-        _, codes, words, width = t["codebook"].shape
-        dims = width * facts["groups"]
-        if words != CODEWORDS or dims != t["transform"].shape[-2]:
-            raise ValueError(f"{name}: the tables of {key} do not fit together")
-        layout = Layout(t["mean"].shape[-1], facts["groups"], codes, dims)
-        given: dict[str, Any] = {**t, **{field: facts[field] for field in _FIELDS}}
-        found.setdefault(int(index), {})[kind] = Codec.build(layout, **given)
+        tables = {part: held[f"{key}.{part}"] for part in _PARTS}
+        dim = tables["mean"].shape[-1]
+        runs = tuple(Run(tuple(x["heads"]), Layout(dim, x["groups"], x["codes"], x["dims"])) for x in facts["runs"])
+        _check_tables(runs, tables, f"{name}: the tables of {key}")
+        given: dict[str, Any] = {**tables, **{field: facts[field] for field in _FIELDS}}
+        found.setdefault(int(index), {})[kind] = Codec(runs, **given)
     return {i: LayerCodec(c["key"], c["value"]) for i, c in sorted(found.items())}
 
 
+def _facts(run: Run) -> dict[str, Any]:
+    return {"heads": run.heads, "groups": run.layout.groups, "codes": run.layout.codes, "dims": run.layout.dims}
+
+
+def _check_tables(runs: tuple[Run, ...], tables: dict[str, Tensor], what: str) -> None:
+    """Refuse tables that are not those of these runs."""
+    heads = [head for run in runs for head in run.heads]
+    want: dict[str, tuple[int, ...]] = {"mean": (len(heads), runs[0].layout.head_dim), **runs[0].shapes}
+    if len(runs) > 1:  # flattened
+        want |= {name: (sum(math.prod(run.shapes[name]) for run in runs),) for name in runs[0].shapes}
+    if sorted(heads) != list(range(len(heads))) or any(tables[name].shape != shape for name, shape in want.items()):
+        raise ValueError(f"{what} do not fit together")
+    wrong = [x for x in _PARTS if tables[x].dtype != (torch.float16 if x == "codebook" else torch.float32)]
+    if wrong:
+        raise ValueError(f"{what} are not all float32, with codewords of float16: {', '.join(wrong)}")
+
+
 def _makes_sense(metadata: dict[str, Any], layers: dict[int, LayerCodec]) -> bool:
-    """Whether what the metadata says of the cost of layers can be used."""
+    """Whether what the metadata says of the cost of heads can be used."""
     costs, asked = metadata.get("sensitivity"), metadata.get("config")
     return costs is None or (
-        all(len(costs[str(i)]) == 2 and all(c >= 0 for c in costs[str(i)]) for i in layers)
+        all(len(costs[str(i)]) == layer.key.heads for i, layer in layers.items())
+        and all(len(pair) == 2 and min(pair) >= 0 for i in layers for pair in costs[str(i)])
         and all(asked[kind] > 0 for kind in ("key_bits", "value_bits"))  # type: ignore[index]
     )
 

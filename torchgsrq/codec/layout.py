@@ -64,6 +64,29 @@ class Layout:
         return min(self.groups, self.codes - stage * self.groups)
 
 
+@dataclass(frozen=True)
+class Run:
+    """KV heads that share a layout.
+
+    Attributes:
+        heads: which of a layer's heads, in the order in which their codes and tables are kept.
+        layout: of each.
+    """
+
+    heads: tuple[int, ...]
+    layout: Layout
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tables of a `Codec` that depend on the layout."""
+        heads, x = len(self.heads), self.layout
+        return {
+            "transform": (heads, x.dims, x.head_dim),
+            "inverse": (heads, x.head_dim, x.dims),
+            "codebook": (heads, x.codes, CODEWORDS, x.width),
+        }
+
+
 def rates(head_dim: int) -> list[float]:
     """The rates of ``RATES`` that give a whole number of bytes for this head_dim."""
     return [b for b in RATES if (b * head_dim) % 8 == 0 and b * head_dim >= 8]

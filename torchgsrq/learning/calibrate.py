@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from torchgsrq import models
 from torchgsrq.codec import Codebooks, LayerCodec
-from torchgsrq.codec.allocation import Unit, layer_rates
+from torchgsrq.codec.allocation import head_rates
 from torchgsrq.codec.files import VERSION
 from torchgsrq.codec.layout import key_layout, rates, value_layout
 from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.learning import text
-from torchgsrq.learning.sensitivity import by_layer, sensitivity
+from torchgsrq.learning.sensitivity import by_head, sensitivity
 from torchgsrq.learning.statistics import Statistics, chunks, collect_cached, collect_statistics
 from torchgsrq.learning.text import TOKENS
 from torchgsrq.learning.train import train, train_cached
@@ -30,7 +30,7 @@ from torchgsrq.models import LayerInfo
 log = logging.getLogger("torchgsrq")
 
 WINDOW = 1024  # tokens of a calibration sequence
-_RECIPE = 2  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
+_RECIPE = 3  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def _calibrate(
     if by_cache and (config.recipe != "gsrq" or config.allocation == "sensitivity"):
         raise ValueError(
             f"attention of {type(model).__name__} is not handed what it caches; that takes recipe='gsrq' with the same "
-            f"bits in all layers, not recipe={config.recipe!r} with allocation={config.allocation!r}"
+            f"bits in all heads, not recipe={config.recipe!r} with allocation={config.allocation!r}"
         )
     if config.recipe == "universal":
         shapes = {(info.kv_heads, info.head_dim) for info in layers.values()}
@@ -110,8 +110,8 @@ def _calibrate(
     spread = config.spreads_bits and not by_cache
     costs = _costs(model, config, layers, windows, max_memory, progress) if spread else None
     if costs:
-        facts["sensitivity"] = {str(index): cost for index, cost in costs.items()}
-    each = rates_of_layers(config, layers, costs)
+        facts["sensitivity"] = {str(index): some for index, some in costs.items()}
+    each = rates_of_heads(config, layers, costs)
     trained = _train_layers(model, config, each, layers, windows, max_memory, progress)
     return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
 
@@ -128,7 +128,7 @@ def calibrate_qkv(
 ) -> Codebooks:
     """Learn the codebooks of a decoder of your own from what its attention is given, layer by layer.
 
-    All layers get the same bits; use `Codebooks.at` for lower rates and `GSRQTensor.empty` for buffers.
+    All heads get the same bits; use `Codebooks.at` for lower rates and `GSRQTensor.empty` for buffers.
 
     Args:
         layers: for each layer queries ``[windows, q_heads, tokens, head_dim]``, keys and values ``[windows, kv_heads,
@@ -146,7 +146,7 @@ def calibrate_qkv(
     """
     config = config or GSRQConfig()
     if config.allocation == "sensitivity":
-        raise ValueError('allocation="sensitivity" takes gradients of a model; here all layers get the same bits')
+        raise ValueError('allocation="sensitivity" takes gradients of a model; here all heads get the same bits')
     if config.recipe == "universal":
         raise ValueError('recipe="universal" learns nothing: use Codebooks.universal')
     freq = torch.zeros(0) if inv_freq is None else inv_freq.detach().float()
@@ -159,7 +159,7 @@ def calibrate_qkv(
         factor = k.shape[3] ** -0.5 if scale is None else scale
         for window in zip(q.split(1), k.split(1), v.split(1), strict=True):  # scores of one are held at a time
             stats.add(*window, factor, softcap=0.0, sink_logits=None)
-        trained[i] = train(stats, config, (config.key_rate, config.value_rate), span)
+        trained[i] = train(stats, config, [(config.key_rate, config.value_rate)] * k.shape[1], span)
         tokens = k.shape[0] * k.shape[2]
     if not trained:
         raise ValueError("layers is empty (an iterator gives its items once); expected (q, k, v) for each layer")
@@ -195,26 +195,27 @@ def _costs(
     windows: Tensor,
     max_memory: int,
     progress: bool,
-) -> dict[int, tuple[float, float]] | None:
-    """What errors of every layer cost; None, with a warning, without gradients, unless the config asks for them."""
+) -> dict[int, list[tuple[float, float]]] | None:
+    """What errors of every head cost; None, with a warning, without gradients, unless the config asks for them."""
     try:
-        return by_layer(sensitivity(model, layers.values(), windows, max_memory, progress))
+        return by_head(sensitivity(model, layers.values(), windows, max_memory, progress))
     except (ValueError, torch.OutOfMemoryError) as error:
         if config.allocation == "sensitivity":
             raise
-        log.warning("all layers get the same bits: %s", error)
+        log.warning("all heads get the same bits: %s", error)
         return None
 
 
-def rates_of_layers(
-    config: GSRQConfig, layers: dict[Unit, LayerInfo], costs: dict[Unit, tuple[float, float]] | None
-) -> dict[Unit, tuple[float, float]]:
-    """Bits per element of every layer's keys and values; the same everywhere without ``costs`` (`sensitivity`)."""
+def rates_of_heads(
+    config: GSRQConfig, layers: dict[int, LayerInfo], costs: dict[int, list[tuple[float, float]]] | None
+) -> dict[int, list[tuple[float, float]]]:
+    """Bits per element of the keys and values of every layer's heads; the same everywhere without ``costs``
+    (`sensitivity.by_head`)."""
     if costs is None:
-        return dict.fromkeys(layers, (config.key_rate, config.value_rate))
-    sizes = {i: info.kv_heads * info.head_dim for i, info in layers.items()}
-    offered = {i: (rates(info.head_dim),) * 2 for i, info in layers.items()}
-    return layer_rates(costs, sizes, offered, config.key_rate, config.value_rate)
+        return {i: [(config.key_rate, config.value_rate)] * info.kv_heads for i, info in layers.items()}
+    dims = {i: info.head_dim for i, info in layers.items()}
+    offered = {i: [(rates(info.head_dim),) * 2] * info.kv_heads for i, info in layers.items()}
+    return head_rates(costs, dims, offered, config.key_rate, config.value_rate)
 
 
 def calibration_windows(
@@ -246,7 +247,7 @@ def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
 def _train_layers(
     model: PreTrainedModel,
     config: GSRQConfig,
-    each: dict[int, tuple[float, float]],
+    each: dict[int, list[tuple[float, float]]],
     layers: dict[int, LayerInfo],
     windows: Tensor,
     max_memory: int,
@@ -258,7 +259,7 @@ def _train_layers(
         if by_cache:
             cached = collect_cached(model, chunk, windows, progress)
             for index in tqdm(list(cached), desc="training codebooks", disable=not progress):
-                trained[index] = train_cached(cached.pop(index), config, each[index])
+                trained[index] = train_cached(cached.pop(index), config, each[index][0])
             continue
         stats = collect_statistics(model, chunk, windows, progress)
         for index in tqdm(list(stats), desc="training codebooks", disable=not progress):

@@ -45,7 +45,7 @@ def sensitivity(
 
     Returns:
         layer to float64 ``[2, kv_heads, kv_heads]``, for its keys and its values: on the diagonal what errors of each
-        head alone cost. Those of two heads can add up or cancel, so what a layer costs is the sum of all (`by_layer`).
+        head alone cost (`by_head`). Those of two heads can add up or cancel: what a layer costs is the sum of all.
 
     Raises:
         ValueError: the model has no backward pass, or one that overflows; or its weights are offloaded, all of which a
@@ -67,7 +67,8 @@ def sensitivity(
         for info in chunk:
             offered = rates(info.head_dim)
             bits: float = 1 if 1 in offered else offered[-1]
-            codecs[info.index] = train(stats.pop(info.index), GSRQConfig(layout="fast"), (bits, bits), span)
+            same = [(bits, bits)] * info.kv_heads
+            codecs[info.index] = train(stats.pop(info.index), GSRQConfig(layout="fast"), same, span)
     costs = {info.index: torch.zeros(2, info.kv_heads, info.kv_heads, dtype=torch.float64) for info in layers}
     with models.refusing(f"a backward pass of {name}, by which layers are given their bits, failed", instead):
         for seed, window in enumerate(tqdm(read, desc="weighing layers", disable=not progress)):
@@ -84,9 +85,12 @@ def sensitivity(
     return {index: cost / (2 * read.numel()) for index, cost in costs.items()}
 
 
-def by_layer(costs: dict[int, Tensor]) -> dict[int, tuple[float, float]]:
-    """Layer to the costs of its keys and of its values, all heads together, from `sensitivity`."""
-    return {index: (float(keys.sum()), float(values.sum())) for index, (keys, values) in costs.items()}
+def by_head(costs: dict[int, Tensor]) -> dict[int, list[tuple[float, float]]]:
+    """Layer to the costs of the keys and of the values of each of its heads, from `sensitivity`."""
+    return {
+        index: list(zip(keys.diagonal().tolist(), values.diagonal().tolist(), strict=True))
+        for index, (keys, values) in costs.items()
+    }
 
 
 def _observer(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ class Statistics:
     key_weight: list[Tensor] = field(default_factory=list)
     value_weight: list[Tensor] = field(default_factory=list)
     query_metric: Tensor | float = 0.0
+
+    def of_heads(self, heads: Sequence[int]) -> Statistics:
+        """The same of some of the heads alone."""
+        if len(heads) == self.info.kv_heads:
+            return self
+        group, which = self.info.q_heads // self.info.kv_heads, list(heads)
+        info = replace(self.info, q_heads=group * len(which), kv_heads=len(which))
+        some = {x: [t[which] for t in getattr(self, x)] for x in ("keys", "values", "key_weight", "value_weight")}
+        metric = self.query_metric[which] if isinstance(self.query_metric, Tensor) else self.query_metric
+        return Statistics(info, **some, places=self.places, query_metric=metric)
 
     def add(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -197,8 +197,27 @@ def train_cached(stats: tuple[Statistics, Statistics], config: GSRQConfig, bits:
     return LayerCodec(*(train_key(s, config, b, 0) for s, b in zip(stats, bits, strict=True)))
 
 
-def train(stats: Statistics, config: GSRQConfig, bits: tuple[float, float], span: int) -> LayerCodec:
-    """The codecs of one layer, by the config's recipe, at bits per element of its keys and of its values."""
-    if config.recipe == "gsrq":
-        return LayerCodec(train_key(stats, config, bits[0], span), train_value(stats, config, bits[1]))
-    return _train_paper(stats, config, bits, "gskm" if config.recipe == "gsrq-paper" else "kmeans")
+def train(
+    stats: Statistics, config: GSRQConfig, bits: Sequence[tuple[float, float]], span: int, method: str = "kmeans"
+) -> LayerCodec:
+    """The codecs of one layer, by the config's recipe.
+
+    Args:
+        stats: what was collected of the layer.
+        config: recipe, layout, frame, beam and seed are used.
+        bits: per element, of the keys and of the values of each head; heads with the same are learned together.
+            Recipes other than ``"gsrq"`` take those of the first for all.
+        span: how far apart a query and a key can be (`models.rope_span`).
+        method: how to cluster (`kmeans.METHODS`), for ``"gsrq"``.
+    """
+    if config.recipe != "gsrq":
+        return _train_paper(stats, config, bits[0], "gskm" if config.recipe == "gsrq-paper" else "kmeans")
+    runs: dict[tuple[float, float], list[int]] = {}
+    for head, pair in enumerate(bits):
+        runs.setdefault(pair, []).append(head)
+    keys, values = [], []
+    for pair, heads in runs.items():
+        some = stats.of_heads(heads)
+        keys.append((heads, train_key(some, config, pair[0], span, method)))
+        values.append((heads, train_value(some, config, pair[1], method)))
+    return LayerCodec(Codec.of_runs(keys), Codec.of_runs(values))

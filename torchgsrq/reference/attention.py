@@ -84,7 +84,7 @@ def attention(
         last = min(first + step, coded)
         slots = torch.arange(first, last, device=q.device)[None]
         allowed = (slots[:, None] < boundary[..., None]) & not_a_sink(slots)[:, None]
-        k_codes, v_codes = key.codes[:, :, first:last], value.codes[:, :, first:last]
+        k_codes, v_codes = key.coded(first, last), value.coded(first, last)
         k_position, v_position = key.position(first, last), value.position(first, last)
         if form == "tables":
             scores = table_scores(qf, k_codes, k_position, key.codec)
@@ -199,12 +199,17 @@ def table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> T
     ``q . k = sum_m (inverse^T q')[slice m] . codeword_m + q . R(position) mean``.
 
     Args:
-        qf: float32 ``[batch, heads, rows, head_dim]``, scaled. codes: ``[batch, heads, n, codes]``.
+        qf: float32 ``[batch, heads, rows, head_dim]``, scaled. codes: those of `encode`.
         position: ``[batch, n]``.
 
     Returns:
         float32 ``[batch, heads, rows, n]``.
     """
+    runs = zip(codec.by_run(), codec.split_codes(codes), strict=True)
+    return codec.merged([_table_scores(qf[:, heads], some, position, run) for (heads, run), some in runs])
+
+
+def _table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> Tensor:
     batch, heads, rows, _ = qf.shape
     layout, n = codec.layout, codes.shape[2]
     frame = position // codec.frame if codec.inv_freq.numel() else torch.zeros_like(position)
@@ -232,11 +237,16 @@ def histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
     Only for codecs without frames, which value codecs are.
 
     Args:
-        p: float32 ``[batch, heads, rows, n]``. codes: ``[batch, heads, n, codes]``.
+        p: float32 ``[batch, heads, rows, n]``. codes: those of `encode`.
 
     Returns:
         float32 ``[batch, heads, rows, head_dim]``.
     """
+    runs = zip(codec.by_run(), codec.split_codes(codes), strict=True)
+    return codec.merged([_histogram_values(p[:, heads], some, run) for (heads, run), some in runs])
+
+
+def _histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
     batch, heads, rows, _ = p.shape
     layout = codec.layout
     gains = codec.gains.numel()

@@ -24,16 +24,21 @@ def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
         position: ``[batch, n]``, integer positions of the tokens in their rows.
 
     Returns:
-        uint8 ``[batch, heads, n, codec.num_codes]``. Ties go to the lower code. Independent of
-        batch and chunking.
+        uint8 ``[batch, heads, n, codes]`` (`Codec.codes_shape`). Ties go to the lower code. Independent of batch and
+        chunking.
     """
-    batch, heads, n, _ = x.shape
-    codes = search(to_metric(x, position, codec), codec)[:, : batch * n]
-    return codes.reshape(heads, batch, n, codec.num_codes).transpose(0, 1).contiguous()
+    found = []
+    for heads, run in codec.by_run():
+        some = x[:, heads]
+        batch, count, n, _ = some.shape
+        codes = search(to_metric(some, position, run), run)[:, : batch * n]
+        found.append(codes.reshape(count, batch, n, run.num_codes).transpose(0, 1).contiguous())
+    return codec.join_codes(found)
 
 
 def to_metric(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
-    """Vectors without their mean, in the metric of the codes: ``transform (R(-frame start) x - R(place) mean)``.
+    """Vectors, of heads with one layout, without their mean, in the metric of the codes:
+    ``transform (R(-frame start) x - R(place) mean)``.
 
     Returns:
         float32 ``[heads, batch * n, dims]``, padded with rows to whole tiles.
@@ -46,7 +51,7 @@ def to_metric(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
 
 
 def search(y: Tensor, codec: Codec) -> Tensor:
-    """Codes of vectors in their metric: float32 ``[heads, n, dims]`` to uint8 ``[heads, n, codec.num_codes]``."""
+    """Codes of vectors in their metric: float32 ``[heads, n, dims]``, of one layout, to uint8 ``[heads, n, codes]``."""
     head, n = [], y.shape[1]
     y = F.pad(y, (0, 0, 0, -n % _TILE))
     if codec.gains.numel():
@@ -138,7 +143,7 @@ def beam_search(y: Tensor, tables: Tensor, beam: int, eta: int = 1) -> Tensor:
 
 
 def codeword_sum(codes: Tensor, codec: Codec) -> Tensor:
-    """Codes to vectors in the learned metric, float32 ``[batch, heads, n, dims]``."""
+    """Codes to vectors in the learned metric, float32 ``[batch, heads, n, dims]``, of heads with one layout."""
     heads = codes.shape[1]
     layout = codec.layout
     gain = None
@@ -160,12 +165,17 @@ def decode(codes: Tensor, position: Tensor, codec: Codec, dtype: torch.dtype = t
     """Codes to vectors: ``R(frame start) (R(place) mean + inverse @ sum of codewords)``.
 
     Args:
-        codes: uint8 ``[batch, heads, n, codec.num_codes]``.
+        codes: uint8, of `encode`.
         position: ``[batch, n]``.
 
     Returns:
         ``[batch, heads, n, head_dim]`` of ``dtype``.
     """
+    runs = zip(codec.split_codes(codes), codec.by_run(), strict=True)
+    return codec.merged([_decode(some, position, run, dtype) for some, (_, run) in runs])
+
+
+def _decode(codes: Tensor, position: Tensor, codec: Codec, dtype: torch.dtype) -> Tensor:
     place = position.remainder(codec.frame)
     batch, heads, n, _ = codes.shape
     y = codeword_sum(codes, codec).transpose(0, 1).reshape(heads, batch * n, codec.layout.dims)

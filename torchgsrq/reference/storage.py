@@ -74,6 +74,10 @@ class Packed:
         slots = torch.arange(first, last, device=self.window.device)
         return self.window[:, :, self.sink_tokens + slots.remainder(self.ring)]
 
+    def coded(self, first: int, last: int) -> Tensor:
+        """Codes of slots ``[first, last)``, as `decode` takes them."""
+        return self.codec.join_codes([codes[:, :, first:last] for codes in self.codec.split_codes(self.codes)])
+
     def position(self, first: int, last: int) -> Tensor:
         """Positions of slots ``[first, last)`` in each row, ``[batch, last - first]``."""
         return positions(self.start, first, last)
@@ -89,7 +93,7 @@ def check_append(kv: Packed, x: Tensor, slots: Tensor, values: bool = True) -> N
         ValueError: wrong shape or dtype, slots that leave a hole, are not consecutive or pass the
             capacity, or NaN/inf.
     """
-    batch, heads, capacity, _ = kv.codes.shape
+    batch, heads, capacity = kv.codes.shape[0], kv.codec.heads, kv.codes.shape[2]
     n = x.shape[2] if x.ndim == 4 else -1
     if x.shape != (batch, heads, n, kv.codec.head_dim):
         raise ValueError(
@@ -138,8 +142,9 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
         due = torch.cat((kv.recent(low, min(first, high)), x[:, :, : max(0, high - first)]), 2)
         at = torch.arange(low, high, device=x.device)
         is_due = ((at >= was[:, None]) & (at < now[:, None]))[:, None, :, None]
-        codes = encode(due, kv.position(low, high), kv.codec)
-        kv.codes[:, :, low:high] = torch.where(is_due, codes, kv.codes[:, :, low:high])
+        new = kv.codec.split_codes(encode(due, kv.position(low, high), kv.codec))
+        for held, codes in zip(kv.codec.split_codes(kv.codes), new, strict=True):
+            held[:, :, low:high] = torch.where(is_due, codes, held[:, :, low:high])
     kept = torch.arange(max(int(now.min()), first), first + n, device=x.device)
     kv.window[:, :, kv.sink_tokens + kept.remainder(kv.ring)] = x[:, :, kept - first]
     if kv.sink_tokens:
@@ -168,13 +173,13 @@ def tail(kv: Packed, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(kv: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """Everything held, ``[batch, heads, capacity, head_dim]``: codes decoded, sinks and window exact, zeros past
     the length."""
-    batch, heads, capacity, _ = kv.codes.shape
+    batch, heads, capacity = kv.codes.shape[0], kv.codec.heads, kv.codes.shape[2]
     length = int(kv.length)
     low, coded = (int(kv.encoded.min()), int(kv.encoded.max())) if batch else (length, 0)
     out = kv.window.new_zeros(batch, heads, capacity, kv.codec.head_dim, dtype=dtype or kv.window.dtype)
     for first in range(0, coded, DECODE_BLOCK):
         last = min(first + DECODE_BLOCK, coded)
-        out[:, :, first:last] = decode(kv.codes[:, :, first:last], kv.position(first, last), kv.codec, out.dtype)
+        out[:, :, first:last] = decode(kv.coded(first, last), kv.position(first, last), kv.codec, out.dtype)
     exact = torch.arange(low, length, device=out.device) >= kv.encoded[:, None]
     out[:, :, low:length] = torch.where(exact[:, None, :, None], kv.recent(low, length), out[:, :, low:length])
     for i, slots in enumerate(kv.sink_slots().T):
