@@ -17,7 +17,7 @@ from torch import Tensor
 from torchgsrq.codec import Codec
 from torchgsrq.reference import WINDOW, Packed
 
-from .common import Shape, coded_slots, codewords, floor_div, heads_of, turn
+from .common import MOST_HEADS, Shape, bits_of, coded_slots, codewords, floor_div, layer_head, turn, window
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -67,7 +67,8 @@ def supports(key: Codec, value: Codec) -> bool:
     """Whether these kernels read such codecs; the reference reads the others."""
     framed = not key.inv_freq.numel() or key.frame % 16 == 0
     together = [run.heads for run in key.runs] == [run.heads for run in value.runs]
-    return framed and together and not key.gains.numel() and not value.gains.numel() and not value.inv_freq.numel()
+    alike = framed and together and key.heads <= MOST_HEADS
+    return alike and not key.gains.numel() and not value.gains.numel() and not value.inv_freq.numel()
 
 
 @triton.jit
@@ -274,7 +275,7 @@ def _coded(
     return top, mass
 
 
-@triton.jit(do_not_specialize=["SPLITS", "TAIL"])
+@triton.jit(do_not_specialize=["heads", "SPLITS", "TAIL"])
 def split_kernel(
     q, q_b, q_h, q_q, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct,
     k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
@@ -294,7 +295,7 @@ def split_kernel(
     head is ``h`` in the run, whose tables and codes these are, and ``kv_head`` in the layer."""
     tile, bh, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
-    kv_head = tl.load(heads + h).to(tl.int64)
+    kv_head = layer_head(heads, h)
     r = tile * BM + tl.arange(0, BM)
     row = r < GROUP * QUERIES
     head, query = kv_head * GROUP + r // QUERIES, r % QUERIES
@@ -340,7 +341,7 @@ def split_kernel(
     tl.store(part_mass + split * total + place, mass, mask=row)
 
 
-@triton.jit(do_not_specialize=["SPLITS"])
+@triton.jit(do_not_specialize=["heads", "SPLITS"])
 def merge_kernel(
     part_out, part_top, part_mass, exact_out, v_inverse, v_mean, sink_logits, out, out_b, out_h, heads,
     ROWS, HEADS, GROUP, QUERIES, SPLITS,
@@ -349,7 +350,7 @@ def merge_kernel(
     """Merge the splits of a tile of query rows; only here does the output leave the values' metric."""
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h = bh % HEADS
-    kv_head = tl.load(heads + h).to(tl.int64)
+    kv_head = layer_head(heads, h)
     r = tile * BM + tl.arange(0, BM)
     row = r < GROUP * QUERIES
     place = bh * ROWS + r  # ROWS of a KV head were written, padding included
@@ -430,17 +431,23 @@ def attention(
     windows = [t if t.stride(2) == dim and t.stride(3) == 1 else t.contiguous() for t in (key.window, value.window)]
     kind, strides, mask_ = _mask(mask, q)
     view = WINDOW if tails is None else view
-    limits = {"VIEW": view, "CAUSAL": causal, "MASK": kind, "SOFTCAP": softcap != 0}
+    limits = {
+        "BS": max(16, triton.next_power_of_2(key.sink_tokens)),
+        "VIEW": view,
+        "CAUSAL": causal,
+        "MASK": kind,
+        "SOFTCAP": softcap != 0,
+    }
     sides = [zip(kv.codec.by_run(), kv.codec.split_codes(kv.codes), strict=True) for kv in (key, value)]
     for run, ((_, k), k_codes), ((_, v), v_codes) in zip(key.codec.runs, *sides, strict=True):
-        heads, which = k.heads, heads_of(run, q.device)
+        heads, which = k.heads, bits_of(run)
         p = plan_ or plan(k, rows, capacity, batch * heads, processors(q.device), q.dtype != torch.float32)
         tiles = triton.cdiv(rows, p.rows)
         places = batch * heads * tiles * p.rows
         part_out = q.new_empty((p.splits, places, v.layout.dims), dtype=torch.float32)
         part_top, part_mass = q.new_empty((2, p.splits + 1, places), dtype=torch.float32)
         exact_out = q.new_empty((places, dim), dtype=torch.float32)
-        fixed = {**constants(k, v, p, q.dtype), **_window(key), **limits}
+        fixed = {**constants(k, v, p, q.dtype), **window(key), **limits}
         with torch.cuda.device_of(q):  # Triton launches on the current device
             split_kernel[(tiles, batch * heads, p.splits + 1)](
                 q, *q.stride()[:3], k_codes, *k_codes.stride()[:3], v_codes, *v_codes.stride()[:3],
@@ -476,12 +483,6 @@ def constants(key: Codec, value: Codec, p: Plan, dtype: torch.dtype) -> dict[str
         "CODE": tl.float32 if dtype == torch.float32 else tl.float16,
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
-
-
-def _window(kv: Packed) -> dict[str, int]:
-    """Sizes of a cache's window."""
-    sizes = {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
-    return {**sizes, "BS": max(16, triton.next_power_of_2(kv.sink_tokens))}
 
 
 def merge_constants(value: Codec, logits: bool) -> dict[str, Any]:

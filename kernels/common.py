@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from torchgsrq.codec import Codec
 from torchgsrq.codec.layout import Run
+from torchgsrq.reference import Packed
 
 TWO_PI = tl.constexpr(6.283185307179586)
 
@@ -51,10 +49,26 @@ class Shape:
         return {"PAIRS": self.pairs, "BP": pairs, "BR": rest, "INTERLEAVED": self.interleaved}
 
 
-@functools.cache
-def heads_of(run: Run, device: torch.device) -> Tensor:
-    """Which head of the layer each head of a run is, int32, for kernels; made once, before graphs are captured."""
-    return torch.tensor(run.heads, dtype=torch.int32, device=device)
+MOST_HEADS = 64  # of a layer; those of a run are the bits of a number, so that no tensor is needed to tell kernels
+
+
+def bits_of(run: Run) -> int:
+    """The heads of a run, as `layer_head` takes them."""
+    return sum(1 << head for head in run.heads)
+
+
+@triton.jit
+def layer_head(heads, i):
+    """Which head of the layer head ``i`` of a run is: the place of bit ``i`` among those that are set in ``heads``."""
+    j = tl.arange(0, 64)
+    held = ((heads.to(tl.int64) >> j) & 1).to(tl.int32)
+    before = tl.cumsum(held, 0) - held
+    return tl.sum(tl.where((held == 1) & (before == i), j, 0), 0).to(tl.int64)
+
+
+def window(kv: Packed) -> dict[str, int]:
+    """Sizes of a cache's window."""
+    return {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchgsrq.codec import Codec
 from torchgsrq.reference import Packed
 
-from .common import Shape, coded_slots, floor_div, heads_of, turn
+from .common import MOST_HEADS, Shape, bits_of, coded_slots, floor_div, layer_head, turn, window
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TILE = 16  # vectors of a program: with their candidates, the rows of one product
@@ -22,7 +22,8 @@ _STAGES = 16  # codes of a path that a program keeps, one byte each of two 64-bi
 
 def supports(codec: Codec) -> bool:
     """Whether these kernels encode with such a codec; the reference does with the others."""
-    return not codec.gains.numel() and all(r.layout.stages <= _STAGES for r in codec.runs) and codec.beam <= 16
+    deep = any(run.layout.stages > _STAGES for run in codec.runs)
+    return not codec.gains.numel() and not deep and codec.beam <= 16 and codec.heads <= MOST_HEADS
 
 
 @triton.jit
@@ -36,7 +37,7 @@ def _exact_dot(r, words):
     return tl.dot(low, words, tl.dot(high, words)) * size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads"])
 def encode_kernel(
     x, x_b, x_h, x_t, position, tokens, out, out_b, out_h, out_t, window, window_b, window_h, slots, start, encoded_,
     mean, transform, book, inv_freq, heads, HEADS, CAPACITY,
@@ -49,7 +50,7 @@ def encode_kernel(
     window. The head is ``h`` in the run, whose tables and codes these are, and ``head`` in the layer."""
     tile, bh, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
-    head = tl.load(heads + h).to(tl.int64)
+    head = layer_head(heads, h)
     t = tile * T + tl.arange(0, T)
     low = 0
     first = 0
@@ -246,25 +247,20 @@ def constants(codec: Codec) -> dict[str, Any]:
     return {**sizes, **beam, "FRAME": codec.frame}
 
 
-def _window(kv: Packed) -> dict[str, int]:
-    """Sizes of a cache's window."""
-    return {"SINKS": kv.sink_tokens, "RING": kv.ring, "RECENT": kv.recent_tokens, "BLOCK": kv.block_tokens}
-
-
 def _launch(codec: Codec, x: Tensor, position: Tensor, out: Tensor, kv: Packed | None, due: int) -> None:
     """Run `encode_kernel` for at most ``due`` tokens, run by run, into ``out``, the codes of all heads."""
     batch, tokens = x.shape[0], x.shape[2]
     ints = {"SINKS": 0, "RING": 1, "RECENT": 0, "BLOCK": 1, "APPEND": False}
-    window, slots, start, encoded = x, position, position, position
+    held, slots, start, encoded = x, position, position, position
     if kv is not None:
-        ints = {**_window(kv), "APPEND": True}
-        window, start, encoded = kv.window, kv.start, kv.encoded
+        ints = {**window(kv), "APPEND": True}
+        held, start, encoded = kv.window, kv.start, kv.encoded
     with torch.cuda.device_of(x):  # Triton launches on the current device
         for run, (_, part), to in zip(codec.runs, codec.by_run(), codec.split_codes(out), strict=True):
             encode_kernel[triton.cdiv(due, _TILE), batch * part.heads, run.layout.groups](
-                x, *x.stride()[:3], position, tokens, to, *to.stride()[:3], window, *window.stride()[:2], slots, start,
+                x, *x.stride()[:3], position, tokens, to, *to.stride()[:3], held, *held.stride()[:2], slots, start,
                 encoded, part.mean, part.transform, part.codebook,
-                part.inv_freq if part.inv_freq.numel() else part.mean, heads_of(run, x.device), part.heads,
+                part.inv_freq if part.inv_freq.numel() else part.mean, bits_of(run), part.heads,
                 to.shape[2], **constants(part), **ints, num_warps=8, num_stages=1,
             )  # fmt: skip
 
@@ -297,4 +293,4 @@ def write_constants(kv: Packed) -> dict[str, Any]:
     """The compile-time arguments of `write_kernel`."""
     dim = kv.codec.head_dim
     wide = {"BD": triton.next_power_of_2(dim), "BS": triton.next_power_of_2(max(1, kv.sink_tokens))}
-    return {"D": dim, "T": _TILE, **wide, **_window(kv)}
+    return {"D": dim, "T": _TILE, **wide, **window(kv)}

@@ -41,12 +41,20 @@ struct CodecView {
     const float *m = mean.const_data_ptr<float>(), *into = transform.const_data_ptr<float>();
     const float *back = inverse.const_data_ptr<float>(), *g = gains.numel() ? gains.const_data_ptr<float>() : nullptr;
     const at::Half* words = codebook.const_data_ptr<at::Half>();
-    for (size_t at = 5; at < integers.size();) {
+    const int64_t size = integers.size();
+    int64_t known = 0;
+    for (int64_t at = 5; at < size;) {
+      TORCH_CHECK_VALUE(at + 4 <= size && integers[at] > 0, "layout is no codec's: ", integers);
       const int64_t groups = integers[at], codes = integers[at + 1], dims = integers[at + 2], n = integers[at + 3];
       const int64_t width = dims / groups;
       at += 4;
-      for (int64_t i = 0; i < n; ++i) of_head[integers[at + i]] = {static_cast<int64_t>(runs.size()), i};
-      at += n;
+      TORCH_CHECK_VALUE(0 < n && n <= size - at && codes > 0, "layout is no codec's: ", integers);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t head = integers[at + i];
+        TORCH_CHECK_VALUE(0 <= head && head < heads, "layout names head ", head, " of ", heads);
+        of_head[head] = {static_cast<int64_t>(runs.size()), i};
+      }
+      at += n, known += n;
       runs.push_back(
           {n, dim, groups, codes, dims, width, integers[2], integers[3], integers[4], integers[1] != 0, m, into, back, g,
            words, &inv_freq, token_bytes});
@@ -54,6 +62,11 @@ struct CodecView {
       token_bytes += n * runs.back().bytes();
       unit = std::gcd(unit, runs.back().bytes());
     }
+    TORCH_CHECK_VALUE(known == heads, "layout names ", known, " heads of ", heads, ": ", integers);
+    const int64_t words_in = words - codebook.const_data_ptr<at::Half>(), into_in = into - transform.const_data_ptr<float>();
+    TORCH_CHECK_VALUE(
+        words_in == codebook.numel() && into_in == transform.numel() && into_in == inverse.numel(),
+        "the tables of this codec have other sizes than its layout ", integers);
   }
   CodecView(const CodecView&) = delete;  // runs point into it
 
@@ -68,7 +81,8 @@ struct CodecView {
   void check_codes(const Tensor& codes) const {
     TORCH_CHECK_VALUE(
         codes.size(1) * codes.size(3) == token_bytes && codes.size(3) == unit &&
-            (runs.size() == 1 || codes.numel() == 0 || (codes.stride(1) == codes.size(2) * unit && codes.stride(2) == unit)),
+            (runs.size() == 1 || codes.numel() == 0 ||
+             (codes.stride(1) == codes.size(2) * unit && codes.stride(2) == unit)),
         "codes have shape ", codes.sizes(), " and strides ", codes.strides(), ", which are not this codec's");
   }
 };

@@ -163,10 +163,30 @@ def test_a_file_whose_runs_make_no_sense_is_refused(uneven, tmp_path):
     layer = books[whole]
     first, *others = layer.key.runs
     for runs in ((first,), (first, first, *others), (dataclasses.replace(first, heads=(9,)), *others)):
-        bad = LayerCodec(dataclasses.replace(layer.key, runs=runs), layer.value)
+        bad = LayerCodec(layer.key.replaced(runs=runs), layer.value)
         Codebooks({**books.layers, whole: bad}, books.metadata).save(path)
-        with pytest.raises(ValueError, match=rf"the tables of {whole}.key do not fit together|is damaged"):
+        with pytest.raises(ValueError, match=rf"the tables of {whole}\.key do not fit together"):
             Codebooks.load(path)
+    apart = LayerCodec(layer.key, LayerCodec.of_heads(*[layer.value.by_head()[:1] * 4] * 2).value)
+    Codebooks({**books.layers, whole: apart}, books.metadata).save(path)
+    with pytest.raises(ValueError, match=rf"keys and values of layer {whole} have other runs of heads"):
+        Codebooks.load(path)
+    for heads in ((), (-1,), (1, 0), (2, 2)):
+        with pytest.raises(ValueError, match="indices in ascending order"):
+            dataclasses.replace(first, heads=heads)
+
+
+def test_what_is_not_of_these_heads_is_refused():
+    keys, values = heads_alone([0, 1, 0])
+    codec = LayerCodec.of_heads(keys, values).key
+    at = torch.arange(3)[None]
+    with pytest.raises(ValueError, match="this codec is for 3 heads"):
+        ops.encode(torch.randn(1, 5, 3, 16), at, codec.tensors, codec.integers)
+    with pytest.raises((ValueError, RuntimeError)):  # the layout of heads that share one, of an older version
+        ops.encode(torch.randn(1, 3, 3, 16), at, codec.tensors, [16, 2, 4, 16, 0, 4, 1, 16])
+    books = Codebooks({0: LayerCodec.of_heads(keys, values)}, {})
+    with pytest.raises(ValueError, match="do not say what errors of their heads cost: calibrate"):
+        books.at(0.5)
 
 
 @torch.no_grad()

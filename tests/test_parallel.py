@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL
+from torchgsrq import Codebooks
 from torchgsrq.evaluate import quantized
 
 SCRIPT = """
@@ -56,7 +57,7 @@ def test_two_ranks_say_what_one_says(llama, tmp_path):
     assert torchrun(SCRIPT, tmp_path) == [f"heads 1 tokens {want}"] * 2
 
 
-def test_shards_are_parts_of_the_heads(llama):
+def test_shards_are_parts_of_the_heads(llama, tmp_path):
     _, books = llama
     parts = [books.shard(rank, 2) for rank in (0, 1)]
     for i, layer in books.layers.items():
@@ -64,6 +65,12 @@ def test_shards_are_parts_of_the_heads(llama):
             heads = [head for part in parts for head in part[i][kind].by_head()]
             for one, other in zip(heads, codec.by_head(), strict=True):
                 assert one.layout == other.layout and all(map(torch.equal, one.tensors, other.tensors))
+            assert [bits for part in parts for bits in part[i][kind].head_bits] == codec.head_bits
+    parts[1].save(tmp_path / "part.safetensors")
+    again = Codebooks.load(tmp_path / "part.safetensors")
+    assert again.digest == parts[1].digest
+    costs = [part.metadata["sensitivity"]["1"] for part in parts]
+    assert costs[0] + costs[1] == books.metadata["sensitivity"]["1"]
     with pytest.raises(ValueError, match="2 KV heads cannot be dealt to rank=0 of ranks=3"):
         books.shard(0, 3)
 

@@ -211,13 +211,11 @@ def _fitting(
 ) -> Codebooks:
     """The given codebooks, checked against the model and cut to the config's layers and rate."""
     owner, mine = books.metadata.get("model"), models.fingerprint(model, layers)
-    ranks = getattr(model, "tp_size", None) or 1
+    ranks, share = getattr(model, "tp_size", None) or 1, 1
     if ranks > 1 and owner is not None and owner["shape"] != mine["shape"]:  # made by one process, for all heads
         whole = [dataclasses.replace(x, q_heads=ranks * x.q_heads, kv_heads=ranks * x.kv_heads) for x in layers]
         if owner["shape"] == models.fingerprint(model, whole)["shape"]:
-            mesh = getattr(model, "_device_mesh", None)
-            rank = torch.distributed.get_rank() % ranks if mesh is None else mesh.get_local_rank()
-            books, owner = books.shard(rank, ranks), None
+            owner, share = None, ranks
     if owner is not None and not models.same_model(owner, mine):
         raise ValueError(
             f"the codebooks belong to another model (a {owner['class']} with other keys and values than this "
@@ -229,22 +227,26 @@ def _fitting(
                 f"the codebooks have none for layer {info.index}; add it to skip_layers, or calibrate again"
             )
         for codec, one in zip(books[info.index], (info, info.value or info), strict=True):
-            if (codec.heads, codec.head_dim) != (one.kv_heads, one.head_dim):
+            if (codec.heads, codec.head_dim) != (share * one.kv_heads, one.head_dim):
                 raise ValueError(
                     f"the codebooks of layer {info.index} are for {codec.heads} heads of {codec.head_dim}; "
-                    f"the model has {one.kv_heads} of {one.head_dim}"
+                    f"the model has {share * one.kv_heads} of {one.head_dim}"
                 )
     cut = Codebooks({info.index: books[info.index] for info in wanted}, books.metadata)
     cut = cut.at(config.key_rate, config.value_rate)
     asked = (config.key_rate + config.value_rate) / 2
     if cut.bits < 0.9 * asked:
         log.warning(
-            "%s: the codebooks spread %g bits over layers of which some are skipped; those left have %.3g. Calibrate "
-            "with skip_layers to give them all",
+            "%s: the codebooks spread %g bits over heads of layers of which some are skipped; those left have %.3g. "
+            "Calibrate with skip_layers to give them all",
             type(model).__name__,
             asked,
             cut.bits,
         )
+    if share > 1:  # of what was lowered as a whole, so that all ranks say what one process says
+        mesh = getattr(model, "_device_mesh", None)
+        rank = torch.distributed.get_rank() % ranks if mesh is None else mesh.get_local_rank()
+        cut = cut.shard(rank, ranks)
     if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
         cut = cut.with_beam(config.beam_width)
     return cut

@@ -71,6 +71,8 @@ def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) 
     """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 (`Codec.codes_shape`)."""
     _check_vectors(x, position, layout, values=not _capturing())
     codec_ = Codec.from_flat(codec, layout)
+    if x.shape[1] != codec_.heads:
+        raise ValueError(f"x has shape {tuple(x.shape)}; this codec is for {codec_.heads} heads")
     return (_kernel(x, "encode", codec_) or reference.encode)(x, position, codec_)
 
 
@@ -263,9 +265,9 @@ def _kernel(x: Tensor, name: str, *codecs: Codec, caches: tuple[Packed, ...] = (
     if _capturing():
         raise RuntimeError(
             f"{name} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, more than 16 "
-            "residual stages, or keys with other runs of heads than values), for positions that do not count up with "
-            "the slots, or without triton, and cannot be captured in a CUDA graph: choose another compile mode (in "
-            "generate, disable_compile=True)"
+            "residual stages, more than 64 heads, or keys with other runs of heads than values), for positions that do "
+            "not count up with the slots, or without triton, and cannot be captured in a CUDA graph: choose another "
+            "compile mode (in generate, disable_compile=True)"
         )
     return None
 

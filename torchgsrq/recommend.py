@@ -23,7 +23,7 @@ class Setting:
     Attributes:
         layout, bits: of the config.
         cache: bytes of one row's cache: codes, sinks, window, and layers that are kept.
-        codebooks: bytes that all caches of the model share, if all layers have the same bits.
+        codebooks: bytes that all caches of the model share, if all heads have the same bits.
         longest: tokens that fit into the memory, or None without a limit.
         fits: whether the cache does.
     """
@@ -138,7 +138,7 @@ def markdown_tables() -> str:
         (
             "The cache of one row, in MiB, and its share of bfloat16:",
             _markdown(caches, left=2),
-            "Codebooks, in MiB, with the same bits in all layers:",
+            "Codebooks, in MiB, with the same bits in all heads:",
             _markdown(books, left=2),
         )
     )

@@ -3,7 +3,7 @@
 #
 # Codebooks are learned from keys and values of one model. Which text it reads while they are learned, and how many
 # bits they have, decides how well the cache works later. Here you learn codebooks, look at how bits are dealt to
-# the layers, and measure what a lower rate and another text cost.
+# the heads, and measure what a lower rate and another text cost.
 #
 # Run it with `python tutorials/2_calibrate.py`; it takes about a minute on two cores, and half a minute more
 # without codebooks from another tutorial. What is printed here, and the picture, are from a 2-core AMD EPYC (Zen 4,
@@ -43,11 +43,11 @@ if not file.exists():
 books = Codebooks.load(file)
 
 # %% [markdown]
-# ## Which layer gets how many bits
+# ## Which head gets how many bits
 #
-# Layers are not alike: an error in one changes what the model says, an error in another hardly does. Calibration
+# KV heads are not alike: an error in one changes what the model says, an error in another hardly does. Calibration
 # measures this with backward passes, and deals out the bits so that their mean is what you asked for. `describe`
-# has a line for each layer.
+# has a line for each layer, with the bits of each of its heads where they differ.
 
 # %%
 print("\n".join(books.describe().splitlines()[:8]), "\n...")
@@ -65,7 +65,7 @@ print("\n".join(books.describe().splitlines()[:8]), "\n...")
 # ...
 # ```
 #
-# With `GSRQConfig(allocation="uniform")` all layers get the same. That is quicker to learn, and is what models
+# With `GSRQConfig(allocation="uniform")` all heads get the same. That is quicker to learn, and is what models
 # without gradients get, those with quantized weights for example.
 #
 # The **layout** is decided here too. `layout="quality"`, the default, gives whole heads several residual codes;
@@ -75,7 +75,7 @@ print("\n".join(books.describe().splitlines()[:8]), "\n...")
 # ## Lower rates come for free
 #
 # The stages of a code are nested, so `books.at(0.5)` needs nothing new: it keeps the first stages. Bits are dealt
-# to the layers anew. With `layout="fast"` rates are not nested: calibrate for each.
+# to the heads anew. With `layout="fast"` rates are not nested: calibrate for each.
 #
 # `quality` reads a text through the quantized cache and compares with full precision. We read 384 tokens that were
 # not learned from, and keep only 32 recent tokens exact, so that even this short text is mostly codes.
@@ -89,7 +89,7 @@ candidates = {f"{rate:g} bit": (GSRQConfig(bits=rate, recent_tokens=32), books.a
 #
 # Without `data`, `calibrate` lets the model write text itself: this is also what `quantize_kv_` does when it finds
 # no codebooks. It needs nothing from you, and costs quality. Two small codebooks of 512 tokens each, with the same
-# bits in all layers to be quick, show the difference.
+# bits in all heads to be quick, show the difference.
 
 # %%
 quick = GSRQConfig(bits=1, allocation="uniform", recent_tokens=32)
@@ -114,14 +114,16 @@ for name, q in found.items():
 # A KL divergence of 0 would mean that the model says the same as in full precision. 384 tokens are few, so all of
 # this is noisy: the intervals overlap, and perplexity even comes out better at 1 bit than in full precision, which
 # is chance. It points where [more tokens](../docs/quality.md) point too: your kind of text is better than the
-# model's own, and bits for the layers that need them are better than the same for all.
+# model's own, and bits for the heads that need them are better than the same for all.
 
 # %%
 blue, orange, green = "#0072B2", "#E69F00", "#009E73"
 figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained", width_ratios=(6, 5))
 layers = list(books)
-left.bar([i - 0.2 for i in layers], [books[i].key.bits for i in layers], 0.4, color=blue, label="keys")
-left.bar([i + 0.2 for i in layers], [books[i].value.bits for i in layers], 0.4, color=orange, label="values")
+for kind, shift, colour, label in ((0, -0.2, blue, "keys"), (1, 0.2, orange, "values")):
+    left.bar([i + shift for i in layers], [books[i][kind].bits for i in layers], 0.4, color=colour, label=label)
+    for i in layers:  # a dot for each head
+        left.plot([i + shift] * books[i][kind].heads, books[i][kind].head_bits, ".", color="black", ms=3)
 left.axhline(books.bits, color="black", ls="--", lw=1, label="mean")
 left.set(xlabel="layer", ylabel="bits per element", title="Who gets the bits", ylim=(0, 4.8))
 left.legend(ncols=3, loc="upper left")
@@ -139,7 +141,7 @@ right.set(ylabel="KL divergence, nats", title="What it costs (384 tokens)")
 figure.savefig(here / "2_calibrate.png", dpi=110)
 
 # %% [markdown]
-# ![bits of the keys and values of each layer, and KL divergence by rate and by calibration text](2_calibrate.png)
+# ![bits of keys and values by layer and head, and KL divergence by rate and by calibration text](2_calibrate.png)
 #
 # ## And then
 #

@@ -92,7 +92,7 @@ text = torch.tensor(list(document().encode("ascii", "ignore")))[None]
 # ## Codebooks
 #
 # `calibrate` takes transformers models. For a decoder of your own, `calibrate_qkv` takes the queries, keys and values
-# of each layer, one layer after the other, and learns by the same recipe, with the same bits for all layers.
+# of each layer, one layer after the other, and learns by the same recipe, with the same bits for all heads.
 
 # %%
 config = GSRQConfig(bits=2)

@@ -133,8 +133,7 @@ def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Te
     # Codes are a row's first slots: where some follow, all before them become codes too.
     _encode_up_to(buffer, torch.where(coded > 0, held, due.clamp(max=held)))
     last = int(coded.max())
-    for to, source in zip(kv.codec.split_codes(buffer.codes), kv.codec.split_codes(piece.codes), strict=True):
-        to[:, :, held : held + last] = source[:, :, skip : skip + last]
+    kv.put(held, piece.packed.coded(skip, skip + last), torch.ones_like(shift[:, :last], dtype=torch.bool))
     first = int(coded.min())
     slots = torch.arange(first, more, device=buffer.device)
     exact = turned(piece.packed.recent(skip + first, skip + more), slice(first, more))
@@ -159,9 +158,8 @@ def _encode_up_to(buffer: GSRQTensor, slots: Tensor) -> None:
     if high <= low or not bool((slots > kv.encoded).any()):
         return
     at = torch.arange(low, high, device=buffer.device)
-    due = ((at >= kv.encoded[:, None]) & (at < slots[:, None]))[:, None, :, None]
+    due = (at >= kv.encoded[:, None]) & (at < slots[:, None])
     flat = (kv.codec.tensors, kv.codec.integers)
     codes = torch.ops.torchgsrq.encode(kv.recent(low, high), kv.position(low, high), *flat)
-    for old, new in zip(kv.codec.split_codes(kv.codes), kv.codec.split_codes(codes), strict=True):
-        old[:, :, low:high] = torch.where(due, new, old[:, :, low:high])
+    kv.put(low, codes, due)
     kv.encoded.copy_(torch.maximum(kv.encoded, slots.to(kv.encoded.dtype)))

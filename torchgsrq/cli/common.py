@@ -30,7 +30,7 @@ Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
 Books = Annotated[
     Path | None, typer.Option("--codebooks", help="a file or folder of codebooks; else cached or calibrated")
 ]
-Uniform = Annotated[bool, typer.Option("--uniform", help="the same bits for all layers")]
+Uniform = Annotated[bool, typer.Option("--uniform", help="the same bits for all heads")]
 
 
 @app.callback()

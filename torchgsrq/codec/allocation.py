@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TypeVar
 
@@ -28,20 +29,26 @@ def allocate(
     if left < 0:
         mean = bits - left / sum(sizes[unit] for unit in costs)
         raise ValueError(f"bits={bits} is less than the lowest mean rate that can be had, {mean:g}")
-    while True:
-        best, most = None, (-1.0, 0.0)
-        for unit, rate in rates.items():
-            higher = next((r for r in steps[unit] if r > rate), None)
-            if higher is None or (higher - rate) * sizes[unit] > left:
-                continue
+    queue: list[tuple[float, float, int, Unit]] = []
+
+    def offer(order: int, unit: Unit) -> None:
+        """Queue the next step up of a unit: by what it saves per bit, then who has fewest, then as they came."""
+        rate = rates[unit]
+        higher = next((r for r in steps[unit] if r > rate), None)
+        if higher is not None:
             saved = costs[unit] * (4**-rate - 4**-higher) / ((higher - rate) * sizes[unit])
-            if (saved, -rate) > most:
-                best, most = (unit, higher), (saved, -rate)
-        if best is None:
-            return rates
-        unit, higher = best
-        left -= (higher - rates[unit]) * sizes[unit]
-        rates[unit] = higher
+            heapq.heappush(queue, (-saved, rate, order, unit))
+
+    for order, unit in enumerate(rates):
+        offer(order, unit)
+    while queue:
+        _, rate, order, unit = heapq.heappop(queue)
+        higher = next(r for r in steps[unit] if r > rate)
+        if (higher - rate) * sizes[unit] <= left:  # a step that does not fit now never will
+            left -= (higher - rate) * sizes[unit]
+            rates[unit] = higher
+            offer(order, unit)
+    return rates
 
 
 def head_rates(

@@ -117,6 +117,8 @@ class Codebooks:
             each = self._spread(bits, value_bits)
             layers = {i: _at(layer, each[i]) for i, layer in self.layers.items()}
         else:
+            if any(len(codec.runs) > 1 for layer in self.layers.values() for codec in layer):
+                raise ValueError("these codebooks do not say what errors of their heads cost: calibrate at that rate")
             layers = {i: LayerCodec(c.key.at(bits), c.value.at(value_bits)) for i, c in self.layers.items()}
         config = {**self.metadata.get("config", {}), "key_bits": float(bits), "value_bits": float(value_bits)}
         metadata = {**self.metadata, "config": config}
@@ -145,7 +147,7 @@ class Codebooks:
 
     def describe(self) -> str:
         """A line for every layer: bits per element of its keys and of its values, of each head where they differ; and,
-        where these follow what errors cost, its share of the cost of all layers if they had the same rate."""
+        where these follow what errors cost, the share of its heads, each alone, if all heads had the same rate."""
         costs = {int(i): sum(map(sum, heads)) for i, heads in self.metadata.get("sensitivity", {}).items()}
         total = max(sum(costs[i] for i in self.layers), 1e-300) if costs else 1
         lines = [
@@ -165,6 +167,8 @@ class Codebooks:
     def shard(self, rank: int, ranks: int) -> Codebooks:
         """Those of one rank of a tensor-parallel model, which has an equal part of every layer's KV heads.
 
+        Each head keeps its bits: for a lower rate, take it (`at`) of all heads, and then a part.
+
         Raises:
             ValueError: the heads of a layer cannot be dealt equally.
         """
@@ -176,7 +180,13 @@ class Codebooks:
             return codec.by_head()[rank * each : (rank + 1) * each]
 
         layers = {i: LayerCodec.of_heads(part(c.key), part(c.value)) for i, c in self.layers.items()}
-        return Codebooks(layers, {k: v for k, v in self.metadata.items() if k != "measured"})
+        metadata = {k: v for k, v in self.metadata.items() if k != "measured"}
+        if "sensitivity" in metadata:
+            metadata["sensitivity"] = {
+                i: heads[rank * len(heads) // ranks : (rank + 1) * len(heads) // ranks]
+                for i, heads in metadata["sensitivity"].items()
+            }
+        return Codebooks(layers, metadata)
 
     def to(self, device: torch.device | str) -> Codebooks:
         """The same codebooks on a device."""

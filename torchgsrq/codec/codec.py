@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchgsrq.codec.layout import Layout, Run, rates
@@ -201,8 +200,12 @@ class Codec:
         """What was made run by run, ``[batch, heads of the run, ...]``, as ``[batch, heads, ...]`` in their order."""
         if len(parts) == 1:
             return parts[0]
-        order = [head for run in self.runs for head in run.heads]
-        return _cat(parts, 1)[:, sorted(range(len(order)), key=order.__getitem__)]
+        each = {
+            head: part[:, i : i + 1]
+            for run, part in zip(self.runs, parts, strict=True)
+            for i, head in enumerate(run.heads)
+        }
+        return _cat([each[head] for head in range(self.heads)], 1)
 
     def codes_shape(self, batch: int, n: int) -> tuple[int, int, int, int]:
         """Shape of the codes of n tokens: ``[batch, heads, n, codes]``.
@@ -233,7 +236,10 @@ class Codec:
 
     def padded_codes(self, codes: Tensor, n: int) -> Tensor:
         """The same codes with zeros behind them, of n tokens in all."""
-        return self.join_codes([F.pad(x, (0, 0, 0, n - x.shape[2])) for x in self.split_codes(codes)])
+        out = codes.new_zeros(self.codes_shape(codes.shape[0], n))
+        for to, held in zip(self.split_codes(out), self.split_codes(codes), strict=True):
+            to[:, :, : held.shape[2]] = held
+        return out
 
     # -- rates
 

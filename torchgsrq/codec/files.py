@@ -75,7 +75,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str,
             raise ValueError(f"{name} is damaged: its checksum is not that of what it holds")
         metadata = json.loads(meta["metadata"])
         if not _makes_sense(metadata, layers):
-            raise ValueError(f"{name} says nothing that makes sense of how much its layers matter")
+            raise ValueError(f"{name} says nothing that makes sense of how much its heads matter")
     except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{name} is damaged, not a whole codebook file: {error}") from error
     return layers, metadata
@@ -95,7 +95,12 @@ def _layers(codecs: dict[str, dict[str, Any]], held: dict[str, Tensor], name: st
         _check_tables(runs, tables, f"{name}: the tables of {key}")
         given: dict[str, Any] = {**tables, **{field: facts[field] for field in _FIELDS}}
         found.setdefault(int(index), {})[kind] = Codec(runs, **given)
-    return {i: LayerCodec(c["key"], c["value"]) for i, c in sorted(found.items())}
+    layers = {i: LayerCodec(c["key"], c["value"]) for i, c in sorted(found.items())}
+    for i, layer in layers.items():
+        of_keys, of_values = ([run.heads for run in codec.runs] for codec in layer)
+        if of_keys != of_values and max(len(of_keys), len(of_values)) > 1:
+            raise ValueError(f"{name}: keys and values of layer {i} have other runs of heads, {of_keys}, {of_values}")
+    return layers
 
 
 def _facts(run: Run) -> dict[str, Any]:

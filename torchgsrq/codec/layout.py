@@ -35,7 +35,7 @@ class Layout:
             object.__setattr__(self, "dims", self.head_dim)
         if not 0 < self.dims <= self.head_dim:
             raise ValueError(f"dims={self.dims} must lie between 1 and head_dim={self.head_dim}")
-        if self.dims % self.groups:
+        if self.groups < 1 or self.dims % self.groups:
             raise ValueError(f"groups={self.groups} does not divide the {self.dims} coded dimensions")
         if self.codes < self.groups:
             raise ValueError(f"codes={self.codes} leaves some of the groups={self.groups} without a code")
@@ -69,12 +69,16 @@ class Run:
     """KV heads that share a layout.
 
     Attributes:
-        heads: which of a layer's heads, in the order in which their codes and tables are kept.
+        heads: which of a layer's heads, in ascending order; so their codes and tables are kept.
         layout: of each.
     """
 
     heads: tuple[int, ...]
     layout: Layout
+
+    def __post_init__(self) -> None:
+        if not self.heads or min(self.heads) < 0 or list(self.heads) != sorted(set(self.heads)):
+            raise ValueError(f"heads={self.heads} of a run must be indices in ascending order")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -70,8 +70,8 @@ def sensitivity(
             same = [(bits, bits)] * info.kv_heads
             codecs[info.index] = train(stats.pop(info.index), GSRQConfig(layout="fast"), same, span)
     costs = {info.index: torch.zeros(2, info.kv_heads, info.kv_heads, dtype=torch.float64) for info in layers}
-    with models.refusing(f"a backward pass of {name}, by which layers are given their bits, failed", instead):
-        for seed, window in enumerate(tqdm(read, desc="weighing layers", disable=not progress)):
+    with models.refusing(f"a backward pass of {name}, by which heads are given their bits, failed", instead):
+        for seed, window in enumerate(tqdm(read, desc="weighing heads", disable=not progress)):
             weighed: set[int] = set()
             _backward(model, window, seed, _observer(model, layers, codecs, costs, weighed))
             if weighed != set(costs):
@@ -79,7 +79,7 @@ def sensitivity(
                 raise RuntimeError(f"no gradient came back to the attention of layers {missed}")
     if not torch.stack([cost.sum() for cost in costs.values()]).isfinite().all():
         raise ValueError(
-            f"gradients of {name} in {model.dtype}, by which layers are given their bits, are not "
+            f"gradients of {name} in {model.dtype}, by which heads are given their bits, are not "
             "finite; calibrate in float32 or bfloat16, or choose allocation='uniform'"
         )
     return {index: cost / (2 * read.numel()) for index, cost in costs.items()}

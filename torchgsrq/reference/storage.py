@@ -78,6 +78,12 @@ class Packed:
         """Codes of slots ``[first, last)``, as `decode` takes them."""
         return self.codec.join_codes([codes[:, :, first:last] for codes in self.codec.split_codes(self.codes)])
 
+    def put(self, first: int, codes: Tensor, due: Tensor) -> None:
+        """Write codes of the slots from ``first`` on, those of which are ``due``, bool ``[batch, slots]``."""
+        for held, new in zip(self.codec.split_codes(self.codes), self.codec.split_codes(codes), strict=True):
+            some = held[:, :, first : first + new.shape[2]]
+            some.copy_(torch.where(due[:, None, :, None], new, some))
+
     def position(self, first: int, last: int) -> Tensor:
         """Positions of slots ``[first, last)`` in each row, ``[batch, last - first]``."""
         return positions(self.start, first, last)
@@ -141,10 +147,7 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
     if bool((now > was).any()):
         due = torch.cat((kv.recent(low, min(first, high)), x[:, :, : max(0, high - first)]), 2)
         at = torch.arange(low, high, device=x.device)
-        is_due = ((at >= was[:, None]) & (at < now[:, None]))[:, None, :, None]
-        new = kv.codec.split_codes(encode(due, kv.position(low, high), kv.codec))
-        for held, codes in zip(kv.codec.split_codes(kv.codes), new, strict=True):
-            held[:, :, low:high] = torch.where(is_due, codes, held[:, :, low:high])
+        kv.put(low, encode(due, kv.position(low, high), kv.codec), (at >= was[:, None]) & (at < now[:, None]))
     kept = torch.arange(max(int(now.min()), first), first + n, device=x.device)
     kv.window[:, :, kv.sink_tokens + kept.remainder(kv.ring)] = x[:, :, kept - first]
     if kv.sink_tokens:
