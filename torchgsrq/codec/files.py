@@ -91,15 +91,20 @@ def _layers(codecs: dict[str, dict[str, Any]], held: dict[str, Tensor], name: st
             continue
         tables = {part: held[f"{key}.{part}"] for part in _PARTS}
         dim = tables["mean"].shape[-1]
-        runs = tuple(Run(tuple(x["heads"]), Layout(dim, x["groups"], x["codes"], x["dims"])) for x in facts["runs"])
-        _check_tables(runs, tables, f"{name}: the tables of {key}")
+        try:
+            runs = tuple(Run(tuple(x["heads"]), Layout(dim, x["groups"], x["codes"], x["dims"])) for x in facts["runs"])
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged: the runs of {key} make no sense: {error}") from error
+        _check_tables(runs, tables, f"{name} is damaged: the tables of {key}")
         given: dict[str, Any] = {**tables, **{field: facts[field] for field in _FIELDS}}
         found.setdefault(int(index), {})[kind] = Codec(runs, **given)
     layers = {i: LayerCodec(c["key"], c["value"]) for i, c in sorted(found.items())}
     for i, layer in layers.items():
         of_keys, of_values = ([run.heads for run in codec.runs] for codec in layer)
         if of_keys != of_values and max(len(of_keys), len(of_values)) > 1:
-            raise ValueError(f"{name}: keys and values of layer {i} have other runs of heads, {of_keys}, {of_values}")
+            raise ValueError(
+                f"{name} is damaged: keys and values of layer {i} have other runs of heads, {of_keys} and {of_values}"
+            )
     return layers
 
 
