@@ -599,6 +599,7 @@ Tensor moments_by_code(const Tensor& x_, const Tensor& weight_, const Tensor& co
 
 TORCH_LIBRARY_IMPL(torchgsrq, CPU, m) {
   m.impl("encode", encode);
+  m.impl("encode_at_once", encode);
   m.impl("search", search);
   m.impl("append_", append);
   m.impl("append_pair_", append_pair);

@@ -13,8 +13,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from tests.conftest import SMALL, make_codec, make_pair
+from tests.conftest import SMALL, by_turns, make_codec, make_pair
 from torchgsrq import GSRQTensor, new_cache
+from torchgsrq.codec.layout import Layout
 from torchgsrq.evaluate import quantized
 
 CAPACITY = 96
@@ -246,12 +247,18 @@ def rope(x, cos, sin):
     return x * cos + torch.cat((-b, a), -1) * sin
 
 
+def by_head():
+    """A codec of two heads with layouts of their own."""
+    return by_turns(make_codec(2), make_codec(2, layout=Layout(16, 1, 3)))
+
+
+@pytest.mark.parametrize("made", [lambda: make_codec(2), by_head])
 @torch.no_grad()
-def test_decode_fuses_with_its_consumer():
+def test_decode_fuses_with_its_consumer(made):
     """Inductor makes a gather, a product and a rotation of it; no op is called."""
     dynamo.reset()
-    codec = make_codec(2)
-    codes = torch.randint(0, 256, (1, 2, 40, codec.num_codes), dtype=torch.uint8)
+    codec = made()
+    codes = torch.randint(0, 256, codec.codes_shape(1, 40), dtype=torch.uint8)
     position = torch.arange(40)[None]
 
     def consumer(codes, position):
@@ -279,6 +286,13 @@ def test_encode_fuses_with_rope():
     assert (got == producer(*arguments)).all(-1).float().mean() > 0.98  # near-ties
     text = "\n".join(code)
     assert "ops.torchgsrq.search" in text and "ops.torchgsrq.encode" not in text
+    several = by_head()  # which one op encodes together
+
+    def at_once(x, position):
+        return torch.ops.torchgsrq.encode(2 * x, position, several.tensors, several.integers)
+
+    got, code = run_and_get_code(torch.compile(at_once, fullgraph=True), x, position)
+    assert torch.equal(got, at_once(x, position)) and "ops.torchgsrq.encode_at_once" in "\n".join(code)
     x[0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="NaN or inf"):
         torch.compile(producer, fullgraph=True)(*arguments)

@@ -209,6 +209,13 @@ def test_a_cache_of_heads_is_saved_spliced_and_compiled(uneven, tmp_path):
         pieces[0].splice(pieces[1], skip=0)
         assert int(pieces[0].get_seq_length()) == 70
         assert all(torch.isfinite(layer.keys.dequantize()).all() for layer in pieces[0].layers)
+        growing = [new_cache(model) for _ in range(2)]  # past its capacity, in a graph too
+        outputs = []
+        for forward, one in zip((model, torch.compile(model, fullgraph=True, backend="eager")), growing, strict=True):
+            model(ids.repeat(1, 3), past_key_values=one)
+            outputs.append(forward(ids, past_key_values=one).logits)
+            assert one.layers[0].keys.shape[2] > 256
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
         fixed = [new_cache(model, max_cache_len=96) for _ in range(2)]
         step = torch.compile(model, fullgraph=True, backend="aot_eager")
         for forward, one in zip((model, step), fixed, strict=True):

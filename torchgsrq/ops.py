@@ -28,6 +28,7 @@ _library = torch.library.Library("torchgsrq", "FRAGMENT")
 
 _SCHEMAS = {
     "encode": "(Tensor x, Tensor position, Tensor[] codec, int[] layout) -> Tensor",
+    "encode_at_once": "(Tensor x, Tensor position, Tensor[] codec, int[] layout) -> Tensor",
     "search": "(Tensor y, Tensor[] codec, int[] layout) -> Tensor",
     "decode": "(Tensor codes, Tensor position, Tensor[] codec, int[] layout, ScalarType dtype) -> Tensor",
     "append_": "(Tensor(a!) codes, Tensor(b!) window, Tensor(c!) length, Tensor(d!) encoded, Tensor start, "
@@ -52,7 +53,9 @@ _SCHEMAS = {
 }
 # What reads lengths on the host must stay outside captured CUDA graphs; the Triton kernels do not.
 _CAPTURABLE = (
-    ("encode", "decode", "append_", "append_pair_", "tail", "attention") if importlib.util.find_spec("triton") else ()
+    ("encode", "encode_at_once", "decode", "append_", "append_pair_", "tail", "attention")
+    if importlib.util.find_spec("triton")
+    else ()
 )
 _UNSAFE = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 for _name, _schema in _SCHEMAS.items():
@@ -74,6 +77,11 @@ def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) 
     if x.shape[1] != codec_.heads:
         raise ValueError(f"x has shape {tuple(x.shape)}; this codec is for {codec_.heads} heads")
     return (_kernel(x, "encode", codec_) or reference.encode)(x, position, codec_)
+
+
+def encode_at_once(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+    """`encode`, where Inductor shall not take it apart (`lowering.encode`)."""
+    return encode(x, position, codec, layout)
 
 
 def search(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
@@ -285,6 +293,7 @@ def _subclass_only(*_: object) -> None:
 
 _FUNCTIONS = (
     encode,
+    encode_at_once,
     search,
     decode,
     append_,
@@ -301,6 +310,7 @@ _FUNCTIONS = (
 # These have a C++ kernel as well, in kernels/.
 _COMPILED = (
     "encode",
+    "encode_at_once",
     "search",
     "append_",
     "append_pair_",
@@ -360,6 +370,7 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("torchgsrq::encode", lib=_library)
+@torch.library.register_fake("torchgsrq::encode_at_once", lib=_library)
 def _(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
     lowering.register()
     return x.new_empty(Codec.from_flat(codec, layout).codes_shape(x.shape[0], x.shape[2]), dtype=torch.uint8)
