@@ -84,7 +84,12 @@ def _finish(
         allowed = allowed & (slots[None, :] <= query_slot[:, None])
     if MASK:
         column = tl.minimum(slots, mask_w - 1)
-        at = batch * mask_b + head[:, None] * mask_h + query[:, None].to(tl.int64) * mask_q + column[None, :] * mask_t
+        at = (
+            batch * mask_b
+            + head[:, None].to(tl.int64) * mask_h
+            + query[:, None].to(tl.int64) * mask_q
+            + column[None, :] * mask_t
+        )
         extra = tl.load(mask + at, mask=allowed & row[:, None], other=0)
         if MASK == 1:
             allowed = allowed & (extra != 0)
@@ -299,7 +304,7 @@ def split_kernel(
     r = tile * BM + tl.arange(0, BM)
     row = r < GROUP * QUERIES
     head, query = kv_head * GROUP + r // QUERIES, r % QUERIES
-    base = b * q_b + head * q_h + query * q_q
+    base = b * q_b + head.to(tl.int64) * q_h + query * q_q
     length, encoded = tl.load(length_), tl.load(encoded_ + b)
     origin, sink = tl.load(start + 2 * b), tl.load(start + 2 * b + 1)
     query_slot = query
@@ -325,7 +330,7 @@ def split_kernel(
     if split == SPLITS:
         top, mass = _exact(
             q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
-            b, kv_head, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
+            b, kv_head.to(tl.int64), row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
             mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
             D, BD, SINKS, BS, RING, VIEW, CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, PRECISION,
         )  # fmt: skip
@@ -350,7 +355,7 @@ def merge_kernel(
     """Merge the splits of a tile of query rows; only here does the output leave the values' metric."""
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h = bh % HEADS
-    kv_head = layer_head(heads, h)
+    kv_head = layer_head(heads, h).to(tl.int64)
     r = tile * BM + tl.arange(0, BM)
     row = r < GROUP * QUERIES
     place = bh * ROWS + r  # ROWS of a KV head were written, padding included

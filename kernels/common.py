@@ -63,7 +63,7 @@ def layer_head(heads, i):
     j = tl.arange(0, 64)
     held = ((heads.to(tl.int64) >> j) & 1).to(tl.int32)
     before = tl.cumsum(held, 0) - held
-    return tl.sum(tl.where((held == 1) & (before == i), j, 0), 0).to(tl.int64)
+    return tl.sum(tl.where((held == 1) & (before == i), j, 0), 0)
 
 
 def window(kv: Packed) -> dict[str, int]:

@@ -50,7 +50,7 @@ def encode_kernel(
     window. The head is ``h`` in the run, whose tables and codes these are, and ``head`` in the layer."""
     tile, bh, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
-    head = layer_head(heads, h)
+    head = layer_head(heads, h).to(tl.int64)
     t = tile * T + tl.arange(0, T)
     low = 0
     first = 0
