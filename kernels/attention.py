@@ -330,8 +330,8 @@ def split_kernel(
     if split == SPLITS:
         top, mass = _exact(
             q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
-            b, kv_head.to(tl.int64), row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
-            mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
+            b, kv_head.to(tl.int64), row, head, query, query_slot, place, length, low, boundary, sink, first_sink,
+            past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
             D, BD, SINKS, BS, RING, VIEW, CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, PRECISION,
         )  # fmt: skip
     else:

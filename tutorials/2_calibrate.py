@@ -7,7 +7,7 @@
 #
 # Run it with `python tutorials/2_calibrate.py`; it takes about a minute on two cores, and half a minute more
 # without codebooks from another tutorial. What is printed here, and the picture, are from a 2-core AMD EPYC (Zen 4,
-# AVX-512), torch 2.13.0, 2026-11-27.
+# AVX-512), torch 2.13.0, 2026-11-27, when bits were dealt to layers as wholes.
 
 # %%
 from pathlib import Path
