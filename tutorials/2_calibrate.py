@@ -7,7 +7,7 @@
 #
 # Run it with `python tutorials/2_calibrate.py`; it takes about a minute on two cores, and half a minute more
 # without codebooks from another tutorial. What is printed here, and the picture, are from a 2-core AMD EPYC (Zen 4,
-# AVX-512), torch 2.13.0, 2026-11-27, when bits were dealt to layers as wholes.
+# AVX-512), torch 2.13.0, 2026-11-27.
 
 # %%
 from pathlib import Path
@@ -56,12 +56,12 @@ print("\n".join(books.describe().splitlines()[:8]), "\n...")
 # ```text
 # Codebooks(30 layers, 1 bits, source='data')
 # layer 0: keys 0.5 bits, values 0.5 bits, 0.2% of the cost
-# layer 1: keys 0.75 bits, values 0.5 bits, 0.7% of the cost
-# layer 2: keys 1.5 bits, values 0.5 bits, 2.3% of the cost
-# layer 3: keys 1.5 bits, values 0.5 bits, 3.0% of the cost
-# layer 4: keys 1.5 bits, values 0.5 bits, 1.8% of the cost
-# layer 5: keys 3 bits, values 0.5 bits, 13.1% of the cost
-# layer 6: keys 1.5 bits, values 0.5 bits, 2.7% of the cost
+# layer 1: keys 1, 0.75, 0.5 bits, values 0.5 bits, 0.7% of the cost
+# layer 2: keys 0.75, 2, 1.5 bits, values 0.5 bits, 2.2% of the cost
+# layer 3: keys 1, 2, 2 bits, values 0.5 bits, 3.3% of the cost
+# layer 4: keys 1.5, 1, 2 bits, values 0.5 bits, 1.8% of the cost
+# layer 5: keys 2, 1.5, 4 bits, values 0.5 bits, 12.6% of the cost
+# layer 6: keys 2, 2, 1.5 bits, values 0.5 bits, 2.7% of the cost
 # ...
 # ```
 #
@@ -104,16 +104,16 @@ for name, q in found.items():
 
 # %% [markdown]
 # ```text
-# 1 bit      KL 0.031 (0.017 to 0.046) nats, perplexity 18.02 of 18.27
-# 0.75 bit   KL 0.043 (0.023 to 0.063) nats, perplexity 18.40 of 18.27
-# 0.5 bit    KL 0.066 (0.034 to 0.103) nats, perplexity 18.73 of 18.27
+# 1 bit      KL 0.024 (0.013 to 0.036) nats, perplexity 17.97 of 18.27
+# 0.75 bit   KL 0.032 (0.017 to 0.050) nats, perplexity 17.91 of 18.27
+# 0.5 bit    KL 0.043 (0.022 to 0.068) nats, perplexity 18.08 of 18.27
 # own text   KL 0.114 (0.052 to 0.175) nats, perplexity 20.82 of 18.27
 # your text  KL 0.070 (0.033 to 0.115) nats, perplexity 18.84 of 18.27
 # ```
 #
 # A KL divergence of 0 would mean that the model says the same as in full precision. 384 tokens are few, so all of
-# this is noisy: the intervals overlap, and perplexity even comes out better at 1 bit than in full precision, which
-# is chance. It points where [more tokens](../docs/quality.md) point too: your kind of text is better than the
+# this is noisy: the intervals overlap, and perplexity even comes out better than in full precision, which is
+# chance. It points where [more tokens](../docs/quality.md) point too: your kind of text is better than the
 # model's own, and bits for the heads that need them are better than the same for all.
 
 # %%
