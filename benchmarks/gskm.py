@@ -22,7 +22,7 @@ from torchgsrq.codec.kmeans import METHODS, cluster, nearest
 from torchgsrq.embedded import NAME, load_model
 from torchgsrq.evaluate import environment
 from torchgsrq.learning.statistics import collect_statistics
-from torchgsrq.learning.text import token_windows
+from torchgsrq.learning.text import cut, token_ids
 from torchgsrq.models import inspect_layers
 
 matplotlib.use("Agg")
@@ -45,7 +45,7 @@ def measure(model: Any, tokenizer: Any, texts: tuple[str, str], tokens: int) -> 
     layers = inspect_layers(model)[::6]
     vectors = []
     for text in texts:
-        windows = token_windows(model, [text], tokens, 1024, tokenizer)
+        windows = cut(token_ids(tokenizer, text)[:tokens], 1024)
         stats = collect_statistics(model, layers, windows)
         vectors.append([(torch.cat(s.keys, 1), torch.cat(s.values, 1)) for s in stats.values()])
     rows = []

@@ -28,7 +28,7 @@ from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.learning.calibrate import rates_of_heads
 from torchgsrq.learning.sensitivity import by_head, sensitivity
 from torchgsrq.learning.statistics import collect_statistics
-from torchgsrq.learning.text import recall_windows, token_ids, token_windows
+from torchgsrq.learning.text import cut, recall_windows, token_ids
 from torchgsrq.learning.train import train
 from torchgsrq.models import inspect_layers, rope_span
 
@@ -149,10 +149,10 @@ class Bench:
     def text(self) -> None:
         """What calibration reads, one thing after the other: the same text in short and in long windows, text that is
         repeated, and lists."""
-        text, config = [self.args.calibration.read_text()], GSRQConfig(bits=1, allocation="uniform")
+        text, config = self.args.calibration.read_text(), GSRQConfig(bits=1, allocation="uniform")
         span = rope_span(self.model)
         trials = retrieval.trials(self.tokenizer, document(), 1024, tasks=("keys", "lookup"), count=4)
-        long = token_windows(self.model, text, TOKENS, 1024, self.tokenizer)
+        long = cut(token_ids(self.tokenizer, text)[:TOKENS], 1024)
         recall = [recall_windows(long, tokenizer, 0) for tokenizer in (None, self.tokenizer)]
         for row, windows in {
             "windows of 512": long.view(-1, 512),

@@ -132,24 +132,24 @@ def test_passes_over_the_data_change_nothing(model):
     ids=["tensor", "rows", "list of tensors", "batch", "lists of ids"],
 )
 def test_kinds_of_data(model, data):
-    assert torch.equal(text.token_windows(model, data, 512, 128), TOKENS.view(4, 128))
+    assert torch.equal(text.token_stream(model, data, 512), TOKENS)
 
 
 def test_padding_is_no_data(model):
     mask = torch.ones(4, 128, dtype=torch.long)
     mask[:, :28] = 0
-    got = text.token_windows(model, [{"input_ids": TOKENS.view(4, 128), "attention_mask": mask}], 512, 100)
-    assert torch.equal(got, TOKENS.view(4, 128)[:, 28:])
+    got = text.token_stream(model, [{"input_ids": TOKENS.view(4, 128), "attention_mask": mask}], 512)
+    assert torch.equal(got, TOKENS.view(4, 128)[:, 28:].flatten())
 
 
 def test_strings_need_a_tokenizer(model):
     def tokenizer(text, **_):
         return type("Out", (), {"input_ids": torch.tensor([[ord(c) % 100 for c in text]])})
 
-    got = text.token_windows(model, ["abc" * 100], 512, 128, tokenizer)
-    assert got.shape == (2, 128) and got[0, :3].tolist() == [97, 98, 99]
+    got = text.token_stream(model, ["abc" * 100], 256, tokenizer)
+    assert got.shape == (256,) and got[:3].tolist() == [97, 98, 99]
     with pytest.raises(ValueError, match="data holds 3 tokens; calibration needs at least 128"):
-        text.token_windows(model, ["abc"], 512, 128, tokenizer)
+        text.token_stream(model, ["abc"], 512, tokenizer)
 
 
 def test_the_model_writes_its_own_text(model, caplog):
@@ -158,6 +158,26 @@ def test_the_model_writes_its_own_text(model, caplog):
     b = text.own_text(model, 256, 64, seed=0, progress=False)
     assert a.shape == (4, 64) and torch.equal(a, b) and a.unique().numel() > 20
     assert not torch.equal(a, text.own_text(model, 256, 64, seed=1, progress=False))
+
+
+@torch.no_grad()
+def test_what_data_lacks_the_model_writes(model, caplog, monkeypatch):
+    """Little data is read first, own text fills up what is asked for; a model that cannot write learns from little."""
+    monkeypatch.setattr(module, "WINDOW", 128)
+    with caplog.at_level(logging.INFO, "torchgsrq"):
+        windows, source = module.calibration_windows(model, [TOKENS[:200]], None, 512, 0, False)
+    assert "data holds 200 of 512 tokens; the model writes the other 312 itself" in caplog.text
+    assert source == "200 tokens of data, and text the model wrote itself"
+    assert windows.shape == (4 + 2, 128)
+    own = text.own_text(model, 312, 32, seed=0, progress=False).flatten()[:312]
+    assert torch.equal(windows[:4].flatten(), torch.cat((TOKENS[:200], own)))
+
+    monkeypatch.setattr(model, "generate", None)
+    windows, source = module.calibration_windows(model, [TOKENS[:200]], None, 512, 0, False)
+    assert "calibrating on 200 tokens, where 512 are better: LlamaForCausalLM could not write" in caplog.text
+    assert source == "data" and torch.equal(windows, TOKENS[None, :128])
+    with pytest.raises(ValueError, match="tokens=100; calibration needs at least 128, better 16384"):
+        calibrate(model, SMALL, TOKENS, tokens=100)
 
 
 def test_recall_windows(model):

@@ -359,7 +359,7 @@ def test_adapters_and_wrappers(llama):
     assert isinstance(wrapped.generate(PROMPT, **GREEDY, return_dict_in_generate=True).past_key_values, GSRQCache)
     assert isinstance(new_cache(wrapped), GSRQCache)
     dequantize_kv_(wrapped)
-    assert len(calibrate(wrapped, SMALL, TOKENS, progress=False)) == 2
+    assert len(calibrate(wrapped, SMALL, TOKENS, tokens=512, progress=False)) == 2
     quantize_kv_(torch.compile(model), SMALL, codebooks=llama[1])
     assert isinstance(model(PROMPT).past_key_values, GSRQCache)
 

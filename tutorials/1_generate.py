@@ -42,7 +42,7 @@ ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbo
 # %%
 file = here / "smollm2.safetensors"
 if not file.exists():
-    calibrate(model, GSRQConfig(bits=1), data=[ids[-1024:]]).save(file)
+    calibrate(model, GSRQConfig(bits=1), data=[ids[-1024:]], tokens=1024).save(file)
 
 # %% [markdown]
 # ## Quantize, then generate as before

@@ -27,7 +27,8 @@ ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbo
 #
 # `calibrate` takes strings (and a tokenizer), tensors of token ids, or batches. It reads 16384 tokens of them,
 # which takes minutes, and half as much again that it makes of them: text that repeats itself, and lists to look
-# things up in. We give it 1024 tokens to be quick: far too few for real work. The model must not be quantized yet.
+# things up in. What your text lacks of them the model writes itself. To be quick we say `tokens=1024`, and 1024 are all
+# that it reads: far too few for real work. The model must not be quantized yet.
 #
 # ```python
 # books = calibrate(model, GSRQConfig(bits=1), data=texts, tokenizer=tokenizer)
@@ -39,7 +40,7 @@ ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbo
 # %%
 file = here / "smollm2.safetensors"
 if not file.exists():
-    calibrate(model, GSRQConfig(bits=1), data=[ids[-1024:]]).save(file)
+    calibrate(model, GSRQConfig(bits=1), data=[ids[-1024:]], tokens=1024).save(file)
 books = Codebooks.load(file)
 
 # %% [markdown]
@@ -94,7 +95,7 @@ candidates = {f"{rate:g} bit": (GSRQConfig(bits=rate, recent_tokens=32), books.a
 # %%
 quick = GSRQConfig(bits=1, allocation="uniform", recent_tokens=32)
 candidates["own text"] = quick, calibrate(model, quick, tokens=512)
-candidates["your text"] = quick, calibrate(model, quick, data=[ids[-512:]])
+candidates["your text"] = quick, calibrate(model, quick, data=[ids[-512:]], tokens=512)
 
 found = quality(model, [ids[:384]], candidates)
 for name, q in found.items():

@@ -27,7 +27,7 @@ model, tokenizer = load_model()
 ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
 file = here / "smollm2.safetensors"
 if not file.exists():
-    calibrate(model, GSRQConfig(bits=1), data=[ids[-1024:]]).save(file)
+    calibrate(model, GSRQConfig(bits=1), data=[ids[-1024:]], tokens=1024).save(file)
 books = Codebooks.load(file)
 
 # %% [markdown]

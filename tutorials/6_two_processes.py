@@ -89,7 +89,7 @@ if __name__ == "__main__":
     model, tokenizer = load_model()
     if not file.exists():
         text = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
-        calibrate(model, GSRQConfig(bits=1), data=[text[0, -1024:]]).save(file)
+        calibrate(model, GSRQConfig(bits=1), data=[text[0, -1024:]], tokens=1024).save(file)
     spawn = torch.multiprocessing.get_context("spawn")
     mine, other = spawn.Pipe()
     process = spawn.Process(target=writer, args=(other,))

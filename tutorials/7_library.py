@@ -27,7 +27,7 @@ ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbo
 file = here / "smollm2.safetensors"
 if not file.exists():
     with torch.enable_grad():
-        calibrate(model, GSRQConfig(bits=1), data=[ids[0, -1024:]]).save(file)
+        calibrate(model, GSRQConfig(bits=1), data=[ids[0, -1024:]], tokens=1024).save(file)
 
 # %% [markdown]
 # ## Full precision, to compare with

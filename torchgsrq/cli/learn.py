@@ -35,8 +35,10 @@ def calibrate_command(
     ],
     model: Model = None,
     bits: Annotated[float, typer.Option(help="bits per element")] = 1,
-    text: Annotated[Path | None, typer.Option("--text", help="calibration text; the model's own by default")] = None,
-    tokens: Annotated[int, typer.Option(help="tokens of it to use")] = TOKENS,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="calibration text; what is missing of --tokens the model writes")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="how many to learn from")] = TOKENS,
     layout: Layout = "quality",
     frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
     recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",

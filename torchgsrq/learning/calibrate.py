@@ -49,12 +49,12 @@ def calibrate(
     Args:
         model: a transformers decoder, not quantized.
         config: rates, layout, frame, recipe and seed are used.
-        data: text of the kind that the model will read: strings, token tensors, or batches. Without it
-            the model writes its own, which costs quality (docs/quality.md).
+        data: text of the kind that the model will read: strings, token tensors, or batches. What it lacks of
+            ``tokens`` the model writes itself, which costs quality (docs/quality.md).
         tokenizer: for strings, and for lists that the model looks things up in (`text.recall_windows`); the one of
             ``model.name_or_path`` by default.
-        tokens: how much of the data to use, 16384 by default; half as much again is made of it, in whole windows of
-            1024: nothing of fewer than 2048.
+        tokens: how many to read, 16384 by default: the first of the data, then the model's own. Half as much again is
+            made of them, in whole windows of 1024: nothing of fewer than 2048.
         max_memory: bytes of vectors held at a time; more layers than fit are calibrated in several passes.
         progress: show bars.
 
@@ -69,6 +69,8 @@ def calibrate(
     model = models.check_supported(model)
     if not isinstance(config, GSRQConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig")
+    if tokens < text.FEWEST:
+        raise ValueError(f"tokens={tokens}; calibration needs at least {text.FEWEST}, better {TOKENS}")
     if getattr(getattr(model, "_gsrq", None), "active", False):
         raise ValueError(f"{type(model).__name__} is quantized; call dequantize_kv_ first, then calibrate")
     with models.plain_precision(model), models.evaluating(model):
@@ -228,13 +230,27 @@ def calibration_windows(
         look things up (`text.recall_windows`).
     """
     window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", None) or WINDOW)
-    source = "data"
-    if data is None:  # written in short rows, which is faster, and read as one text
-        data, source = [text.own_text(model, tokens, window // 4, seed, progress)], "text the model wrote itself"
+    own = "text the model wrote itself"
+    if data is None:
+        stream, source = _own_text(model, tokens, window, seed, progress), own
         log.info("calibrating on text that the model wrote itself; real text of your own kind (data=) is better")
-    windows = text.token_windows(model, data, tokens, window, tokenizer)
+    else:
+        stream, source = text.token_stream(model, data, tokens, tokenizer), "data"
+        if missing := tokens - stream.numel():
+            log.info("data holds %d of %d tokens; the model writes the other %d itself", len(stream), tokens, missing)
+            try:
+                written = _own_text(model, missing, window, seed, progress).to(stream.device)
+                stream, source = torch.cat((stream, written)), f"{len(stream)} tokens of data, and {own}"
+            except ValueError as error:  # a decoder without a head, say
+                log.warning("calibrating on %d tokens, where %d are better: %s", len(stream), tokens, error)
+    windows = text.cut(stream, window)
     tokenizer = text.known_tokenizer(model) if tokenizer is None else tokenizer
     return torch.cat((windows, text.recall_windows(windows, tokenizer, seed))), source
+
+
+def _own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progress: bool) -> Tensor:
+    """Tokens ``[tokens]`` that the model writes: in short rows, which is faster, and read as one text."""
+    return text.own_text(model, tokens, window // 4, seed, progress).flatten()[:tokens]
 
 
 def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:

@@ -28,13 +28,12 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     ).long()
 
 
-def token_windows(
-    model: PreTrainedModel, data: Iterable[Any], tokens: int, window: int, tokenizer: Any = None
-) -> Tensor:
-    """Cut data into windows: strings, 1-D or 2-D token tensors, lists of ids, or batches with ``input_ids``.
+def token_stream(model: PreTrainedModel, data: Iterable[Any], tokens: int, tokenizer: Any = None) -> Tensor:
+    """The first tokens of data, one item after the other: strings, 1-D or 2-D token tensors, lists of ids, or batches
+    with ``input_ids``.
 
     Returns:
-        int64 ``[windows, window]``, about ``tokens`` tokens in all; fewer where the data is shorter.
+        int64 ``[n]``, n at most ``tokens``; fewer where the data is shorter.
 
     Raises:
         TypeError: an item of another kind. ValueError: no tokenizer, token ids that are no integers of the model's
@@ -73,6 +72,12 @@ def token_windows(
     stream = torch.cat(pieces)[:tokens] if pieces else torch.zeros(0, dtype=torch.long)
     if stream.numel() < FEWEST:
         raise ValueError(f"data holds {stream.numel()} tokens; calibration needs at least {FEWEST}, better {TOKENS}")
+    return stream
+
+
+def cut(stream: Tensor, window: int) -> Tensor:
+    """Tokens ``[n]`` as windows ``[n // window, window]``, without what is left over; one window of all, if there are
+    fewer."""
     window = min(window, stream.numel())
     return stream[: stream.numel() // window * window].view(-1, window)
 
