@@ -34,6 +34,7 @@ from torchgsrq.cli.common import (
     mib,
     read,
 )
+from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, load_model
 from torchgsrq.learning.calibrate import TOKENS, cached_codebooks, calibrate
@@ -52,7 +53,7 @@ def evaluate_command(
     calibration: Annotated[
         Path | None, typer.Option(help="calibration text; the model's own by default", show_default=False)
     ] = None,
-    tokens: Annotated[int, typer.Option(help="tokens of calibration text")] = TOKENS,
+    tokens: Annotated[int, typer.Option(help="how many to learn from, with --calibration")] = TOKENS,
     layout: Layout = "quality",
     frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
     uniform: Uniform = False,
@@ -73,6 +74,12 @@ def evaluate_command(
     starts = [i * stride for i in range(windows) if i * stride + context <= ids.numel()]
     if not starts:
         raise typer.BadParameter(f"the text has {ids.numel()} tokens, fewer than --context {context}")
+
+    def learned(config: GSRQConfig) -> Codebooks:
+        if calibration is None:
+            return cached_codebooks(llm, config)
+        return calibrate(llm, config, [read(calibration)], tokenizer=tokenizer, tokens=tokens)
+
     candidates: dict[str, measures.Candidate] = {}
     cuts = [ids[s : s + context] for s in starts]
     for name in recipe or ["gsrq"]:
@@ -87,12 +94,7 @@ def evaluate_command(
             block_tokens=block,
             seed=seed,
         )
-        if codebooks is not None:
-            books = books_at(codebooks)
-        elif calibration is not None and name != "universal":
-            books = calibrate(llm, base, [read(calibration)], tokenizer=tokenizer, tokens=tokens)
-        else:
-            books = cached_codebooks(llm, base)
+        books = learned(base) if codebooks is None else books_at(codebooks)
         for rate in rates:
             config = dataclasses.replace(base, bits=rate)
             nested = books
@@ -101,8 +103,7 @@ def evaluate_command(
             except ValueError:  # a layout whose groups change with the rate
                 if codebooks is not None:
                     raise
-                data = [read(calibration)] if calibration is not None else None
-                nested = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens)
+                nested = learned(config)
             candidates[f"{name} {rate:g}"] = (config, nested)
     found = measures.quality(llm, cuts, candidates, shift) if windows else {}
     answered: dict[str, dict[str, tasks.Score]] = {}
