@@ -75,7 +75,7 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
     for read in (Codebooks.from_pretrained, Codebooks.load):
         with pytest.raises(FileNotFoundError, match=r"has no codebooks\.safetensors"):
             read(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("no/such", "three/part/name"):
         with pytest.raises(FileNotFoundError, match=f"'{name}' is no folder here"):
             Codebooks.from_pretrained(name)
