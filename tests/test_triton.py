@@ -103,7 +103,7 @@ def test_queries_that_float16_cannot_hold():
 
 
 @pytest.mark.parametrize("view", [EXACT_TAIL, STREAMING])
-@pytest.mark.parametrize("new", [2, 9, 40])
+@pytest.mark.parametrize("new", [2, 9, 70])
 def test_attention_with_tails(view, new):
     key, value, g = buffers(64, 150, pad=5)
     more = [b.grown(150 + new) for b in (key, value)]
@@ -148,11 +148,11 @@ def test_an_empty_cache_gives_zeros():
     assert not run(torch.randn(2, 4, 1, 64, generator=g), key, value).any()
 
 
+@pytest.mark.parametrize("eta", [1, 8])
+@pytest.mark.parametrize("beam", [1, 3, 4])
 @pytest.mark.parametrize("preset", CODECS)
-@settings(max_examples=10)
+@settings(max_examples=2)
 @given(
-    beam=st.sampled_from([1, 3, 4]),
-    eta=st.sampled_from([1, 8]),
     dim=st.sampled_from([16, 64, 80, 128]),
     n=st.sampled_from([1, 16, 17]),
     first=st.sampled_from([-5, 0, 1_000_000]),
@@ -181,7 +181,7 @@ def test_outliers_do_not_overflow():
 
 @settings(max_examples=10)
 @given(
-    chunks=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    chunks=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     rewind=st.integers(0, 12),
     pad=st.integers(0, 9),
     dtype=st.sampled_from([torch.float32, torch.float16]),
