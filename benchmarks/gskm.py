@@ -47,7 +47,7 @@ def measure(model: Any, tokenizer: Any, texts: tuple[str, str], tokens: int) -> 
     for text in texts:
         windows = cut(token_ids(tokenizer, text)[:tokens], 1024)
         stats = collect_statistics(model, layers, windows)
-        vectors.append([(torch.cat(s.keys, 1), torch.cat(s.values, 1)) for s in stats.values()])
+        vectors.append([(torch.cat(s.keys.x, 1), torch.cat(s.values.x, 1)) for s in stats.values()])
     rows = []
     for kind, what in enumerate(("keys", "values")):
         for joined in (False, True):

@@ -57,18 +57,19 @@ def test_statistics_are_the_formulas(model, stats):
             for s in range(1, t - 31):
                 k_weight[s] += p[s] ** 2 * (v[0, 1, s] - o).square().sum()
                 v_weight[s] += p[s] ** 2
-    torch.testing.assert_close(got.key_weight[1][1], k_weight, rtol=1e-3, atol=1e-7)
-    torch.testing.assert_close(got.value_weight[1][1], v_weight, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(got.keys.weight[1][1], k_weight, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(got.values.weight[1][1], v_weight, rtol=1e-3, atol=1e-7)
     raw = rotate(k[0], -torch.arange(128), info.inv_freq)
-    torch.testing.assert_close(got.keys[1], raw)
-    assert len(got.keys) == 4 and torch.equal(got.places[1], torch.arange(128))
+    torch.testing.assert_close(got.keys.x[1], raw)
+    assert len(got.keys.x) == 4 and torch.equal(got.keys.places[1].diff(), torch.ones(2, 127, dtype=torch.long))
+    assert all(bool((count == 1).all()) for count in got.keys.count)
 
 
 def test_the_codec_codes_what_it_was_trained_on(model, stats):
     """In sample, more codes mean less weighted error, and far less than the mean alone."""
     config = dataclasses.replace(SMALL, bits=2)
     layer = train(stats[0], config, [(2, 2)] * 2, 512)
-    k = torch.stack([rotate(x, torch.arange(128), stats[0].info.inv_freq) for x in stats[0].keys])
+    k = torch.stack([rotate(x, torch.arange(128), stats[0].info.inv_freq) for x in stats[0].keys.x])
     at = torch.arange(128).expand(4, -1)
     errors = []
     for bits in (0.5, 1, 2):
@@ -77,7 +78,7 @@ def test_the_codec_codes_what_it_was_trained_on(model, stats):
         error = (back - k) @ codec.transform.transpose(1, 2)
         errors.append(float(error.square().sum()))
     assert errors[0] > errors[1] > errors[2]
-    centred = rotate(torch.stack(stats[0].keys) - layer.key.mean[:, None], at[:, None], stats[0].info.inv_freq)
+    centred = rotate(torch.stack(stats[0].keys.x) - layer.key.mean[:, None], at[:, None], stats[0].info.inv_freq)
     assert errors[2] < 0.5 * float((centred @ layer.key.transform.transpose(1, 2)).square().sum())
 
 

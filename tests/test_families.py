@@ -163,7 +163,7 @@ def test_layers_that_read_another_ones_cache_count_in_what_is_learned():
     layers = inspect_layers(model)
     assert [(x.index, x.readers) for x in layers] == [(0, ()), (1, ()), (2, (4,)), (3, (5,))]
     stats = collect_statistics(model, layers, families.PROMPT, progress=False)
-    tokens = {index: sum(k.shape[1] for k in s.keys) for index, s in stats.items()}
+    tokens = {index: sum(k.shape[1] for k in s.keys.x) for index, s in stats.items()}
     assert tokens == {0: 120, 1: 120, 2: 240, 3: 240}
 
 

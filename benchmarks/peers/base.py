@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from torchgsrq import Codec
 from torchgsrq.codec.rope import rotate
-from torchgsrq.learning.statistics import Statistics
+from torchgsrq.learning.statistics import Statistics, Vectors
 from torchgsrq.models import LayerInfo
 from torchgsrq.ops import round_trip
 
@@ -143,6 +143,17 @@ def _attention(
 
 AttentionInterface.register(NAME, _attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def all_of(vectors: Vectors) -> tuple[Tensor, Tensor]:
+    """Keys or values ``[heads, n, d]`` of all tokens that were read, and what their errors cost ``[heads, n]``.
+
+    Raises:
+        ValueError: of a long text a part is kept alone, drawn by what errors cost, which is for `train` to put right.
+    """
+    if any(bool((count > 1).any()) for count in vectors.count):
+        raise ValueError("a method that learns from all vectors cannot be measured at so many --tokens; use 16384")
+    return torch.cat(vectors.x, 1), torch.cat(vectors.weight, 1)
 
 
 @contextmanager

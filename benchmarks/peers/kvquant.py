@@ -8,7 +8,7 @@ the layer's scale, 16 bits and a 16-bit index each. The first token is exact thr
 from __future__ import annotations
 
 import torch
-from peers.base import Method, after_rope, before_rope
+from peers.base import Method, after_rope, all_of, before_rope
 from torch import Tensor
 
 from torchgsrq.learning.statistics import Statistics
@@ -46,9 +46,9 @@ class KVQuant(Method):
         self.value_levels: dict[int, Tensor] = {}
 
     def fit_layer(self, index: int, stats: Statistics) -> None:
-        k, v = torch.cat(stats.keys, 1), torch.cat(stats.values, 1)
+        (k, cost), (v, _) = all_of(stats.keys), all_of(stats.values)
         rows = k.transpose(1, 2).flatten(0, 1).contiguous()  # [heads * d, n]
-        weight = torch.cat(stats.key_weight, 1).repeat_interleave(k.shape[-1], 0)
+        weight = cost.repeat_interleave(k.shape[-1], 0)
         weight = weight + 1e-3 * weight.mean()
         some = rows[:, :: max(1, rows.shape[1] // 4096)]
         low, high = (torch.quantile(some, q, dim=1, keepdim=True) for q in (OUTLIERS / 2, 1 - OUTLIERS / 2))

@@ -13,7 +13,7 @@ that read them, a scale per token that all heads share (8 bits), then one of 256
 from __future__ import annotations
 
 import torch
-from peers.base import Method, after_rope, as_decoded, before_rope
+from peers.base import Method, after_rope, all_of, as_decoded, before_rope
 from torch import Tensor
 
 from torchgsrq import Codec
@@ -35,9 +35,9 @@ class Vectors(Method):
         """What channels are divided by, ``[heads, d]``."""
         return x.square().mean((1, 2), keepdim=True).sqrt()[..., 0].expand(-1, x.shape[-1])
 
-    def weight(self, x: Tensor, stats: Statistics, is_key: bool) -> Tensor:
+    def weight(self, cost: Tensor) -> Tensor:
         """Of every vector in the clustering, ``[heads, n]``."""
-        return torch.ones_like(x[..., 0])
+        return torch.ones_like(cost)
 
     def token_scale(self, x: Tensor) -> Tensor:
         """Of every token, as it is stored: ``x [b, heads, n, d]`` to ``[b, 1, n, 1]``."""
@@ -49,11 +49,11 @@ class Vectors(Method):
 
     def fit_layer(self, index: int, stats: Statistics) -> None:
         made = []
-        for is_key, parts in ((True, stats.keys), (False, stats.values)):
-            x = torch.cat(parts, 1)
+        for is_key, vectors in ((True, stats.keys), (False, stats.values)):
+            x, cost = all_of(vectors)
             dim = x.shape[-1]
             layout = Layout(dim, dim // self.width, round(self.rate * dim / 8))
-            weight = self.weight(x, stats, is_key)
+            weight = self.weight(cost)
             mean = self.mean(x)
             x = x - mean[:, None]
             x = x / self.token_scale(x[None])[0]
@@ -98,8 +98,8 @@ class CQ(Vectors):
     def __init__(self, bits: float = 1) -> None:
         super().__init__("CQ 8c8b", 8, bits)
 
-    def weight(self, x: Tensor, stats: Statistics, is_key: bool) -> Tensor:
-        return torch.cat(stats.key_weight if is_key else stats.value_weight, 1) + 1e-12
+    def weight(self, cost: Tensor) -> Tensor:
+        return cost + 1e-12
 
 
 class TaSQ(Vectors):
@@ -117,8 +117,8 @@ class TaSQ(Vectors):
         metric = torch.as_tensor(stats.query_metric).diagonal(dim1=-2, dim2=-1)
         return (metric / metric.mean(-1, keepdim=True)).clamp_min(1e-4).rsqrt()
 
-    def weight(self, x: Tensor, stats: Statistics, is_key: bool) -> Tensor:
-        return torch.cat(stats.key_weight if is_key else stats.value_weight, 1).sqrt() + 1e-12
+    def weight(self, cost: Tensor) -> Tensor:
+        return cost.sqrt() + 1e-12
 
     def token_scale(self, x: Tensor) -> Tensor:
         size = x.square().mean((1, 3), keepdim=True).sqrt().clamp_min(1e-8)

@@ -22,7 +22,7 @@ from torchgsrq.codec.layout import key_layout, rates, value_layout
 from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.learning import text
 from torchgsrq.learning.sensitivity import by_head, sensitivity
-from torchgsrq.learning.statistics import Statistics, chunks, collect_cached, collect_statistics
+from torchgsrq.learning.statistics import Statistics, chunks, collect_cached, collect_statistics, share
 from torchgsrq.learning.text import TOKENS
 from torchgsrq.learning.train import train, train_cached
 from torchgsrq.models import LayerInfo
@@ -30,7 +30,7 @@ from torchgsrq.models import LayerInfo
 log = logging.getLogger("torchgsrq")
 
 WINDOW = 1024  # tokens of a calibration sequence
-_RECIPE = 3  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
+_RECIPE = 4  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def calibrate_qkv(
     for i, given in enumerate(layers):
         q, k, v = _checked_qkv(i, tuple(given), freq)
         info = LayerInfo(i, "full_attention", q.shape[1], k.shape[1], k.shape[3], freq.to(k.device), interleaved, rope)
-        stats = Statistics(info)
+        stats = Statistics(info, share(k.shape[0], k.shape[2]))
         factor = k.shape[3] ** -0.5 if scale is None else scale
         for window in zip(q.split(1), k.split(1), v.split(1), strict=True):  # scores of one are held at a time
             stats.add(*window, factor, softcap=0.0, sink_logits=None)
@@ -271,7 +271,7 @@ def _train_layers(
 ) -> dict[int, LayerCodec]:
     trained: dict[int, LayerCodec] = {}
     by_cache = models.are_decoded(layers.values())
-    for chunk in chunks(list(layers.values()), windows.numel(), max_memory):
+    for chunk in chunks(list(layers.values()), windows, max_memory):
         if by_cache:
             cached = collect_cached(model, chunk, windows, progress)
             for index in tqdm(list(cached), desc="training codebooks", disable=not progress):

@@ -62,7 +62,7 @@ def sensitivity(
     span = models.rope_span(model)
     codecs: dict[int, LayerCodec] = {}
     learned = windows[step // 2 :: step] if len(windows) > 1 else windows
-    for chunk in chunks(layers, learned.numel(), max_memory):
+    for chunk in chunks(layers, learned, max_memory):
         stats = collect_statistics(model, chunk, learned, progress)
         for info in chunk:
             offered = rates(info.head_dim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +16,81 @@ from torchgsrq.models import LayerInfo
 
 FAR = 32  # a query's nearer neighbours are in the recent window and do not count
 _QUERY_STRIDE = 4  # every 4th query is enough
+KEPT = 24 << 10  # vectors of each head that codebooks are learned from; of more text, a part
+KEY_POWER, VALUE_POWER = 0.5, 0.25  # of what errors cost, as training weighs them: docs/quality.md
+
+
+@dataclass
+class Vectors:
+    """The keys or the values of one layer that codebooks are learned from: lists with an item for each window, in which
+    n are kept of each head.
+
+    Attributes:
+        x: ``[heads, n, head_dim]``.
+        weight: ``[heads, n]``, what an error of each costs.
+        count: ``[heads, n]``, for how many tokens each stands: 1 where all are kept.
+        places: ``[heads, n]``, position in the text, which begins anywhere.
+    """
+
+    x: list[Tensor] = field(default_factory=list)
+    weight: list[Tensor] = field(default_factory=list)
+    count: list[Tensor] = field(default_factory=list)
+    places: list[Tensor] = field(default_factory=list)
+
+    def add(self, x: Tensor, weight: Tensor, odds: Tensor, places: Tensor, keep: int, draws: torch.Generator) -> None:
+        """Add ``keep`` of vectors ``x [heads, t, head_dim]`` at ``places [t]``, drawn by ``odds [heads, t]``."""
+        which, count = drawn(odds, keep, draws)
+        self.x.append(x.gather(1, which.unsqueeze(-1).expand(-1, -1, x.shape[-1])))
+        self.weight.append(weight.gather(1, which))
+        self.count.append(count)
+        self.places.append(places[which])
+
+    def of_heads(self, heads: list[int]) -> Vectors:
+        """The same of some of the heads alone."""
+        return Vectors(*([t[heads] for t in getattr(self, f.name)] for f in fields(self)))
+
+
+def drawn(odds: Tensor, keep: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw ``keep`` of the t tokens of every head, none twice, by systematic sampling: each with a chance in proportion
+    to its ``odds [heads, t]``, but for those that are certain.
+
+    Returns:
+        indices ``[heads, keep]``, ascending; and for how many tokens each stands, one over its chance.
+    """
+    heads, t = odds.shape
+    if keep >= t:
+        return torch.arange(t, device=odds.device).expand(heads, -1), torch.ones_like(odds)
+    odds = odds.double()
+    odds = odds + 1e-9 * odds.mean(1, keepdim=True) + 1e-30  # where few count, others fill up
+    ranked = odds.sort(1, descending=True).values
+    rest = ranked.flip(1).cumsum(1).flip(1)
+    factors = (keep - torch.arange(t, device=odds.device)) / rest  # if as many of the first are certain
+    certain = (factors * ranked > 1).cumprod(1).sum(1, keepdim=True)
+    chance = (factors.gather(1, certain) * odds).clamp_max(1)
+    start = torch.rand(heads, 1, generator=draws, dtype=torch.float64).to(odds.device)
+    marks = start + torch.arange(keep, device=odds.device)
+    which = torch.searchsorted(chance.cumsum(1), marks, right=True).clamp_max(t - 1)
+    return which, (1 / chance.gather(1, which)).float()
 
 
 @dataclass
 class Statistics:
-    """What calibration keeps of one layer. N counts tokens over all windows.
+    """What calibration keeps of one layer.
 
     Attributes:
-        keys: un-rotated, ``[heads, N, head_dim]``. values: ``[heads, N, head_dim]``.
-        places: ``[N]``, position in the window. window: ``[N]``, which window.
-        key_weight: ``[heads, N]``, ``sum_t p_ts^2 |v_s - o_t|^2`` over far queries: what a key error costs.
-        value_weight: ``[heads, N]``, ``sum_t p_ts^2``: what a value error costs.
+        keep: how many vectors of a window and head, all by default.
+        keys: un-rotated; an error is weighed by ``sum_t p_ts^2 |v_s - o_t|^2`` over far queries.
+        values: an error is weighed by ``sum_t p_ts^2``.
         query_metric: ``[heads, head_dim, head_dim]``, ``sum_t sqrt(b_t) q q^T`` of un-rotated queries, with
             ``b_t = sum_s p_ts^2 |v_s - o_t|^2``.
     """
 
     info: LayerInfo
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    places: list[Tensor] = field(default_factory=list)
-    key_weight: list[Tensor] = field(default_factory=list)
-    value_weight: list[Tensor] = field(default_factory=list)
+    keep: int | None = None
+    keys: Vectors = field(default_factory=Vectors)
+    values: Vectors = field(default_factory=Vectors)
     query_metric: Tensor | float = 0.0
+    draws: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
     def of_heads(self, heads: Sequence[int]) -> Statistics:
         """The same of some of the heads alone."""
@@ -45,9 +98,8 @@ class Statistics:
             return self
         group, which = self.info.q_heads // self.info.kv_heads, list(heads)
         info = replace(self.info, q_heads=group * len(which), kv_heads=len(which))
-        some = {x: [t[which] for t in getattr(self, x)] for x in ("keys", "values", "key_weight", "value_weight")}
         metric = self.query_metric[which] if isinstance(self.query_metric, Tensor) else self.query_metric
-        return Statistics(info, **some, places=self.places, query_metric=metric)
+        return Statistics(info, self.keep, self.keys.of_heads(which), self.values.of_heads(which), metric)
 
     def add(
         self,
@@ -83,24 +135,32 @@ class Statistics:
         p2 = p.square_().mul_(far)
         spread = v.square().sum(-1)[:, :, None, None] + out.square().sum(-1, keepdim=True)
         spread = spread.sub_(out @ v[:, :, None].transpose(-1, -2), alpha=2).clamp_min_(0).mul_(p2)
-        self.key_weight.append(spread.sum((2, 3)).transpose(0, 1).flatten(1))
-        self.value_weight.append(p2.sum((2, 3)).transpose(0, 1).flatten(1))
         flat_q = rotate(some_q, -asking, inv_freq, info.interleaved)
         weighted = flat_q * spread.sum(-1, keepdim=True).sqrt()
         self.query_metric = self.query_metric + torch.einsum("bhgtd,bhgte->hde", weighted, flat_q)
-        self.keys.append(rotate(k, -tokens, inv_freq, info.interleaved).transpose(0, 1).flatten(1, 2))
-        self.values.append(v.transpose(0, 1).flatten(1, 2))
-        self.places.append(tokens.repeat(k.shape[0]))
+        # Tokens are drawn by the weight that training gives them, and so count about alike in it.
+        for vectors, x, cost, power in (
+            (self.keys, rotate(k, -tokens, inv_freq, info.interleaved), spread, KEY_POWER),
+            (self.values, v, p2, VALUE_POWER),
+        ):
+            weight = cost.sum((2, 3)).transpose(0, 1).flatten(1)
+            self._keep(vectors, x, weight, weight.pow(power))
 
     def add_vectors(self, x: Tensor) -> None:
         """Add cached vectors ``[b, heads, t, d]`` of which nothing else is known, as keys."""
         tokens = torch.arange(x.shape[2], device=x.device)
-        x = rotate(x.float(), -tokens, self.info.inv_freq, self.info.interleaved).transpose(0, 1).flatten(1, 2)
-        self.keys.append(x)
-        self.key_weight.append(torch.ones_like(x[..., 0]))
-        self.places.append(tokens.repeat(x.shape[1] // len(tokens)))
-        eye = torch.eye(x.shape[-1], device=x.device).expand(x.shape[0], -1, -1)
+        x = rotate(x.float(), -tokens, self.info.inv_freq, self.info.interleaved)
+        alike = torch.ones_like(x[..., 0]).transpose(0, 1).flatten(1)
+        self._keep(self.keys, x, alike, alike)
+        eye = torch.eye(x.shape[-1], device=x.device).expand(x.shape[1], -1, -1)
         self.query_metric = self.query_metric + eye
+
+    def _keep(self, vectors: Vectors, x: Tensor, weight: Tensor, odds: Tensor) -> None:
+        # Windows start anywhere, so that every place in a frame is trained, however short the windows are.
+        start = torch.randint(1 << 20, (x.shape[0], 1), generator=self.draws).to(x.device)
+        places = (start + torch.arange(x.shape[2], device=x.device)).flatten()
+        keep = x.shape[0] * (x.shape[2] if self.keep is None else self.keep)
+        vectors.add(x.transpose(0, 1).flatten(1, 2), weight, odds, places, keep, self.draws)
 
 
 def collect_cached(
@@ -108,7 +168,8 @@ def collect_cached(
 ) -> dict[int, tuple[Statistics, Statistics]]:
     """The same of layers of which only what they cache is known (`LayerInfo.value`): of keys and of values, both as
     ``keys``; all tokens and directions count alike."""
-    stats = {info.index: (Statistics(info), Statistics(info.value or info)) for info in layers}
+    keep = share(*windows.shape)
+    stats = {info.index: (Statistics(info, keep), Statistics(info.value or info, keep)) for info in layers}
     inner, device = models.decoder(model), models.input_device(model)
     with torch.no_grad(), models.refusing(_what(model, windows)):
         for window in tqdm(windows, desc="reading", disable=not progress):
@@ -137,7 +198,7 @@ def collect_statistics(
 ) -> dict[int, Statistics]:
     """Read token windows ``[n, window]`` and keep what calibration needs of these layers."""
     layers = list(layers)
-    stats = {info.index: Statistics(info) for info in layers}
+    stats = {info.index: Statistics(info, share(*windows.shape)) for info in layers}
 
     def observer(
         module: nn.Module,
@@ -163,12 +224,17 @@ def collect_statistics(
     return stats
 
 
-def chunks(layers: list[LayerInfo], tokens: int, max_memory: int) -> Iterable[list[LayerInfo]]:
-    """Layers whose vectors fit in memory together."""
+def share(windows: int, tokens: int) -> int:
+    """How many vectors are kept of each of some windows of so many tokens."""
+    return tokens if windows * tokens <= KEPT else max(1, KEPT // windows)
+
+
+def chunks(layers: list[LayerInfo], windows: Tensor, max_memory: int) -> Iterable[list[LayerInfo]]:
+    """Layers whose vectors, of windows ``[n, window]``, fit in memory together."""
     chunk: list[LayerInfo] = []
-    used = 0
+    used, kept = 0, windows.shape[0] * share(*windows.shape)
     for info in layers:
-        need = 4 * tokens * info.kv_heads * (2 * info.head_dim + 2)
+        need = 4 * kept * info.kv_heads * (2 * info.head_dim + 8)
         if chunk and used + need > max_memory:
             yield chunk
             chunk, used = [], 0

@@ -12,7 +12,7 @@ from torchgsrq.codec.kmeans import fit_to_loss, train_codebook
 from torchgsrq.codec.layout import Layout, grouped, key_layout, num_codes, value_layout
 from torchgsrq.codec.rope import rotate
 from torchgsrq.config import GSRQConfig
-from torchgsrq.learning.statistics import Statistics
+from torchgsrq.learning.statistics import KEY_POWER, VALUE_POWER, Statistics, Vectors
 from torchgsrq.models import LayerInfo
 
 KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: docs/quality.md
@@ -50,9 +50,12 @@ def _scale(y: Tensor) -> Tensor:
     return torch.where(size > 0, size.clamp_min(1e-300).log2().floor().exp2(), 1.0).float()
 
 
-def _normalised(weight: Tensor, power: float) -> Tensor:
-    weight = weight / weight.mean(1, keepdim=True).clamp_min(1e-30)
-    return weight.pow(power)
+def _weights(vectors: Vectors, form: Callable[[Tensor], Tensor]) -> Tensor:
+    """What kept vectors count in training, ``[heads, n]``: a form of what their errors cost, in units of the mean over
+    all tokens, for each token that they stand for."""
+    cost, count = torch.cat(vectors.weight, 1), torch.cat(vectors.count, 1)
+    mean = (cost * count).sum(1, keepdim=True) / count.sum(1, keepdim=True)
+    return form(cost / mean.clamp_min(1e-30)) * count
 
 
 def train_key(stats: Statistics, config: GSRQConfig, bits: float, span: int, method: str = "kmeans") -> Codec:
@@ -66,14 +69,10 @@ def train_key(stats: Statistics, config: GSRQConfig, bits: float, span: int, met
     """
     info = stats.info
     frame = config.key_frame if info.inv_freq.numel() else 1
-    k, places = torch.cat(stats.keys, 1), torch.cat(stats.places)
-    generator = torch.Generator().manual_seed(config.seed)
-    # Windows start anywhere in a frame, so that every place is trained, however short the windows are.
-    shift = torch.randint(frame, (int((places == 0).sum()),), generator=generator).to(places.device)
-    places = (places + shift[(places == 0).cumsum(0) - 1]) % frame
-
-    weight = _normalised(torch.cat(stats.key_weight, 1), 0.5)
+    k, places = torch.cat(stats.keys.x, 1), torch.cat(stats.keys.places, 1) % frame
+    weight = _weights(stats.keys, lambda cost: cost.pow(KEY_POWER))
     mean = (k * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
+    generator = torch.Generator().manual_seed(config.seed)
     offsets = torch.randint(max(span, 1), (_ROTATIONS,), generator=generator).to(k.device)
     root = _root(_averaged(torch.as_tensor(stats.query_metric).double(), offsets, info)).float()
     y = rotate(k - mean.unsqueeze(1), places, info.inv_freq, info.interleaved) @ root.transpose(1, 2)
@@ -137,8 +136,8 @@ def train_value(stats: Statistics, config: GSRQConfig, bits: float, method: str 
         config: layout, beam and seed are used. bits: per element.
         method: how to cluster (`kmeans.METHODS`).
     """
-    v = torch.cat(stats.values, 1)
-    weight = _normalised(torch.cat(stats.value_weight, 1), 0.25)
+    v = torch.cat(stats.values.x, 1)
+    weight = _weights(stats.values, lambda cost: cost.pow(VALUE_POWER))
     mean = (v * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
     v = v - mean.unsqueeze(1)
     layout = value_layout(stats.info.head_dim, bits, config.layout)
@@ -167,11 +166,8 @@ def _train_paper(stats: Statistics, config: GSRQConfig, rates: tuple[float, floa
     """
     info = stats.info
     codecs = []
-    for vectors, weights, bits in (
-        (stats.keys, stats.key_weight, rates[0]),
-        (stats.values, stats.value_weight, rates[1]),
-    ):
-        x, weight = torch.cat(vectors, 1), _normalised(torch.cat(weights, 1), 1).log1p()
+    for vectors, bits in zip((stats.keys, stats.values), rates, strict=True):
+        x, weight = torch.cat(vectors.x, 1), _weights(vectors, torch.log1p)
         layout = grouped(info.head_dim, num_codes(info.head_dim, bits), 32)
         scale = _scale(x)
         codebook = train_codebook(x / scale, weight, layout, method=method, seed=config.seed)
