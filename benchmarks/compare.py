@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--model", help=f"hub ID or folder; {NAME} by default")
     parser.add_argument("--text", type=Path, required=True, help="what perplexity and KL are measured on")
     parser.add_argument("--calibration", type=Path, help="what methods learn from; the model's own text by default")
-    parser.add_argument("--tokens", type=int, default=calibration.TOKENS, help="of calibration text")
+    parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
     parser.add_argument("--windows", type=int, default=3, help=f"of {CONTEXT} tokens")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a text that hides an answer")
     parser.add_argument("--trials", type=int, default=4, help="texts of each retrieval task")

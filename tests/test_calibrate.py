@@ -177,8 +177,26 @@ def test_what_data_lacks_the_model_writes(model, caplog, monkeypatch):
     windows, source = module.calibration_windows(model, [TOKENS[:200]], None, 512, 0, False)
     assert "calibrating on 200 tokens, where 512 are better: LlamaForCausalLM could not write" in caplog.text
     assert source == "data" and torch.equal(windows, TOKENS[None, :128])
-    with pytest.raises(ValueError, match="tokens=100; calibration needs at least 128, better 16384"):
+    with pytest.raises(ValueError, match="tokens=100; calibration needs at least 128, better 32768"):
         calibrate(model, SMALL, TOKENS, tokens=100)
+
+
+@torch.no_grad()
+def test_how_much_is_read_by_default(model, monkeypatch):
+    """Of much data more than the model would write; of little, as much as it would."""
+    monkeypatch.setattr(module, "WINDOW", 128)
+    monkeypatch.setattr(module, "TOKENS", 384)
+    monkeypatch.setattr(module, "OWN_TOKENS", 256)
+    for given, read, source in (
+        (512, 384, "data"),
+        (300, 256, "data"),  # whole windows
+        (150, 256, "150 tokens of data, and text the model wrote itself"),
+    ):
+        windows, said = module.calibration_windows(model, [TOKENS[:given]], None, None, 0, False)
+        assert said == source and torch.equal(windows.flatten()[: min(given, read)], TOKENS[: min(given, read)])
+        assert windows.numel() == read + read // 2 // 128 * 128
+    windows, said = module.calibration_windows(model, None, None, None, 0, False)
+    assert said == "text the model wrote itself" and windows.numel() == 256 + 128
 
 
 def test_recall_windows(model):
@@ -206,7 +224,7 @@ def test_recall_windows(model):
 def test_disk_cache(model, tmp_path, monkeypatch, caplog):
     """The first use calibrates, on text of its own, and says so; the second reads the file."""
     monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(module, "TOKENS", 512)
+    monkeypatch.setattr(module, "OWN_TOKENS", 512)
     with caplog.at_level(logging.INFO, "torchgsrq"):
         quantize_kv_(model, SMALL, progress=False)
         dequantize_kv_(model)

@@ -24,8 +24,8 @@ from torchgsrq.cli.common import (
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import load_model
-from torchgsrq.learning.calibrate import TOKENS, WINDOW, calibrate
-from torchgsrq.learning.text import token_ids
+from torchgsrq.learning.calibrate import WINDOW, calibrate
+from torchgsrq.learning.text import OWN_TOKENS, TOKENS, token_ids
 
 
 @app.command("calibrate")
@@ -36,9 +36,14 @@ def calibrate_command(
     model: Model = None,
     bits: Annotated[float, typer.Option(help="bits per element")] = 1,
     text: Annotated[
-        Path | None, typer.Option("--text", help="calibration text; what is missing of --tokens the model writes")
+        Path | None,
+        typer.Option(
+            "--text", help=f"calibration text; what is missing of --tokens, or of {OWN_TOKENS}, the model writes"
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="how many to learn from")] = TOKENS,
+    tokens: Annotated[
+        int | None, typer.Option(help=f"how many to read; up to {TOKENS} of the text by default", show_default=False)
+    ] = None,
     layout: Layout = "quality",
     frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
     recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",
@@ -54,6 +59,8 @@ def calibrate_command(
     llm, tokenizer = load_model(model)
     words = read(text)  # without --text only measured on
     ids = token_ids(tokenizer, words)
+    if tokens is None:  # a window of the text is for measuring, if enough are left to learn from
+        tokens = OWN_TOKENS if text is None else min(TOKENS, max(OWN_TOKENS, ids.numel() - WINDOW))
     unread = ids if text is None else ids[tokens:]
     books = calibrate(llm, config, None if text is None else [ids], tokenizer=tokenizer, tokens=tokens)
     if len(books):

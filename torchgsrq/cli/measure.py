@@ -37,8 +37,8 @@ from torchgsrq.cli.common import (
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, load_model
-from torchgsrq.learning.calibrate import TOKENS, cached_codebooks, calibrate
-from torchgsrq.learning.text import token_ids
+from torchgsrq.learning.calibrate import cached_codebooks, calibrate
+from torchgsrq.learning.text import TOKENS, token_ids
 
 
 @app.command("evaluate")
@@ -53,7 +53,10 @@ def evaluate_command(
     calibration: Annotated[
         Path | None, typer.Option(help="calibration text; the model's own by default", show_default=False)
     ] = None,
-    tokens: Annotated[int, typer.Option(help="how many to learn from, with --calibration")] = TOKENS,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help=f"how many to read of --calibration; up to {TOKENS} by default", show_default=False),
+    ] = None,
     layout: Layout = "quality",
     frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
     uniform: Uniform = False,

@@ -23,7 +23,7 @@ from torchgsrq.config import GSRQConfig, cache_folder
 from torchgsrq.learning import text
 from torchgsrq.learning.sensitivity import by_head, sensitivity
 from torchgsrq.learning.statistics import Statistics, chunks, collect_cached, collect_statistics, share
-from torchgsrq.learning.text import TOKENS
+from torchgsrq.learning.text import OWN_TOKENS, TOKENS
 from torchgsrq.learning.train import train, train_cached
 from torchgsrq.models import LayerInfo
 
@@ -49,12 +49,13 @@ def calibrate(
     Args:
         model: a transformers decoder, not quantized.
         config: rates, layout, frame, recipe and seed are used.
-        data: text of the kind that the model will read: strings, token tensors, or batches. What it lacks of
-            ``tokens`` the model writes itself, which costs quality (docs/quality.md).
+        data: text of the kind that the model will read: strings, token tensors, or batches. What it lacks of 16384
+            tokens, or of ``tokens``, the model writes itself, which costs quality (docs/quality.md).
         tokenizer: for strings, and for lists that the model looks things up in (`text.recall_windows`); the one of
             ``model.name_or_path`` by default.
-        tokens: how many to read, 16384 by default: the first of the data, then the model's own. Half as much again is
-            made of them, in whole windows of 1024: nothing of fewer than 2048.
+        tokens: how many to read, the first of the data, then the model's own; by default up to 32768 of the data. Half
+            as much again is made of them, in whole windows of 1024: nothing of fewer than 2048. More take longer to
+            read, not to cluster.
         max_memory: bytes of vectors held at a time; more layers than fit are calibrated in several passes.
         progress: show bars.
 
@@ -65,11 +66,10 @@ def calibrate(
         TypeError, ValueError: the model, the rate for its head_dim, or the data do not fit; says why.
     """
     config = config or GSRQConfig()
-    tokens = TOKENS if tokens is None else tokens
     model = models.check_supported(model)
     if not isinstance(config, GSRQConfig):
         raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig")
-    if tokens < text.FEWEST:
+    if tokens is not None and tokens < text.FEWEST:
         raise ValueError(f"tokens={tokens}; calibration needs at least {text.FEWEST}, better {TOKENS}")
     if getattr(getattr(model, "_gsrq", None), "active", False):
         raise ValueError(f"{type(model).__name__} is quantized; call dequantize_kv_ first, then calibrate")
@@ -82,7 +82,7 @@ def _calibrate(
     config: GSRQConfig,
     data: Iterable[Any] | None,
     tokenizer: Any,
-    tokens: int,
+    tokens: int | None,
     max_memory: int,
     progress: bool,
 ) -> Codebooks:
@@ -221,7 +221,7 @@ def rates_of_heads(
 
 
 def calibration_windows(
-    model: PreTrainedModel, data: Iterable[Any] | None, tokenizer: Any, tokens: int, seed: int, progress: bool
+    model: PreTrainedModel, data: Iterable[Any] | None, tokenizer: Any, tokens: int | None, seed: int, progress: bool
 ) -> tuple[Tensor, str]:
     """What a model reads in calibration, and a word on where it is from.
 
@@ -231,18 +231,19 @@ def calibration_windows(
     """
     window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", None) or WINDOW)
     own = "text the model wrote itself"
+    most, least = (TOKENS, OWN_TOKENS) if tokens is None else (tokens, tokens)
     if data is None:
-        stream, source = _own_text(model, tokens, window, seed, progress), own
+        stream, source = _own_text(model, least, window, seed, progress), own
         log.info("calibrating on text that the model wrote itself; real text of your own kind (data=) is better")
     else:
-        stream, source = text.token_stream(model, data, tokens, tokenizer), "data"
-        if missing := tokens - stream.numel():
-            log.info("data holds %d of %d tokens; the model writes the other %d itself", len(stream), tokens, missing)
+        stream, source = text.token_stream(model, data, most, tokenizer), "data"
+        if (missing := least - stream.numel()) > 0:
+            log.info("data holds %d of %d tokens; the model writes the other %d itself", len(stream), least, missing)
             try:
                 written = _own_text(model, missing, window, seed, progress).to(stream.device)
                 stream, source = torch.cat((stream, written)), f"{len(stream)} tokens of data, and {own}"
             except ValueError as error:  # a decoder without a head, say
-                log.warning("calibrating on %d tokens, where %d are better: %s", len(stream), tokens, error)
+                log.warning("calibrating on %d tokens, where %d are better: %s", len(stream), least, error)
     windows = text.cut(stream, window)
     tokenizer = text.known_tokenizer(model) if tokenizer is None else tokenizer
     return torch.cat((windows, text.recall_windows(windows, tokenizer, seed))), source
