@@ -8,6 +8,9 @@ from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of programs that tests start, too: other processes test beside this one
+
 import pytest
 import torch
 

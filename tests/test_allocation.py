@@ -100,7 +100,8 @@ def test_heads_are_weighed_alone():
 
 
 def test_what_an_estimate_says_is_what_happens():
-    """The estimate of both layers together against the KL divergence of a cache quantized at the same rate."""
+    """The estimate of both layers together against the KL divergence of a cache quantized at the same rate, learned from
+    the windows that the estimate learns from, and read on those that it reads."""
     from torchgsrq.evaluate import quality
 
     model = tiny_llama()
@@ -111,9 +112,9 @@ def test_what_an_estimate_says_is_what_happens():
     windows = torch.randint(3, 100, (16, 256), generator=torch.Generator().manual_seed(1))
     config = GSRQConfig(layout="fast", allocation="uniform", sink_tokens=1, recent_tokens=32, block_tokens=1)
     costs = sensitivity(model, models.inspect_layers(model), windows, progress=False)
-    books = calibrate(model, config, windows, tokens=4096, progress=False)
-    found = quality(model, windows[:6], {"": (config, books)})[""].kl
-    assert 0.6 < float(torch.stack(list(costs.values())).sum()) / 4 / found < 1.8  # 1.5 to 1.65 by the seed
+    books = calibrate(model, config, windows[2::4], tokens=1024, progress=False)
+    found = quality(model, windows[::4], {"": (config, books)})[""].kl
+    assert 0.6 < float(torch.stack(list(costs.values())).sum()) / 4 / found < 1.6
 
 
 def test_codebooks_spread_a_lower_rate_anew(tmp_path, caplog):

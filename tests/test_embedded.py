@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import pytest
@@ -24,7 +25,7 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory):
     """The model, its tokenizer, codebooks from 4k tokens of the language reference, and their file."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     model, tokenizer = load_model()
     text = document()
     books = calibrate(model, GSRQConfig(bits=1), [text[60000:]], tokenizer=tokenizer, tokens=4096)

@@ -26,7 +26,7 @@ def test_every_tutorial_runs_and_draws_its_pictures(tmp_path):
         shutil.copy(script, tmp_path)
         before, begin = set(tmp_path.glob("*.png")), time.perf_counter()
         command = [sys.executable, script.name]
-        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1800)
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
         print(f"--- {script.name}, {time.perf_counter() - begin:.0f} s\n{done.stdout}")
         assert done.returncode == 0, done.stderr[-3000:]
         drawn = {path.name for path in set(tmp_path.glob("*.png")) - before}

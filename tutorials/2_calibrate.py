@@ -27,8 +27,8 @@ ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbo
 #
 # `calibrate` takes strings (and a tokenizer), tensors of token ids, or batches. It reads up to 32768 tokens of
 # them, which takes minutes, and half as much again that it makes of them: text that repeats itself, and lists to look
-# things up in. If your text has fewer than 16384, the model writes the rest itself. To be quick we say `tokens=1024`, and 1024 are all
-# that it reads: far too few for real work. The model must not be quantized yet.
+# things up in. If your text has fewer than 16384, the model writes the rest itself. To be quick we say `tokens=1024`,
+# and 1024 are all that it reads: far too few for real work. The model must not be quantized yet.
 #
 # ```python
 # books = calibrate(model, GSRQConfig(bits=1), data=texts, tokenizer=tokenizer)

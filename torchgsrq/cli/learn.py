@@ -59,8 +59,8 @@ def calibrate_command(
     llm, tokenizer = load_model(model)
     words = read(text)  # without --text only measured on
     ids = token_ids(tokenizer, words)
-    if tokens is None:  # a window of the text is for measuring, if enough are left to learn from
-        tokens = OWN_TOKENS if text is None else min(TOKENS, max(OWN_TOKENS, ids.numel() - WINDOW))
+    if text is not None and tokens is None:  # a window is for measuring, if enough are left to learn from
+        tokens = min(TOKENS, max(OWN_TOKENS, ids.numel() - WINDOW))
     unread = ids if text is None else ids[tokens:]
     books = calibrate(llm, config, None if text is None else [ids], tokenizer=tokenizer, tokens=tokens)
     if len(books):

@@ -78,7 +78,7 @@ class Statistics:
     """What calibration keeps of one layer.
 
     Attributes:
-        keep: how many vectors of a window and head, all by default.
+        keep: how many vectors of a window and head.
         keys: un-rotated; an error is weighed by ``sum_t p_ts^2 |v_s - o_t|^2`` over far queries.
         values: an error is weighed by ``sum_t p_ts^2``.
         query_metric: ``[heads, head_dim, head_dim]``, ``sum_t sqrt(b_t) q q^T`` of un-rotated queries, with
@@ -86,7 +86,7 @@ class Statistics:
     """
 
     info: LayerInfo
-    keep: int | None = None
+    keep: int
     keys: Vectors = field(default_factory=Vectors)
     values: Vectors = field(default_factory=Vectors)
     query_metric: Tensor | float = 0.0
@@ -159,8 +159,7 @@ class Statistics:
         # Windows start anywhere, so that every place in a frame is trained, however short the windows are.
         start = torch.randint(1 << 20, (x.shape[0], 1), generator=self.draws).to(x.device)
         places = (start + torch.arange(x.shape[2], device=x.device)).flatten()
-        keep = x.shape[0] * (x.shape[2] if self.keep is None else self.keep)
-        vectors.add(x.transpose(0, 1).flatten(1, 2), weight, odds, places, keep, self.draws)
+        vectors.add(x.transpose(0, 1).flatten(1, 2), weight, odds, places, x.shape[0] * self.keep, self.draws)
 
 
 def collect_cached(

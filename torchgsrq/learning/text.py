@@ -17,7 +17,7 @@ from torchgsrq import models
 
 log = logging.getLogger("torchgsrq")
 
-TOKENS = 32768  # of data that calibration reads; of more it gains little
+TOKENS = 32768  # of data that calibration reads; more helps less, and takes longer
 OWN_TOKENS = 16384  # where data has fewer, the model writes the rest
 FEWEST = 128  # with fewer, calibration can do nothing
 
