@@ -51,11 +51,16 @@ def gsrq(parts: tuple[str, ...] = PARTS, **fields: Any) -> Callable[[], Method]:
     return lambda: GSRQ(GSRQConfig(**fields), parts)
 
 
+one_bit = functools.cache(gsrq(bits=1))
+
 METHODS: dict[str, list[Callable[[], Method]]] = {
     "full": [Method],
     "gsrq": [gsrq(bits=b) for b in (2, 1, 0.75, 0.5)],
     "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5)],
     "layers": [lambda b=b: GSRQByLayer(GSRQConfig(bits=b)) for b in (2, 1, 0.5)],
+    "windows": [
+        lambda s=s, r=r: one_bit().with_window(s, r) for s, r in ((1, 32), (1, 128), (4, 128), (4, 256), (64, 256))
+    ],
     "parts": [gsrq((part,), bits=b) for b in (2, 1) for part in PARTS],
     "uniform": [gsrq(bits=b, allocation="uniform") for b in (2, 1, 0.75, 0.5)],
     "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper") for b in (1, 0.5)],
@@ -81,7 +86,8 @@ class Bench:
         self.model, self.tokenizer = load_model(args.model)
         self.layers = inspect_layers(self.model)
         ids = token_ids(self.tokenizer, args.text.read_text())
-        self.windows = [ids[s : s + CONTEXT] for s in range(0, 4096 * args.windows, 4096)]
+        starts = range(0, max(4096, args.length) * args.windows, max(4096, args.length))
+        self.windows = [ids[s : s + args.length] for s in starts]
         self.full = [self.read(window) for window in self.windows]
         self.trials = retrieval.trials(
             self.tokenizer,
@@ -148,12 +154,13 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="what perplexity and KL are measured on")
     parser.add_argument("--calibration", type=Path, help="what methods learn from; the model's own text by default")
     parser.add_argument("--tokens", type=int, default=16384, help="of calibration text")
-    parser.add_argument("--windows", type=int, default=3, help=f"of {CONTEXT} tokens")
+    parser.add_argument("--windows", type=int, default=3, help="of text that perplexity and KL are measured on")
+    parser.add_argument("--length", type=int, default=CONTEXT, help="tokens of a window")
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a text that hides an answer")
     parser.add_argument("--trials", type=int, default=4, help="texts of each retrieval task")
     parser.add_argument("--task", action="append", choices=retrieval.TASKS, help="may be repeated")
     parser.add_argument(
-        "--method", action="append", choices=METHODS, help="may be repeated; not parts, layers by default"
+        "--method", action="append", choices=METHODS, help="may be repeated; not parts, layers, windows by default"
     )
     parser.add_argument("--name", action="append", help="of a row of these, as it is printed; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results to this file as they come")
@@ -162,7 +169,7 @@ def main() -> None:
     bench = Bench(args)
     results: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": evaluate.environment()}
     results["methods"] = json.loads(args.json.read_text())["methods"] if args.json and args.json.exists() else {}
-    for family in args.method or (x for x in METHODS if x not in ("parts", "layers")):
+    for family in args.method or (x for x in METHODS if x not in ("parts", "layers", "windows")):
         for make in METHODS[family]:
             try:
                 method = make()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from peers.base import Method, as_decoded
 from torch import Tensor
@@ -36,8 +38,16 @@ class GSRQ(Method):
 
     def fit(self, stats: dict[int, Statistics]) -> None:
         self.layers = {index: s.info for index, s in stats.items()}
-        each = rates_of_heads(self.config, self.layers, None) if self.costs is None else self.rates(self.costs)
-        self.codecs = {index: train(s, self.config, each[index], self.span) for index, s in stats.items()}
+        if not self.codecs:
+            each = rates_of_heads(self.config, self.layers, None) if self.costs is None else self.rates(self.costs)
+            self.codecs.update((index, train(s, self.config, each[index], self.span)) for index, s in stats.items())
+
+    def with_window(self, sinks: int, recent: int) -> GSRQ:
+        """The same codecs, learned once for all, with other numbers of exact tokens."""
+        other = copy.copy(self)  # which shares `codecs`
+        other.sinks, other.recent, other.errors = sinks, recent, {}
+        other.name += f", {sinks} + {recent} exact"
+        return other
 
     def rates(self, costs: dict[int, Tensor]) -> dict[int, list[tuple[float, float]]]:
         """Bits of the keys and of the values of every layer's heads, by what their errors cost."""
