@@ -76,6 +76,7 @@ METHODS: dict[str, list[Callable[[], Method]]] = {
     "tasq": [lambda: TaSQ(1)],
     "streaming": [lambda: Streaming(1, CONTEXT)],
 }
+ABLATIONS = ("layers", "windows", "parts")  # of this project, measured when asked for
 
 
 class Bench:
@@ -159,9 +160,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=CONTEXT, help="tokens of a text that hides an answer")
     parser.add_argument("--trials", type=int, default=4, help="texts of each retrieval task")
     parser.add_argument("--task", action="append", choices=retrieval.TASKS, help="may be repeated")
-    parser.add_argument(
-        "--method", action="append", choices=METHODS, help="may be repeated; not parts, layers, windows by default"
-    )
+    omitted = f"may be repeated; all but {', '.join(ABLATIONS)} by default"
+    parser.add_argument("--method", action="append", choices=METHODS, help=omitted)
     parser.add_argument("--name", action="append", help="of a row of these, as it is printed; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results to this file as they come")
     args = parser.parse_args()
@@ -169,7 +169,7 @@ def main() -> None:
     bench = Bench(args)
     results: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": evaluate.environment()}
     results["methods"] = json.loads(args.json.read_text())["methods"] if args.json and args.json.exists() else {}
-    for family in args.method or (x for x in METHODS if x not in ("parts", "layers", "windows")):
+    for family in args.method or (x for x in METHODS if x not in ABLATIONS):
         for make in METHODS[family]:
             try:
                 method = make()
