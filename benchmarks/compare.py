@@ -59,7 +59,8 @@ METHODS: dict[str, list[Callable[[], Method]]] = {
     "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5)],
     "layers": [lambda b=b: GSRQByLayer(GSRQConfig(bits=b)) for b in (2, 1, 0.5)],
     "windows": [
-        lambda s=s, r=r: one_bit().with_window(s, r) for s, r in ((1, 32), (1, 128), (4, 128), (4, 256), (64, 256))
+        lambda s=s, r=r: one_bit().with_window(s, r)
+        for s, r in ((1, 32), (1, 128), (4, 128), (4, 256), (64, 256), (4, 512))
     ],
     "parts": [gsrq((part,), bits=b) for b in (2, 1) for part in PARTS],
     "uniform": [gsrq(bits=b, allocation="uniform") for b in (2, 1, 0.75, 0.5)],
