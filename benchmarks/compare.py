@@ -59,8 +59,7 @@ METHODS: dict[str, list[Callable[[], Method]]] = {
     "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5)],
     "layers": [lambda b=b: GSRQByLayer(GSRQConfig(bits=b)) for b in (2, 1, 0.5)],
     "windows": [
-        lambda s=s, r=r: one_bit().with_window(s, r)
-        for s, r in ((1, 32), (1, 128), (4, 128), (4, 256), (64, 256), (4, 512))
+        lambda s=s, r=r: one_bit().with_window(s, r) for s, r in ((1, 32), (1, 128), (4, 128), (4, 256), (64, 256))
     ],
     "parts": [gsrq((part,), bits=b) for b in (2, 1) for part in PARTS],
     "uniform": [gsrq(bits=b, allocation="uniform") for b in (2, 1, 0.75, 0.5)],
@@ -88,8 +87,8 @@ class Bench:
         self.model, self.tokenizer = load_model(args.model)
         self.layers = inspect_layers(self.model)
         ids = token_ids(self.tokenizer, args.text.read_text())
-        starts = range(0, max(4096, args.length) * args.windows, max(4096, args.length))
-        self.windows = [ids[s : s + args.length] for s in starts]
+        step = max(4096, args.length)
+        self.windows = [ids[s : s + args.length] for s in range(0, step * args.windows, step)]
         self.full = [self.read(window) for window in self.windows]
         self.trials = retrieval.trials(
             self.tokenizer,

@@ -38,7 +38,7 @@ class GSRQ(Method):
 
     def fit(self, stats: dict[int, Statistics]) -> None:
         self.layers = {index: s.info for index, s in stats.items()}
-        if not self.codecs:
+        if not self.codecs:  # else learned already, for another window
             each = rates_of_heads(self.config, self.layers, None) if self.costs is None else self.rates(self.costs)
             self.codecs.update((index, train(s, self.config, each[index], self.span)) for index, s in stats.items())
 
