@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -19,10 +22,11 @@ if not torch.cuda.is_available():
 
 from hypothesis import HealthCheck, settings
 
-from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate
+from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate, dequantize_kv_
 from torchgsrq.codec import LayerCodec
 from torchgsrq.codec.kmeans import train_codebook
 from torchgsrq.codec.layout import Layout, key_layout, value_layout
+from torchgsrq.state import state_of
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads of parallel test processes would fight
 
@@ -146,8 +150,26 @@ def tiny_books(model: torch.nn.Module, config: GSRQConfig = SMALL) -> Codebooks:
 @pytest.fixture(scope="session")
 def llama() -> tuple[torch.nn.Module, Codebooks]:
     """A tiny Llama and its codebooks; quantize and dequantize it, change nothing else."""
+    return _llama()
+
+
+@functools.cache
+def _llama() -> tuple[torch.nn.Module, Codebooks]:
     model = tiny_llama()
     return model, tiny_books(model)
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """A test leaves no compiled graphs to the next, and where it fails no changed model either."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if _llama.cache_info().currsize:
+        model, _ = _llama()
+        if state_of(model):
+            dequantize_kv_(model)
+        model.requires_grad_(True).zero_grad(set_to_none=True)
 
 
 class Words:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 
 import pytest
 import torch
-import torch._dynamo as dynamo
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -79,7 +79,6 @@ def test_the_dequantized_twin_says_the_same():
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_equals_eager(backend, repeat):
-    dynamo.reset()
     model = Decoder(repeat)
     want, key, value = generate(model)
     counter = CompileCounterWithBackend(backend)
@@ -92,9 +91,33 @@ def test_compiled_equals_eager(backend, repeat):
     assert counter.frame_count == 2, "one graph for the prompt and one for every length after it"
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@torch.no_grad()
+def test_symbolic_sizes(backend):
+    """One graph for buffers and prompts of several sizes; also where torch prints the buffers into its trace
+    (TORCH_TRACE, or whatever listens to all loggers)."""
+    counter = CompileCounterWithBackend(backend)
+    decoder, graphs = Decoder(), []
+    step = torch.compile(decoder, fullgraph=True, backend=counter, dynamic=True)
+    trace, listener = logging.getLogger("torch.__trace"), logging.NullHandler()
+    trace.addHandler(listener)
+    try:
+        for batch, capacity, n in ((5, 96, 20), (3, 64, 30), (6, 128, 9)):  # equal sizes would be one symbol
+            ids = torch.randint(0, 100, (batch, n), generator=torch.Generator().manual_seed(0))
+            ours, theirs = (make_pair(batch, 2, 16, capacity)[:2] for _ in range(2))
+            got, want = step(ids, torch.arange(n), *ours), decoder(ids, torch.arange(n), *theirs)
+            graphs.append(counter.frame_count)
+            torch.testing.assert_close(got, want)
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a.codes, b.codes) and int(a.length) == int(b.length) == n
+                torch.testing.assert_close(a.window, b.window)
+    finally:
+        trace.removeHandler(listener)
+    assert len(set(graphs)) == 1
+
+
 def test_no_copy_of_the_cache_in_the_generated_code():
     """Neither the codes nor the window are allocated, cloned or copied."""
-    dynamo.reset()
     key, value, _, _ = make_pair(2, 2, 16, CAPACITY, length=20)
     step = torch.compile(Decoder(), fullgraph=True, dynamic=False)
     arguments = (torch.zeros(2, 1, dtype=torch.long), torch.tensor([20]), key, value)
@@ -111,7 +134,6 @@ def test_no_copy_of_the_cache_in_the_generated_code():
 @torch.no_grad()
 def test_append_after_clone():
     """clone-then-mutate in one graph must not write through to the source."""
-    dynamo.reset()
     key, _, _, _ = make_pair(1, 2, 16, 32, length=10)
     was = key.dequantize()
     x = torch.randn(1, 2, 1, 16)
@@ -130,7 +152,6 @@ def test_append_after_clone():
 @torch.no_grad()
 def test_reduce_overhead(llama):
     """The mode that captures CUDA graphs on a GPU takes the same graph on a CPU."""
-    dynamo.reset()
     model, books = llama
     prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
     with quantized(model, SMALL, books):
@@ -153,7 +174,6 @@ def test_reduce_overhead(llama):
 @torch.no_grad()
 def test_a_transformers_decode_step(llama, backend):
     """One graph for all lengths of a static cache, with eager's logits and eager's codes."""
-    dynamo.reset()
     model, books = llama
     prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
     with quantized(model, SMALL, books):
@@ -180,7 +200,6 @@ def test_a_transformers_decode_step(llama, backend):
 @torch.no_grad()
 def test_compiled_models_generate(llama):
     """`torch.compile(model).generate`, static cache; graphs do not multiply over calls and lengths."""
-    dynamo.reset()
     model, books = llama
     with quantized(model, SMALL, books):
         prompt = torch.randint(3, 100, (1, 20), generator=torch.Generator().manual_seed(2))
@@ -208,7 +227,6 @@ def test_compiled_models_generate(llama):
 @torch.no_grad()
 def test_a_plain_forward_is_one_graph(llama):
     """`torch.compile(model)(ids)`: the cache is made and filled inside the graph; lengths do not multiply graphs."""
-    dynamo.reset()
     model, books = llama
     prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
     with quantized(model, SMALL, books):
@@ -229,7 +247,6 @@ def test_a_plain_forward_is_one_graph(llama):
 @torch.no_grad()
 def test_a_static_cache_is_used_again(llama):
     """After reset(), a compiled prefill writes where rows begin into buffers that it also mutates."""
-    dynamo.reset()
     model, books = llama
     prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
     with quantized(model, SMALL, books):
@@ -256,7 +273,6 @@ def by_head():
 @torch.no_grad()
 def test_decode_fuses_with_its_consumer(made):
     """Inductor makes a gather, a product and a rotation of it; no op is called."""
-    dynamo.reset()
     codec = made()
     codes = torch.randint(0, 256, codec.codes_shape(1, 40), dtype=torch.uint8)
     position = torch.arange(40)[None]
@@ -272,7 +288,6 @@ def test_decode_fuses_with_its_consumer(made):
 @torch.no_grad()
 def test_encode_fuses_with_rope():
     """Rotating and changing to the codes' metric are Inductor's; the search stays one op."""
-    dynamo.reset()
     codec = make_codec(2)
     x = torch.randn(2, 2, 33, 16, generator=torch.Generator().manual_seed(0))
     position = torch.arange(33).expand(2, -1)
@@ -352,7 +367,6 @@ def test_ahead_of_time_inductor(tmp_path, repeat):
 @torch.no_grad()
 def test_buffers_of_a_static_cache_are_static_inputs(llama):
     """CUDA graphs are captured only where what a graph mutates is known to stay at its address."""
-    dynamo.reset()
     model, books = llama
     prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))
     found = []

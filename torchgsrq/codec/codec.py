@@ -93,7 +93,7 @@ class Codec:
     @property
     def heads(self) -> int:
         """KV heads."""
-        return self.mean.shape[0]
+        return sum(len(run.heads) for run in self.runs)  # not a size of a tensor: that may be symbolic in a graph
 
     @property
     def head_dim(self) -> int:
