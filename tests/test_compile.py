@@ -116,6 +116,32 @@ def test_symbolic_sizes(backend):
     assert len(set(graphs)) == 1
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("size", [96, None])
+@torch.no_grad()
+def test_a_new_cache_of_symbolic_sizes(llama, backend, size):
+    """One graph allocates the buffers and reads prompts of every size into them, one decodes; alone in a batch, where
+    torch takes 1 for a constant, too."""
+    model, books = llama
+    with quantized(model, SMALL, books):
+        counter = CompileCounterWithBackend(backend)
+        step = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
+        graphs = []
+        for batch, n in ((3, 50), (1, 40), (5, 45), (1, 30)):
+            prompt = torch.randint(3, 100, (batch, n), generator=torch.Generator().manual_seed(n))
+            ours, theirs = (new_cache(model, size) for _ in range(2))
+            for i in range(8):
+                ids = prompt[:, i : i + 1].contiguous() if i else prompt
+                got, want = (f(ids, past_key_values=c).logits for f, c in ((step, ours), (model, theirs)))
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            for a, b in zip(ours.layers, theirs.layers, strict=True):
+                for x, y in ((a.keys, b.keys), (a.values, b.values)):
+                    assert torch.equal(x.encoded, y.encoded) and int(x.length) == int(y.length) == n + 7
+                    torch.testing.assert_close(x.dequantize(), y.dequantize(), rtol=1e-4, atol=1e-4)
+            graphs.append(counter.frame_count)
+        assert graphs[1] == graphs[-1], "sizes that come later need no graphs of their own"
+
+
 def test_no_copy_of_the_cache_in_the_generated_code():
     """Neither the codes nor the window are allocated, cloned or copied."""
     key, value, _, _ = make_pair(2, 2, 16, CAPACITY, length=20)

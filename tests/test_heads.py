@@ -222,7 +222,14 @@ def test_a_cache_of_heads_is_saved_spliced_and_compiled(uneven, tmp_path):
             model(ids, past_key_values=one)
             out = forward(ids[:, :1], past_key_values=one).logits
             torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-3)
-        for a, b in zip(*(one.layers for one in fixed), strict=True):
+        new = [new_cache(model) for _ in range(2)]
+        read = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+        for forward, one in zip((model, read), new, strict=True):
+            forward(ids, past_key_values=one)
+        for a, b in (
+            *zip(*(one.layers for one in fixed), strict=True),
+            *zip(*(one.layers for one in new), strict=True),
+        ):
             assert torch.equal(a.keys.codes, b.keys.codes) and torch.equal(a.values.codes, b.values.codes)
     finally:
         dequantize_kv_(model)

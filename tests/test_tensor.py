@@ -288,5 +288,5 @@ def test_empty_buffers(batch):
     key, value, _, _ = make_pair(batch, 2, 16, 8, length=0)
     assert key.dequantize().shape == (batch, 2, 8, 16)
     key.index_copy_(2, torch.arange(0), torch.zeros(batch, 2, 0, 16))
-    assert int(key.length) == 0 and "GSRQTensor(shape=" in repr(key)
+    assert int(key.length) == 0 and f"GSRQTensor(shape=({batch}, 2, 8, 16), bits={key.codec.bits:g}, " in repr(key)
     assert F.scaled_dot_product_attention(torch.zeros(batch, 2, 1, 16), key, value).shape == (batch, 2, 1, 16)

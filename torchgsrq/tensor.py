@@ -111,12 +111,13 @@ class GSRQTensor(Tensor):
         if batch < 0 or capacity < 0:
             raise ValueError(f"batch={batch} and capacity={capacity} must be at least 0")
         config = config or GSRQConfig()
-        device = torch.device(device if device is not None else torch.get_default_device())
         dtype = dtype or torch.get_default_dtype()
+        codes = torch.zeros(codec.codes_shape(batch, capacity), dtype=torch.uint8, device=device)
+        device = codes.device
         codec = codec.to(device)
         ring = config.recent_tokens + config.block_tokens
         tensors = [
-            torch.zeros(codec.codes_shape(batch, capacity), dtype=torch.uint8, device=device),
+            codes,
             torch.zeros(batch, kv_heads, config.sink_tokens + ring, head_dim, dtype=dtype, device=device),
             torch.zeros(batch, 2, dtype=torch.int32, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
@@ -143,8 +144,10 @@ class GSRQTensor(Tensor):
         return cls([inner[name] for name in PARTS + TABLES], *meta)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        bits = self.codec.bits
-        return f"GSRQTensor(shape={tuple(self.shape)}, bits={bits:g}, dtype={self.dtype}, device={self.device})"
+        (_, units, _, unit), (_, heads, _, head_dim) = self.codes.shape, self.window.shape
+        bits = 8 * units * unit / (heads * head_dim)
+        rate = f"{bits:g}" if isinstance(bits, float) else str(bits)  # torch prints what it traces, in symbols
+        return f"GSRQTensor(shape={tuple(self.shape)}, bits={rate}, dtype={self.dtype}, device={self.device})"
 
     def _stable_hash_for_caching(self) -> str:
         inner = [(name, tuple(getattr(self, name).shape), str(getattr(self, name).dtype)) for name in PARTS + TABLES]

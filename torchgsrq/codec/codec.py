@@ -93,7 +93,7 @@ class Codec:
     @property
     def heads(self) -> int:
         """KV heads."""
-        return sum(len(run.heads) for run in self.runs)  # not a size of a tensor: that may be symbolic in a graph
+        return self.mean.shape[0]
 
     @property
     def head_dim(self) -> int:
@@ -214,7 +214,11 @@ class Codec:
         whole number of. In memory it is still run after run, ``[heads of the run, n, codes of the run]``
         (`split_codes`).
         """
-        unit = math.gcd(*(self._bytes(run.layout) for run in self.runs))
+        unit = 0
+        for run in self.runs:  # by Euclid, since sizes may be symbols in a graph, which math.gcd does not take
+            rest, unit = unit, self._bytes(run.layout)
+            while rest:
+                rest, unit = unit % rest, rest
         return batch, self.token_bytes // unit, n, unit
 
     def split_codes(self, codes: Tensor) -> list[Tensor]:
