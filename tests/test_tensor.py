@@ -290,3 +290,15 @@ def test_empty_buffers(batch):
     key.index_copy_(2, torch.arange(0), torch.zeros(batch, 2, 0, 16))
     assert int(key.length) == 0 and f"GSRQTensor(shape=({batch}, 2, 8, 16), bits={key.codec.bits:g}, " in repr(key)
     assert F.scaled_dot_product_attention(torch.zeros(batch, 2, 1, 16), key, value).shape == (batch, 2, 1, 16)
+
+
+def test_the_cache_of_compiled_graphs_tells_buffers_apart():
+    """What differs in anything but its contents is another graph's; a copy is not."""
+    key, value, _, _ = make_pair(2, 2, 16, 32, length=10)
+    other, _, _, _ = make_pair(2, 2, 16, 32, config=GSRQConfig(sink_tokens=2, recent_tokens=12, block_tokens=4))
+    buffers = (key, value, other, key[:1], key[:, :, :32], key[:, :, None], key.repeat_interleave(2, 1), key.half())
+    hashes = [x._stable_hash_for_caching() for x in buffers]
+    assert len(set(hashes)) == len(buffers) - 1 and hashes[4] == hashes[0]
+    assert key.clone()._stable_hash_for_caching() == hashes[0]
+    wider = key[:, :, None].expand(2, 2, 3, 32, 16)
+    assert wider._stable_hash_for_caching() != wider.reshape(2, 6, 32, 16)._stable_hash_for_caching()

@@ -151,7 +151,7 @@ class GSRQTensor(Tensor):
 
     def _stable_hash_for_caching(self) -> str:
         inner = [(name, tuple(getattr(self, name).shape), str(getattr(self, name).dtype)) for name in PARTS + TABLES]
-        return repr((type(self).__name__, str(self.device), inner, self.integers, self.head_repeat, self.read_only))
+        return repr((type(self).__name__, str(self.device), inner, self.__tensor_flatten__()[1]))
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
