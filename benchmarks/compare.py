@@ -148,6 +148,24 @@ class Bench:
         return {**facts, "seconds": time.perf_counter() - begin}
 
 
+def _rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[tuple[str, Callable[[], Method]]]:
+    """What was asked for and can be measured here, by family."""
+    rows, names = [], []
+    for family in args.method or (x for x in METHODS if x not in ABLATIONS):
+        for make in METHODS[family]:
+            try:
+                names.append(make().name)
+            except ImportError as error:
+                print(f"{family}: not measured ({str(error).splitlines()[0]})")
+                continue
+            if not args.name or names[-1] in args.name:
+                rows.append((family, make))
+    unknown = [name for name in args.name or () if name not in names]
+    if unknown:
+        parser.error(f"--name {unknown[0]!r} is no row of these methods; choose from {', '.join(map(repr, names))}")
+    return rows
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,25 +183,19 @@ def main() -> None:
     parser.add_argument("--name", action="append", help="of a row of these, as it is printed; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results to this file as they come")
     args = parser.parse_args()
+    rows = _rows(args, parser)
     print(f"$ {shlex.join(['python', *sys.argv])}\n{evaluate.environment()}", flush=True)
     bench = Bench(args)
     results: dict[str, Any] = {"command": shlex.join(["python", *sys.argv]), "environment": evaluate.environment()}
     results["methods"] = json.loads(args.json.read_text())["methods"] if args.json and args.json.exists() else {}
-    for family in args.method or (x for x in METHODS if x not in ABLATIONS):
-        for make in METHODS[family]:
-            try:
-                method = make()
-            except ImportError as error:
-                print(f"{family}: not measured ({str(error).splitlines()[0]})")
-                continue
-            if args.name and method.name not in args.name:
-                continue
-            facts = {"family": family, **bench.measure(method)}
-            results["methods"][method.name] = facts
-            shown = ("bits", "ppl", "kl", "kl_p99", "agreement", "output_error", "found", "answer_kl", "seconds")
-            print(f"{method.name:26s} " + "  ".join(f"{x} {facts[x]:.4g}" for x in shown), flush=True)
-            if args.json:
-                args.json.write_text(json.dumps(results, indent=1))
+    for family, make in rows:
+        method = make()
+        facts = {"family": family, **bench.measure(method)}
+        results["methods"][method.name] = facts
+        shown = ("bits", "ppl", "kl", "kl_p99", "agreement", "output_error", "found", "answer_kl", "seconds")
+        print(f"{method.name:26s} " + "  ".join(f"{x} {facts[x]:.4g}" for x in shown), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
