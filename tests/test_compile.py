@@ -142,6 +142,21 @@ def test_a_new_cache_of_symbolic_sizes(llama, backend, size):
         assert graphs[1] == graphs[-1], "sizes that come later need no graphs of their own"
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_makes_a_buffer(dynamic):
+    codec = make_codec(2)
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    def make(x):
+        return GSRQTensor.empty(x.shape[0], 2, 96, 16, codec=codec)
+
+    for rows in (3, 1):
+        made, want = make(torch.zeros(rows)), GSRQTensor.empty(rows, 2, 96, 16, codec=codec)
+        assert made.integers == want.integers and made.shape == want.shape
+        for a, b in zip(made.parts, want.parts, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_no_copy_of_the_cache_in_the_generated_code():
     """Neither the codes nor the window are allocated, cloned or copied."""
     key, value, _, _ = make_pair(2, 2, 16, CAPACITY, length=20)

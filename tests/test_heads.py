@@ -226,10 +226,8 @@ def test_a_cache_of_heads_is_saved_spliced_and_compiled(uneven, tmp_path):
         read = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
         for forward, one in zip((model, read), new, strict=True):
             forward(ids, past_key_values=one)
-        for a, b in (
-            *zip(*(one.layers for one in fixed), strict=True),
-            *zip(*(one.layers for one in new), strict=True),
-        ):
-            assert torch.equal(a.keys.codes, b.keys.codes) and torch.equal(a.values.codes, b.values.codes)
+        for pair in (fixed, new):
+            for a, b in zip(*(one.layers for one in pair), strict=True):
+                assert torch.equal(a.keys.codes, b.keys.codes) and torch.equal(a.values.codes, b.values.codes)
     finally:
         dequantize_kv_(model)
