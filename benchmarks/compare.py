@@ -149,7 +149,8 @@ class Bench:
 
 
 def _rows(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[tuple[str, Callable[[], Method]]]:
-    """What was asked for and can be measured here, by family."""
+    """What was asked for and can be measured here: each row's family, and how to make its method, so that only the one
+    being measured is in memory."""
     rows, names = [], []
     for family in args.method or (x for x in METHODS if x not in ABLATIONS):
         for make in METHODS[family]:

@@ -149,7 +149,7 @@ def tiny_books(model: torch.nn.Module, config: GSRQConfig = SMALL) -> Codebooks:
 
 @pytest.fixture(scope="session")
 def llama() -> tuple[torch.nn.Module, Codebooks]:
-    """A tiny Llama and its codebooks; quantize and dequantize it, change nothing else."""
+    """A tiny Llama and its codebooks; a test may quantize it and take gradients, and changes nothing else."""
     return _llama()
 
 
@@ -161,7 +161,8 @@ def _llama() -> tuple[torch.nn.Module, Codebooks]:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """A test leaves no compiled graphs to the next, and where it fails no changed model either."""
+    """A test, also one that fails, leaves no compiled graphs to the next, and `llama` as it was: plain, with gradients
+    to be had and none taken."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

@@ -176,7 +176,6 @@ def test_autocast(llama):
     assert model(PROMPT[:, :1], past_key_values=cache, use_cache=True).logits.isfinite().all()  # and without
     with torch.autocast("cpu", torch.bfloat16):
         assert model(PROMPT[:, :1], past_key_values=want, use_cache=True).logits.isfinite().all()
-    dequantize_kv_(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -221,7 +220,6 @@ def test_a_cache_filled_in_inference_mode(llama):
             cache.layers[0].prefetch()
             cache.reset()
             model(PROMPT, past_key_values=cache, use_cache=True)
-    dequantize_kv_(model)
 
 
 def test_gradients_are_refused_and_not_lost(llama):
@@ -239,8 +237,6 @@ def test_gradients_are_refused_and_not_lost(llama):
         with pytest.raises(RuntimeError, match="attention on codes has no gradient"):
             step.logits.sum().backward()
         weight.requires_grad_(False)
-    dequantize_kv_(model)
-    model.requires_grad_(True).zero_grad(set_to_none=True)
 
 
 def test_a_compiled_backward_is_refused_too(llama):
@@ -252,8 +248,6 @@ def test_a_compiled_backward_is_refused_too(llama):
     out = step(PROMPT[:1, :1], past_key_values=cache, use_cache=True)
     with pytest.raises(RuntimeError, match="attention on codes has no gradient"):
         out.logits.sum().backward()
-    dequantize_kv_(model)
-    model.zero_grad(set_to_none=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -542,7 +536,6 @@ def test_bad_calibration_data_is_named(llama):
     quantize_kv_(model, SMALL, codebooks=llama[1])
     with pytest.raises(ValueError, match="LlamaForCausalLM is quantized; call dequantize_kv_ first"):
         calibrate(model, SMALL, TOKENS)
-    dequantize_kv_(model)
 
 
 def test_models_that_cannot_write_say_so():
