@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.benchmark import Timer
 
-from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, new_cache, quantize_kv_
+from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, models, new_cache, quantize_kv_
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import LAYOUTS
 from torchgsrq.ops import use_kernels
@@ -206,12 +206,12 @@ class Bench:
             "pad_token_id": 0,
             "attention_mask": torch.ones_like(ids),
         }
-        model.generate(ids, past_key_values=cache, max_new_tokens=2, **arguments)
+        model.generate(ids, **models.with_cache(model, cache), max_new_tokens=2, **arguments)
         held = cache.get_seq_length()
         ids = torch.full((1, held + 1), 5)
         arguments["attention_mask"] = torch.ones_like(ids)
         begin = time.perf_counter()
-        model.generate(ids, past_key_values=cache, max_new_tokens=tokens, **arguments)
+        model.generate(ids, **models.with_cache(model, cache), max_new_tokens=tokens, **arguments)
         return (time.perf_counter() - begin) / tokens
 
     def generate(self) -> None:
@@ -344,12 +344,12 @@ class Bench:
         quantize_kv_(model, config, codebooks=self.codebooks(config))
         ids = torch.randint(100, 20000, (1, 1))
         cache = new_cache(model, max_cache_len=4096)
-        model(torch.randint(100, 20000, (1, 2048)), past_key_values=cache, logits_to_keep=1)
+        model(torch.randint(100, 20000, (1, 2048)), **models.with_cache(model, cache), logits_to_keep=1)
         compiled = torch.compile(model, fullgraph=True)
         took = in_turns(
             {
-                "eager": lambda: model(ids, past_key_values=cache),
-                "compiled": lambda: compiled(ids, past_key_values=cache),
+                "eager": lambda: model(ids, **models.with_cache(model, cache)),
+                "compiled": lambda: compiled(ids, **models.with_cache(model, cache)),
             },
             seconds=4,
         )

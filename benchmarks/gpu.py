@@ -36,7 +36,7 @@ from torch import Tensor
 from torchgsrq.kernels import attention as kernel
 from torchgsrq.kernels import encode as encoder
 
-from torchgsrq import GSRQConfig, evaluate, new_cache, quantize_kv_, reference
+from torchgsrq import GSRQConfig, evaluate, models, new_cache, quantize_kv_, reference
 
 SECTIONS = ("check", "attention", "encode", "model", "capacity")
 BUDGET = 450.0  # seconds; rows that would begin later are left out, and said to be
@@ -181,11 +181,13 @@ class Bench:
             worst, tokens = 0.0, ids[:, :1].contiguous()
             with torch.no_grad():
                 for cache in caches:
-                    model(ids, past_key_values=cache, use_cache=True)
+                    model(ids, **models.with_cache(model, cache), use_cache=True)
                 for i in range(30):
                     at = torch.full((2, 1), 40 + i, device=self.device)
-                    want = model(tokens, position_ids=at, past_key_values=caches[0], use_cache=True).logits
-                    got = step(tokens, position_ids=at, past_key_values=caches[1], use_cache=True).logits.clone()
+                    want = model(tokens, position_ids=at, **models.with_cache(model, caches[0]), use_cache=True).logits
+                    got = step(
+                        tokens, position_ids=at, **models.with_cache(model, caches[1]), use_cache=True
+                    ).logits.clone()
                     error = float((got - want).abs().max() / want.abs().max())
                     worst = error if not error <= worst else worst
             self.record("check", what=f"compiled model, {mode}", worst=worst, passed=worst < 1e-2)
@@ -359,7 +361,7 @@ class Bench:
         def run(i: int) -> None:
             torch.compiler.cudagraph_mark_step_begin()
             at = torch.full((batch, 1), context + i, device=self.device)
-            step(ids, position_ids=at, past_key_values=cache, use_cache=True)
+            step(ids, position_ids=at, **models.with_cache(model, cache), use_cache=True)
 
         counters = torch._dynamo.utils.counters["inductor"]
         skipped = counters["cudagraph_skips"]

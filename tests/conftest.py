@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate, dequa
 from torchgsrq.codec import LayerCodec
 from torchgsrq.codec.kmeans import train_codebook
 from torchgsrq.codec.layout import Layout, key_layout, value_layout
+from torchgsrq.models import CACHE_NAMES
 from torchgsrq.state import state_of
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads of parallel test processes would fight
@@ -110,6 +112,14 @@ def make_pair(
             buffer.index_copy_(2, torch.arange(length), x)
         buffers.append(buffer)
     return buffers[0], buffers[1], k, v
+
+
+def cached(cache: object) -> dict[str, object]:
+    """The argument that gives a forward or `generate` a cache; its name is another one before transformers 5.24."""
+    from transformers import GenerationMixin
+
+    names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return {next(name for name in CACHE_NAMES if name in names): cache}
 
 
 TINY = {
@@ -198,6 +208,7 @@ __all__ = [
     "TINY",
     "Words",
     "by_turns",
+    "cached",
     "key_layout",
     "make_codec",
     "make_pair",

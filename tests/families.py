@@ -21,7 +21,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.conftest import SMALL, tiny_books
+from tests.conftest import SMALL, cached, tiny_books
 from tests.oracle import Oracle, watch
 from torchgsrq import models, new_cache
 from torchgsrq.evaluate import quantized
@@ -134,13 +134,16 @@ _ENCODERS += ("xlm-roberta", "xmod")
 def families() -> dict[str, str]:
     """Model type and class name of every causal language model of text alone, each class once."""
     found: dict[str, str] = {}
-    for kind, name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
-        config = CONFIG_MAPPING[kind]
-        parts = getattr(config, "sub_configs", {})
-        own = getattr(transformers, name).config_class
-        if (not parts or own is not config) and name not in found.values():
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    for kind, name in sorted(names, key=lambda x: (CONFIG_MAPPING[x[0]] is not _class(x[1]).config_class, x)):
+        parts = getattr(CONFIG_MAPPING[kind], "sub_configs", {})
+        if (not parts or _class(name).config_class is not CONFIG_MAPPING[kind]) and name not in found.values():
             found[kind] = name
-    return found
+    return dict(sorted(found.items()))
+
+
+def _class(name: str) -> Any:
+    return getattr(transformers, name)
 
 
 def tiny_config(kind: str) -> Any:
@@ -264,7 +267,7 @@ def _apart(model: Any, books: Any, config: Any, mode: str, seed: int) -> float:
 
 def _generate(model: Any, ids: Any, mask: Any, cache: Any, arguments: dict[str, Any]) -> torch.Tensor:
     length = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
-    kept = {"output_logits": True, "return_dict_in_generate": True, "past_key_values": cache}
+    kept = {"output_logits": True, "return_dict_in_generate": True, **cached(cache)}
     return torch.stack(model.generate(ids, attention_mask=mask, **length, **kept, **arguments).logits)
 
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from torchgsrq import Codebooks, GSRQConfig, reference
 from torchgsrq.codec.rope import rotate
-from torchgsrq.models import decoder
+from torchgsrq.models import decoder, given_cache
 
 
 class _Rows:
@@ -46,7 +46,7 @@ class Oracle(_Rows, DynamicCache):
 
     def see(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the decoder: note each token's position, and whether it is padding."""
-        if kwargs.get("past_key_values") is not self:
+        if given_cache(kwargs) is not self:
             return
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
-from tests.conftest import SMALL, by_turns, make_codec, make_pair
+from tests.conftest import SMALL, by_turns, cached, make_codec, make_pair
 from torchgsrq import GSRQTensor, new_cache
 from torchgsrq.codec.layout import Layout
 from torchgsrq.evaluate import quantized
@@ -132,7 +132,7 @@ def test_a_new_cache_of_symbolic_sizes(llama, backend, size):
             ours, theirs = (new_cache(model, size) for _ in range(2))
             for i in range(8):
                 ids = prompt[:, i : i + 1].contiguous() if i else prompt
-                got, want = (f(ids, past_key_values=c).logits for f, c in ((step, ours), (model, theirs)))
+                got, want = (f(ids, **cached(c)).logits for f, c in ((step, ours), (model, theirs)))
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             for a, b in zip(ours.layers, theirs.layers, strict=True):
                 for x, y in ((a.keys, b.keys), (a.values, b.values)):
@@ -199,11 +199,11 @@ def test_reduce_overhead(llama):
         step = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead", dynamic=False)
         caches = [new_cache(model, max_cache_len=64) for _ in range(2)]
         for cache in caches:
-            model(prompt, past_key_values=cache, use_cache=True)
+            model(prompt, **cached(cache), use_cache=True)
         for i in range(10):
             facts = {"position_ids": torch.full((2, 1), 20 + i), "use_cache": True}
             want, got = (
-                f(prompt[:, i : i + 1].clone(), past_key_values=c, **facts).logits
+                f(prompt[:, i : i + 1].clone(), **cached(c), **facts).logits
                 for f, c in zip((model, step), caches, strict=True)
             )
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -222,12 +222,12 @@ def test_a_transformers_decode_step(llama, backend):
         step = torch.compile(model.forward, fullgraph=True, backend=counter, dynamic=False)
         caches = [new_cache(model, max_cache_len=64) for _ in range(2)]
         for cache in caches:
-            model(prompt, past_key_values=cache, use_cache=True)
+            model(prompt, **cached(cache), use_cache=True)
         token = prompt[:, -1:].contiguous()  # as those to come: strides are part of a graph
         for i in range(16):
             position = torch.full((2, 1), 20 + i)
-            want = model(token, position_ids=position, past_key_values=caches[0], use_cache=True).logits
-            got = step(token, position_ids=position, past_key_values=caches[1], use_cache=True).logits
+            want = model(token, position_ids=position, **cached(caches[0]), use_cache=True).logits
+            got = step(token, position_ids=position, **cached(caches[1]), use_cache=True).logits
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
             token = want[:, -1:].argmax(-1)
         for a, b in zip(caches[0].layers, caches[1].layers, strict=True):
@@ -278,8 +278,8 @@ def test_a_plain_forward_is_one_graph(llama):
         cache, token = out.past_key_values, prompt[:, :1].contiguous()
         graphs = []
         for i in range(8):
-            want = model(token, past_key_values=copy.deepcopy(cache)).logits
-            torch.testing.assert_close(step(token, past_key_values=cache).logits, want, rtol=1e-4, atol=1e-4)
+            want = model(token, **cached(copy.deepcopy(cache))).logits
+            torch.testing.assert_close(step(token, **cached(cache)).logits, want, rtol=1e-4, atol=1e-4)
             assert cache.get_seq_length() == 21 + i
             graphs.append(counter.frame_count)
     assert graphs[-1] == graphs[2] <= 4
@@ -294,7 +294,7 @@ def test_a_static_cache_is_used_again(llama):
         step = torch.compile(model, fullgraph=True, backend="aot_eager")
         cache = new_cache(model, max_cache_len=64)
         for _ in range(2):
-            got = step(prompt, past_key_values=cache, use_cache=True).logits
+            got = step(prompt, **cached(cache), use_cache=True).logits
             torch.testing.assert_close(got, model(prompt).logits, rtol=1e-4, atol=1e-4)
             assert int(cache.get_seq_length()) == 20
             cache.reset()
@@ -424,9 +424,9 @@ def test_buffers_of_a_static_cache_are_static_inputs(llama):
 
     with quantized(model, SMALL, books):
         cache = new_cache(model, max_cache_len=64)
-        model(prompt, past_key_values=cache, use_cache=True)
+        model(prompt, **cached(cache), use_cache=True)
         cache.batch_select_indices(torch.tensor([1, 0]))
         step = torch.compile(model.forward, fullgraph=True, backend=backend, dynamic=False)
-        step(prompt[:, :1].clone(), position_ids=torch.full((2, 1), 20), past_key_values=cache, use_cache=True)
+        step(prompt[:, :1].clone(), position_ids=torch.full((2, 1), 20), **cached(cache), use_cache=True)
     (inputs, static), parts = found[-1], 11
     assert inputs > len(static) >= 2 * 2 * parts  # keys and values of two layers

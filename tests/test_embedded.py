@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.conftest import cached
 from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_, retrieval
 from torchgsrq.cli import app
 from torchgsrq.embedded import document, load_model
@@ -60,7 +61,7 @@ def test_generation_continues_real_text(smol):
     with quantized(model, GSRQConfig(bits=1), books):
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         cache = new_cache(model)
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, **cached(cache), use_cache=True, logits_to_keep=1)
     words = tokenizer.decode(out[0, 1000:])
     assert len(set(words.split())) > 5, f"no language: {words!r}"
     report = cache.memory()

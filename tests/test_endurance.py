@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import SMALL, tiny_books, tiny_llama
+from tests.conftest import SMALL, cached, tiny_books, tiny_llama
 from tests.oracle import Oracle, watch
 from tests.test_oracle import assert_alike, by_mask
 from torchgsrq import Codebooks, new_cache, quantize_kv_
@@ -47,9 +47,9 @@ class Story:
                 row[: self.random.randint(0, 10)] = 0
         self.mask = torch.cat((self.mask, new), 1)
         arguments = {"attention_mask": self.mask, "position_ids": by_mask(self.mask)[:, -n:], "use_cache": True}
-        got = self.twin(ids, past_key_values=self.cache, **arguments).logits
+        got = self.twin(ids, **cached(self.cache), **arguments).logits
         handle = watch(self.model, self.oracle)
-        want = self.model(ids, past_key_values=self.oracle, **arguments).logits
+        want = self.model(ids, **cached(self.oracle), **arguments).logits
         handle.remove()
         real = new.bool()
         assert_alike(got[real][None], want[real][None])
@@ -63,9 +63,9 @@ class Story:
     def splice(self):
         ids = torch.randint(3, 100, (1, self.random.randint(4, 40)), generator=self.generator)
         piece, said = self.empty(), Oracle(self.books, SMALL, self.model.config)
-        self.twin(ids, past_key_values=piece, use_cache=True)
+        self.twin(ids, **cached(piece), use_cache=True)
         handle = watch(self.model, said)
-        self.model(ids, past_key_values=said, use_cache=True)
+        self.model(ids, **cached(said), use_cache=True)
         handle.remove()
         skip = self.random.choice([0, 2, 3])
         self.cache.splice(piece, skip=skip)
@@ -152,7 +152,7 @@ def test_damaged_files_are_refused_by_name(llama, twin, tmp_path, kind):
         books.save(path)
     else:
         cache = new_cache(twin)
-        twin(torch.arange(3, 43)[None], past_key_values=cache, use_cache=True)
+        twin(torch.arange(3, 43)[None], **cached(cache), use_cache=True)
         cache.save(path)
     whole = path.read_bytes()
     choose = random.Random(0)

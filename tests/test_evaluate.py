@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from tests.conftest import SMALL, Words
+from tests.conftest import SMALL, Words, cached
 from torchgsrq import new_cache, retrieval
 from torchgsrq.evaluate import Comparison, quality, quantized, true_bits
 
@@ -38,7 +38,7 @@ def test_true_bits_are_those_of_a_cache(llama):
     ids = torch.randint(3, 100, (1, 200))
     with quantized(model, SMALL, books):
         cache = new_cache(model)
-        model(ids, past_key_values=cache)
+        model(ids, **cached(cache))
         memory = cache.memory()
     counted = memory.total - memory.unused - memory.counters + memory.codebooks
     assert true_bits(SMALL, books, 200) == pytest.approx(8 * counted / memory.elements)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests import families
-from tests.conftest import SMALL, tiny_books
+from tests.conftest import SMALL, cached, tiny_books
 from torchgsrq import new_cache, quantize_kv_
 from torchgsrq.evaluate import quantized
 from torchgsrq.learning.statistics import collect_statistics
@@ -47,7 +47,7 @@ def test_a_family_generates_right(kind):
     assert (found.quantized, found.layers) == COMMON[kind]
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "kimi_linear", "falcon", "gptj", "hrm_text"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "kimi_linear", "falcon", "hrm_text"])
 def test_what_attention_is_not_handed_is_decoded_for_it(kind):
     """MLA, attention outside of transformers' interface, layers used several times: codes in memory, tensors for the
     model."""
@@ -57,7 +57,7 @@ def test_what_attention_is_not_handed_is_decoded_for_it(kind):
     books = tiny_books(model)
     last = inspect_layers(model)[-1]
     latent = kind in ("deepseek_v3", "kimi_linear")  # cached as keys, and the part that RoPE turns as values
-    assert (last.rope == "none") == latent and last.kv_heads == (4 if kind in ("gptj", "hrm_text") else 1)
+    assert (last.rope == "none") == latent and last.kv_heads == (4 if kind == "hrm_text" else 1)
     with (
         pytest.raises(ValueError, match="prefill='quantized'"),
         quantized(model, dataclasses.replace(SMALL, prefill="quantized"), books),
@@ -67,9 +67,9 @@ def test_what_attention_is_not_handed_is_decoded_for_it(kind):
         tiny_books(model, dataclasses.replace(SMALL, allocation="sensitivity"))
     with quantized(model, SMALL, books):
         cache = new_cache(model)
-        out = model(families.PROMPT, past_key_values=cache, use_cache=True).logits
+        out = model(families.PROMPT, **cached(cache), use_cache=True).logits
         assert cache.memory().codes and (kind == "kimi_linear") == bool(cache.memory().full_precision_layers)
-        out = model(families.PROMPT[:, :1], past_key_values=cache, use_cache=True).logits
+        out = model(families.PROMPT[:, :1], **cached(cache), use_cache=True).logits
         with pytest.raises((ValueError, RuntimeError), match="gradient"):
             out.sum().backward()
 
@@ -82,9 +82,9 @@ def test_a_fixed_cache_without_a_mask(kind):
     with quantized(model, SMALL, tiny_books(model)):
         out = []
         for cache in (new_cache(model), new_cache(model, 64)):
-            model(families.PROMPT[:, :30], past_key_values=cache, use_cache=True)
+            model(families.PROMPT[:, :30], **cached(cache), use_cache=True)
             steps = [families.PROMPT[:, i : i + n] for i, n in ((30, 1), (31, 1), (32, 4))]
-            out.append(torch.cat([model(x, past_key_values=cache, use_cache=True).logits for x in steps], 1))
+            out.append(torch.cat([model(x, **cached(cache), use_cache=True).logits for x in steps], 1))
     torch.testing.assert_close(out[0], out[1], atol=1e-4, rtol=1e-4)
 
 
@@ -103,16 +103,16 @@ def test_rows_of_linear_attention_go_along(kind):
     model = families.tiny_model(kind)
     with quantized(model, SMALL, tiny_books(model)):
         cache = new_cache(model)
-        model(families.PROMPT, past_key_values=cache, use_cache=True)
+        model(families.PROMPT, **cached(cache), use_cache=True)
         rows = torch.tensor([2, 0, 1])
         twin, third = copy.deepcopy(cache), copy.deepcopy(cache)
         cache.reorder_cache(rows)
         twin.batch_select_indices(rows)
         third.batch_repeat_interleave(2)
         ids = families.PROMPT[:, :1]
-        want = model(ids, past_key_values=cache, use_cache=True).logits
-        assert torch.equal(model(ids, past_key_values=twin, use_cache=True).logits, want)
-        got = model(ids[rows].repeat_interleave(2, 0)[:6], past_key_values=third, use_cache=True).logits
+        want = model(ids, **cached(cache), use_cache=True).logits
+        assert torch.equal(model(ids, **cached(twin), use_cache=True).logits, want)
+        got = model(ids[rows].repeat_interleave(2, 0)[:6], **cached(third), use_cache=True).logits
         assert got.shape[0] == 6 and cache.is_linear.count(True) == (0 if kind == "falcon_h1" else 2)
 
 
@@ -124,12 +124,12 @@ def test_a_decode_step_is_one_graph(kind):
     model = families.tiny_model(kind)
     with quantized(model, SMALL, tiny_books(model)):
         cache = new_cache(model, 64)
-        model(families.PROMPT, past_key_values=cache, use_cache=True)
+        model(families.PROMPT, **cached(cache), use_cache=True)
         twin = copy.deepcopy(cache)
         step = torch.compile(model, backend="aot_eager", fullgraph=True)
         for i in range(6):
             ids = families.PROMPT[:, i : i + 1]
-            got, want = (f(ids, past_key_values=c, use_cache=True).logits for f, c in ((step, cache), (model, twin)))
+            got, want = (f(ids, **cached(c), use_cache=True).logits for f, c in ((step, cache), (model, twin)))
             assert torch.equal(got, want)
         for a, b in zip(cache.quantized_layers, twin.quantized_layers, strict=True):
             assert torch.equal(a.keys.dequantize(), b.keys.dequantize())
@@ -177,12 +177,12 @@ def test_a_saved_cache_goes_on_with_linear_attention(kind, dtype, tmp_path):
     ids = families.PROMPT
     with quantized(model, SMALL, books):
         cache = new_cache(model)
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **cached(cache), use_cache=True)
         assert cache.memory().full_precision_layers > 0
         cache.save(tmp_path / "cache")
         twin = new_cache(model)
         twin.load(tmp_path / "cache")
-        more = [model(ids[:, :5], past_key_values=c, use_cache=True).logits for c in (cache, twin)]
+        more = [model(ids[:, :5], **cached(c), use_cache=True).logits for c in (cache, twin)]
         assert torch.equal(*more)
         with pytest.raises(ValueError, match="holds tokens already"):
             twin.load(tmp_path / "cache")

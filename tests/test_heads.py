@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import SMALL, make_codec, tiny_books, tiny_llama
+from tests.conftest import SMALL, cached, make_codec, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQConfig, GSRQTensor, dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.codec import Codec, LayerCodec
 from torchgsrq.codec.layout import Layout
@@ -196,36 +196,36 @@ def test_a_cache_of_heads_is_saved_spliced_and_compiled(uneven, tmp_path):
     quantize_kv_(model, dataclasses.replace(SMALL, bits=2), codebooks=books)
     try:
         cache = new_cache(model)
-        model(ids, past_key_values=cache)
-        want = model(ids[:, :1], past_key_values=cache).logits
+        model(ids, **cached(cache))
+        want = model(ids[:, :1], **cached(cache)).logits
         cache.save(tmp_path / "cache.safetensors")
         loaded = new_cache(model)
         loaded.load(tmp_path / "cache.safetensors")
         for a, b in zip(cache.layers, loaded.layers, strict=True):
             assert torch.equal(a.keys.dequantize()[:, :, :71], b.keys.dequantize()[:, :, :71])
         pieces = [new_cache(model) for _ in range(2)]
-        model(ids[:, :40], past_key_values=pieces[0])
-        model(ids[:, 40:], past_key_values=pieces[1])
+        model(ids[:, :40], **cached(pieces[0]))
+        model(ids[:, 40:], **cached(pieces[1]))
         pieces[0].splice(pieces[1], skip=0)
         assert int(pieces[0].get_seq_length()) == 70
         assert all(torch.isfinite(layer.keys.dequantize()).all() for layer in pieces[0].layers)
         growing = [new_cache(model) for _ in range(2)]  # past its capacity, in a graph too
         outputs = []
         for forward, one in zip((model, torch.compile(model, fullgraph=True, backend="eager")), growing, strict=True):
-            model(ids.repeat(1, 3), past_key_values=one)
-            outputs.append(forward(ids, past_key_values=one).logits)
+            model(ids.repeat(1, 3), **cached(one))
+            outputs.append(forward(ids, **cached(one)).logits)
             assert one.layers[0].keys.shape[2] > 256
         torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
         fixed = [new_cache(model, max_cache_len=96) for _ in range(2)]
         step = torch.compile(model, fullgraph=True, backend="aot_eager")
         for forward, one in zip((model, step), fixed, strict=True):
-            model(ids, past_key_values=one)
-            out = forward(ids[:, :1], past_key_values=one).logits
+            model(ids, **cached(one))
+            out = forward(ids[:, :1], **cached(one)).logits
             torch.testing.assert_close(out, want, rtol=1e-3, atol=1e-3)
         new = [new_cache(model) for _ in range(2)]
         read = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
         for forward, one in zip((model, read), new, strict=True):
-            forward(ids, past_key_values=one)
+            forward(ids, **cached(one))
         for pair in (fixed, new):
             for a, b in zip(*(one.layers for one in pair), strict=True):
                 assert torch.equal(a.keys.codes, b.keys.codes) and torch.equal(a.values.codes, b.values.codes)

@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.conftest import SMALL, tiny_books, tiny_llama
+from tests.conftest import SMALL, cached, tiny_books, tiny_llama
 from tests.oracle import Oracle, watch
 from torchgsrq import new_cache
 from torchgsrq.evaluate import quantized
@@ -49,7 +49,7 @@ def generate(model, cache, mode, ids, mask, tokens=24):
     if isinstance(cache, Oracle):
         arguments.pop("cache_implementation", None)
     if isinstance(cache, Oracle) or "cache_implementation" not in mode:
-        arguments["past_key_values"] = cache
+        arguments |= cached(cache)
     return model.generate(
         ids,
         attention_mask=mask,
@@ -102,7 +102,7 @@ def turns(model, cache, pieces, mask, positions=None, between=lambda cache, piec
         ids = PROMPT[: mask.shape[0], past : past + n]
         arguments = {} if positions is None else {"position_ids": positions[..., past : past + n]}
         past += n
-        out.append(model(ids, attention_mask=mask[:, :past], past_key_values=cache, use_cache=True, **arguments).logits)
+        out.append(model(ids, attention_mask=mask[:, :past], **cached(cache), use_cache=True, **arguments).logits)
         between(cache, number)
     return torch.cat(out, 1)
 
@@ -119,12 +119,12 @@ def test_rows_that_have_not_begun_follow(llama, rows):
 
     def run(cache):
         model(PROMPT[:, :16], attention_mask=PADDED[:, :16], position_ids=by_mask(PADDED)[:, :16],
-              past_key_values=cache, use_cache=True)  # fmt: skip
+              **cached(cache), use_cache=True)  # fmt: skip
         cache.batch_select_indices(torch.tensor(rows) if isinstance(cache, Oracle) else rows)
         picked = torch.tensor(rows)
         mask, ids = PADDED[picked], PROMPT[picked]
         later = [model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=by_mask(mask)[:, a:b],
-                       past_key_values=cache, use_cache=True).logits for a, b in ((16, 32), (32, 33), (33, 40))]  # fmt: skip
+                       **cached(cache), use_cache=True).logits for a, b in ((16, 32), (32, 33), (33, 40))]  # fmt: skip
         return torch.cat(later, 1)[mask[:, 16:].bool()]
 
     got, want = both(model, books, SMALL, run)
@@ -182,7 +182,7 @@ def test_positions_of_a_gap_follow_every_operation(llama):
         for i in range(35, 35 + 300):  # past the first capacity
             ids = torch.full((2, 1), 3 + i % 90)
             at = positions[1, 34] + 1 + i - 35
-            out.append(model(ids, past_key_values=cache, position_ids=at.expand(2, 1), use_cache=True,
+            out.append(model(ids, **cached(cache), position_ids=at.expand(2, 1), use_cache=True,
                              attention_mask=torch.cat((mask[[1, 1], :35], torch.ones(2, i - 34)), 1).long()).logits)  # fmt: skip
         return torch.cat(out, 1)
 
@@ -200,7 +200,7 @@ def test_a_gap_beyond_the_capacity(llama):
 
     def run(cache):
         cut = [model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=by_mask(mask)[:, a:b],
-                     past_key_values=cache, use_cache=True).logits for a, b in ((0, 250), (250, 300))]  # fmt: skip
+                     **cached(cache), use_cache=True).logits for a, b in ((0, 250), (250, 300))]  # fmt: skip
         return torch.cat(cut, 1)[mask.bool()]
 
     got, want = both(model, books, SMALL, run)
@@ -248,9 +248,9 @@ def test_after_a_forward_that_failed(llama):
                 inputs_embeds=torch.full((2, 40, 64), torch.nan),
                 attention_mask=mask,
                 position_ids=by_mask(mask),
-                past_key_values=cache,
+                **cached(cache),
             )
-        model(PROMPT[:1], past_key_values=cache, use_cache=True)
+        model(PROMPT[:1], **cached(cache), use_cache=True)
         assert cache.layers[0].keys.start.tolist() == [[0, 0]]
 
 
@@ -267,7 +267,7 @@ def test_a_gap_survives_a_file(llama, tmp_path):
             again.load(tmp_path / "gap.safetensors")
             for a, b in zip(cache.layers, again.layers, strict=True):
                 assert torch.equal(a.keys.dequantize()[:, :, :40], b.keys.dequantize()[:, :, :40])
-            one, two = (model(PROMPT[:2, :3], past_key_values=copy.deepcopy(c), position_ids=by_mask(mask)[:, -1:] + 1 + torch.arange(3),
+            one, two = (model(PROMPT[:2, :3], **cached(copy.deepcopy(c)), position_ids=by_mask(mask)[:, -1:] + 1 + torch.arange(3),
                               use_cache=True).logits for c in (cache, again))  # fmt: skip
             torch.testing.assert_close(one, two)
 

@@ -24,7 +24,7 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto").eval()
 quantize_kv_(model, SMALL, codebooks=sys.argv[1] + "/books.safetensors")
 ids = torch.arange(3, 43)[None].repeat(2, 1)
 cache = new_cache(model)
-out = model.generate(ids, max_new_tokens=24, do_sample=False, past_key_values=cache)
+out = model.generate(ids, max_new_tokens=24, do_sample=False, **cached(cache))
 print("heads", cache.layers[0].keys.shape[1], "tokens", out[:, 40:].tolist())
 """
 
@@ -90,7 +90,7 @@ cache = new_cache(model)
 size = torch.zeros(1, dtype=torch.long)
 with torch.no_grad():
     if dist.get_rank() == 0:  # reads the prompt
-        model(ids[:, :-1], past_key_values=cache)
+        model(ids[:, :-1], **cached(cache))
         data = torch.frombuffer(bytearray(cache.dumps()), dtype=torch.uint8)
         dist.send(size + len(data), 1)
         dist.send(data, 1)
@@ -99,7 +99,7 @@ with torch.no_grad():
         data = torch.empty(int(size), dtype=torch.uint8)
         dist.recv(data, 0)
         cache.loads(data.numpy().tobytes())
-    print("tokens", model.generate(ids, max_new_tokens=16, do_sample=False, past_key_values=cache)[:, 60:].tolist())
+    print("tokens", model.generate(ids, max_new_tokens=16, do_sample=False, **cached(cache))[:, 60:].tolist())
 """
 
 

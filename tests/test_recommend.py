@@ -10,7 +10,7 @@ import torch
 import transformers
 from typer.testing import CliRunner
 
-from tests.conftest import TINY, tiny_books, tiny_llama
+from tests.conftest import TINY, cached, tiny_books, tiny_llama
 from torchgsrq import GSRQConfig, new_cache
 from torchgsrq.cli import app
 from torchgsrq.evaluate import quantized
@@ -25,7 +25,7 @@ def test_bytes_are_those_of_a_cache(layout):
     books = tiny_books(model, config)
     with quantized(model, config, books):
         cache = new_cache(model, 512)
-        model(torch.arange(3, 100)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(3, 100)[None], **cached(cache), use_cache=True)
         memory = cache.memory()
     said = next(s for s in settings(model.config, 512) if (s.layout, s.bits) == (layout, 1))
     assert said.cache == memory.total - memory.counters

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache
 
-from tests.conftest import SMALL, TINY, tiny_books, tiny_llama
+from tests.conftest import SMALL, TINY, cached, tiny_books, tiny_llama
 from tests.oracle import Oracle, watch
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.config import BITS, LAYOUTS, PREFILLS, RECIPES
 from torchgsrq.evaluate import quantized
+from torchgsrq.models import given_cache
 
 PROMPT = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(1))
 TOKENS = torch.randint(3, 100, (512,), generator=torch.Generator().manual_seed(0))
@@ -46,7 +47,7 @@ def prompt_file(llama, path, config=SMALL):
     model, books = llama
     with quantized(model, config, books), torch.no_grad():
         cache = new_cache(model)
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
         cache.save(path)
     with safe_open(path, framework="pt") as file:
         return load_file(path), file.metadata()
@@ -109,7 +110,7 @@ def test_a_prompt_file_holds_what_is_used(llama, tmp_path):
     prompt_file(llama, tmp_path / "a")
     with quantized(model, SMALL, books), torch.no_grad():
         cache = new_cache(model, 20_000)
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
         cache.save(tmp_path / "b")
     assert abs((tmp_path / "a").stat().st_size - (tmp_path / "b").stat().st_size) < 100
     with quantized(model, dataclasses.replace(SMALL, beam=1), books):
@@ -126,7 +127,7 @@ def test_a_prompt_file_of_another_dtype(llama, tmp_path):
         cache = new_cache(half)
         cache.load(tmp_path / "a")
         assert cache.layers[0].keys.dtype == cache.layers[1].keys.dtype == torch.bfloat16
-        half(PROMPT[:, :1], past_key_values=cache, use_cache=True)
+        half(PROMPT[:, :1], **cached(cache), use_cache=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ def test_values_of_any_size(size, recipe):
         full = model(torch.cat((PROMPT, PROMPT[:, :1]), 1)).logits[:, -1:]
         with quantized(model, config, books):
             out = model(PROMPT, use_cache=True)
-            out = model(PROMPT[:, :1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(PROMPT[:, :1], **cached(out.past_key_values), use_cache=True)
         logits.append(out.logits)
         codes.append(out.past_key_values.layers[0].values.codes)
     if size != 20_000:
@@ -173,9 +174,9 @@ def test_autocast(llama):
         model.generate(PROMPT, **GREEDY)
     cache = out.past_key_values
     want = copy.deepcopy(cache)
-    assert model(PROMPT[:, :1], past_key_values=cache, use_cache=True).logits.isfinite().all()  # and without
+    assert model(PROMPT[:, :1], **cached(cache), use_cache=True).logits.isfinite().all()  # and without
     with torch.autocast("cpu", torch.bfloat16):
-        assert model(PROMPT[:, :1], past_key_values=want, use_cache=True).logits.isfinite().all()
+        assert model(PROMPT[:, :1], **cached(want), use_cache=True).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -208,18 +209,18 @@ def test_a_cache_filled_in_inference_mode(llama):
     for fixed in (None, 128):
         with torch.inference_mode():
             cache = new_cache(model, fixed)
-            model(PROMPT, past_key_values=cache, use_cache=True)
-            model(PROMPT[:, :1], past_key_values=cache, use_cache=True)
+            model(PROMPT, **cached(cache), use_cache=True)
+            model(PROMPT[:, :1], **cached(cache), use_cache=True)
             cache.batch_repeat_interleave(2)
         with torch.no_grad():
             cache.crop(-5)
             cache.reorder_cache(torch.tensor([3, 0]))
-            model(PROMPT[:, :3], past_key_values=cache, use_cache=True)
+            model(PROMPT[:, :3], **cached(cache), use_cache=True)
             assert int(cache.get_seq_length()) == 39
             cache.layers[0].offload()
             cache.layers[0].prefetch()
             cache.reset()
-            model(PROMPT, past_key_values=cache, use_cache=True)
+            model(PROMPT, **cached(cache), use_cache=True)
 
 
 def test_gradients_are_refused_and_not_lost(llama):
@@ -227,13 +228,13 @@ def test_gradients_are_refused_and_not_lost(llama):
     quantize_kv_(model, SMALL, codebooks=books)
     exact = model(PROMPT[:1], use_cache=True)  # an exact prefill is the full-precision model, gradient and all
     exact.logits.sum().backward()
-    step = model(PROMPT[:1, :1], past_key_values=exact.past_key_values, use_cache=True)
+    step = model(PROMPT[:1, :1], **cached(exact.past_key_values), use_cache=True)
     with pytest.raises(RuntimeError, match="attention on codes has no gradient"):
         step.logits.sum().backward()
     model.requires_grad_(False)
     for name in ("k_proj", "v_proj"):  # also where the query needs none
         weight = getattr(model.model.layers[1].self_attn, name).weight.requires_grad_()
-        step = model(PROMPT[:1, :1], past_key_values=exact.past_key_values, use_cache=True)
+        step = model(PROMPT[:1, :1], **cached(exact.past_key_values), use_cache=True)
         with pytest.raises(RuntimeError, match="attention on codes has no gradient"):
             step.logits.sum().backward()
         weight.requires_grad_(False)
@@ -245,7 +246,7 @@ def test_a_compiled_backward_is_refused_too(llama):
     quantize_kv_(model, SMALL, codebooks=books)
     cache = model(PROMPT[:1], use_cache=True).past_key_values
     step = torch.compile(model.forward, backend="aot_eager")
-    out = step(PROMPT[:1, :1], past_key_values=cache, use_cache=True)
+    out = step(PROMPT[:1, :1], **cached(cache), use_cache=True)
     with pytest.raises(RuntimeError, match="attention on codes has no gradient"):
         out.logits.sum().backward()
 
@@ -420,7 +421,7 @@ def test_attention_set_otherwise_afterwards(llama):
     with pytest.raises(ValueError, match=r"LlamaModel was set to 'eager' after quantize_kv_.*set_attn_implementation"):
         model.generate(PROMPT, **GREEDY)
     with pytest.raises(ValueError, match="was set to 'eager'"):
-        model(PROMPT[:, :1], past_key_values=cache)
+        model(PROMPT[:, :1], **cached(cache))
     model.set_attn_implementation("gsrq")
     model.generate(PROMPT, **GREEDY)
     for arguments in ({"output_attentions": True}, {}):
@@ -551,7 +552,7 @@ def test_nan_is_named_by_layer_and_row(llama):
     model, books = llama
     with quantized(model, SMALL, books):
         cache = new_cache(model)
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
         bad = torch.zeros(2, 2, 1, 32)
         bad[1, 0, 0, 3] = torch.inf
         with pytest.raises(ValueError, match=r"layer 1, values, row\(s\) 1: x holds NaN or inf; nothing was written"):
@@ -570,7 +571,7 @@ def test_what_a_cache_does_like_transformers(llama, caplog):
     def filled():
         with quantized(model, SMALL, books):
             cache = new_cache(model)
-            model(PROMPT, past_key_values=cache, use_cache=True)
+            model(PROMPT, **cached(cache), use_cache=True)
         return cache
 
     for rows in ([1, 0], (1, 0), torch.tensor([1, 0]), [True, False], torch.tensor([True, False])):
@@ -602,12 +603,12 @@ def test_a_crop_into_the_padding_forgets_where_the_row_begins(llama):
     mask[1, :24] = 0
 
     def run(cache):
-        model(PROMPT, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), past_key_values=cache)
+        model(PROMPT, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0), **cached(cache))
         cache.crop(-24)  # 16 are left: nothing of the second row
         later = torch.ones(2, 40, dtype=torch.long)
         later[1, :16] = 0
         at = (later.cumsum(1) - 1).clamp_min(0)[:, 16:]
-        return model(PROMPT[:, 16:], attention_mask=later, position_ids=at, past_key_values=cache).logits
+        return model(PROMPT[:, 16:], attention_mask=later, position_ids=at, **cached(cache)).logits
 
     with quantized(model, SMALL, books):
         got = run(new_cache(model))
@@ -673,7 +674,8 @@ def test_what_cannot_be_quantized_is_refused_at_once(what):
     with pytest.raises(ValueError, match=f"(?s)^{name}.*{says}"):
         quantize_kv_(model, config, codebooks=tiny_books(model) if "split" in what or "keys" in what else None)
     assert torch.equal(model(PROMPT).logits, before)
-    assert type(model.generate(PROMPT, **GREEDY, return_dict_in_generate=True)["past_key_values"]) is not GSRQCache
+    out = model.generate(PROMPT, **GREEDY, return_dict_in_generate=True)
+    assert type(out.past_key_values) is not GSRQCache
 
 
 def test_the_probe_finds_attention_that_does_more(llama):
@@ -682,10 +684,10 @@ def test_the_probe_finds_attention_that_does_more(llama):
     module = model.model.layers[1].self_attn
     attend = module.forward
 
-    def forward(hidden_states, *args, past_key_values=None, **kwargs):
-        cached = past_key_values is not None and past_key_values.get_seq_length(0) > 1
-        scale = 2.0 if cached and isinstance(past_key_values, GSRQCache) else 1.0
-        return attend(scale * hidden_states, *args, past_key_values=past_key_values, **kwargs)
+    def forward(hidden_states, *args, **kwargs):
+        cache = given_cache(kwargs)
+        scale = 2.0 if isinstance(cache, GSRQCache) and cache.get_seq_length(0) > 1 else 1.0
+        return attend(scale * hidden_states, *args, **kwargs)
 
     module.forward = forward
     with pytest.raises(ValueError, match=r"over a quantized cache its hidden states differ by \d+"):
@@ -776,7 +778,7 @@ def test_text_after_an_image_is_coded_at_its_position():
     with quantized(model, config, books):
         cache, plain = new_cache(model), DynamicCache(config=model.config.get_text_config())
         for one in (cache, plain):
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=one, use_cache=True, **image)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), **cached(one), use_cache=True, **image)
         keys = cache.layers[0].keys
         assert keys.start[0, 2:][[0, 20, 21, 60, 84, 85, 86, 119, 120]].tolist() == [0, 20, 21, 21, 21, 29, 30, 63, 64]
         got, want = keys.dequantize()[:, :, :120], plain.layers[0].keys

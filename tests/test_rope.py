@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from tests.conftest import SMALL, TINY, tiny_books
+from tests.conftest import SMALL, TINY, cached, tiny_books
 from torchgsrq import new_cache, quantize_kv_
 from torchgsrq.evaluate import quantized
 from torchgsrq.models import inspect_layers
@@ -58,7 +58,7 @@ def key_error(model, first):
     """Relative squared error of coded keys of the first layer, in a text whose positions begin at ``first``."""
     cache, plain = new_cache(model), transformers.DynamicCache(config=model.config)
     for one in (cache, plain):
-        model(IDS, position_ids=torch.arange(100)[None] + first, past_key_values=one, use_cache=True)
+        model(IDS, position_ids=torch.arange(100)[None] + first, **cached(one), use_cache=True)
     keys, coded = cache.layers[0].keys, int(cache.layers[0].keys.encoded.max())
     want = plain.layers[0].keys[:, :, 2:coded]
     return float((keys.dequantize()[:, :, 2:coded] - want).square().sum() / want.square().sum())
@@ -87,16 +87,16 @@ def test_a_cache_does_not_outlive_its_frequencies():
     model = build("LlamaConfig", ROPES["dynamic NTK"][1])
     with quantized(model, CONFIG, tiny_books(model, CONFIG)):
         cache = new_cache(model)
-        model(IDS, past_key_values=cache, use_cache=True)
+        model(IDS, **cached(cache), use_cache=True)
         was = cache.layers[0].keys.dequantize()
         with pytest.raises(ValueError, match=r"layer 0: the model's RoPE frequencies changed.*100 tokens.*new cache"):
-            model(IDS, position_ids=torch.arange(100)[None] + 600, past_key_values=cache, use_cache=True)
+            model(IDS, position_ids=torch.arange(100)[None] + 600, **cached(cache), use_cache=True)
         assert torch.equal(cache.layers[0].keys.dequantize(), was)
         with pytest.raises(ValueError, match=r"from 100 to up to 601 tokens, and past 512"):
             model.generate(IDS, max_new_tokens=501, do_sample=False)
         assert model.generate(IDS, max_new_tokens=5, do_sample=False).shape[1] <= 105
         cache.reset()  # empty, it takes the frequencies of what comes
-        model(IDS, position_ids=torch.arange(100)[None] + 600, past_key_values=cache, use_cache=True)
+        model(IDS, position_ids=torch.arange(100)[None] + 600, **cached(cache), use_cache=True)
 
 
 @torch.no_grad()
@@ -121,13 +121,13 @@ def test_a_file_keeps_the_frequencies(tmp_path):
     model = build("Phi3Config", longrope(90))
     with quantized(model, CONFIG, tiny_books(model, CONFIG)):
         cache, again = new_cache(model), new_cache(model)
-        model(IDS, past_key_values=cache, use_cache=True)
+        model(IDS, **cached(cache), use_cache=True)
         cache.save(tmp_path / "long.safetensors")
         again.load(tmp_path / "long.safetensors")
-        one, two = (model(IDS[:, :1], past_key_values=c, use_cache=True).logits for c in (cache, again))
+        one, two = (model(IDS[:, :1], **cached(c), use_cache=True).logits for c in (cache, again))
         torch.testing.assert_close(one, two)
         cache = copy.deepcopy(again)
-        model(IDS[:, :1], past_key_values=cache, use_cache=True)
+        model(IDS[:, :1], **cached(cache), use_cache=True)
 
 
 def test_rope_that_cannot_be_followed_is_refused():

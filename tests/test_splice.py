@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from tests.conftest import SMALL, tiny_books, tiny_llama
+from tests.conftest import SMALL, cached, tiny_books, tiny_llama
 from tests.families import tiny_model
 from torchgsrq import Codebooks, GSRQConfig, new_cache, quantize_kv_
 from torchgsrq.cache import GSRQLayer
@@ -88,7 +88,7 @@ def read(model, ids, at=0, **arguments):
     """A cache that has read ids from a position on."""
     cache = new_cache(model, **arguments)
     positions = torch.arange(at, at + ids.shape[1])[None]
-    model(ids, past_key_values=cache, position_ids=positions, use_cache=True)
+    model(ids, **cached(cache), position_ids=positions, use_cache=True)
     return cache
 
 
@@ -125,7 +125,7 @@ def test_a_piece_is_as_if_read_there(llama, here, there, origin, fixed):
             torch.testing.assert_close(got[:, :, exact], want.keys.dequantize()[:, :, exact], rtol=1e-3, atol=1e-3)
         for i in range(12):
             twin = plain(cache, model)
-            got = model(rest[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            got = model(rest[:, i : i + 1], **cached(cache), use_cache=True).logits
             for k, layer in enumerate(cache.layers):  # a block may have become codes before it was read
                 past = twin.layers[k].keys.shape[2]
                 twin.layers[k].keys, twin.layers[k].values = (
@@ -133,7 +133,7 @@ def test_a_piece_is_as_if_read_there(llama, here, there, origin, fixed):
                 )
             at = torch.tensor([[here + there + i]])
             with attention_implementation(model, "sdpa"):
-                want = model(rest[:, i : i + 1], past_key_values=twin, position_ids=at, use_cache=True).logits
+                want = model(rest[:, i : i + 1], **cached(twin), position_ids=at, use_cache=True).logits
             torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
@@ -151,18 +151,18 @@ def test_generate_goes_on_from_a_library(llama):
         piece = read(model, torch.cat((head[:, :2], doc), 1))
         cache = new_cache(model)
         positions = (mask[:, :40].cumsum(1) - 1).clamp(min=0)
-        model(batch, attention_mask=mask[:, :40], position_ids=positions, past_key_values=cache, use_cache=True)
+        model(batch, attention_mask=mask[:, :40], position_ids=positions, **cached(cache), use_cache=True)
         cache.splice(piece, skip=2)
         again = new_cache(model)
         again.loads(cache.dumps())
         ids = torch.cat((batch, doc.expand(2, -1), question.expand(2, -1)), 1)
-        got, same = (model.generate(ids, attention_mask=mask, past_key_values=x, **settings) for x in (cache, again))
+        got, same = (model.generate(ids, attention_mask=mask, **cached(x), **settings) for x in (cache, again))
         assert torch.equal(got, same)
         alone = new_cache(model)
-        model(head[:, 12:], past_key_values=alone, use_cache=True)
+        model(head[:, 12:], **cached(alone), use_cache=True)
         alone.splice(piece, skip=2)
         row = torch.cat((head[:, 12:], doc, question), 1)
-        assert torch.equal(model.generate(row, past_key_values=alone, **settings)[0, -8:], got[1, -8:])
+        assert torch.equal(model.generate(row, **cached(alone), **settings)[0, -8:], got[1, -8:])
         alone.crop(-20)
         assert alone.get_seq_length() == 28 + 60 + 10 + 7 - 20
 

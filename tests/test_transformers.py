@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from tests.conftest import SMALL, TINY, tiny_books, tiny_llama
+from tests.conftest import SMALL, TINY, cached, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig, GSRQTensor, dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.evaluate import quantized
 
@@ -23,16 +23,16 @@ def test_decode_equals_the_dequantized_twin(llama):
     model, books = llama
     with quantized(model, SMALL, books):
         cache = new_cache(model)
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
     token = PROMPT[:, -1:]
     for _ in range(12):
         with quantized(model, SMALL, books):
-            got = model(token, past_key_values=cache, use_cache=True).logits[:, -1]
+            got = model(token, **cached(cache), use_cache=True).logits[:, -1]
         twin = DynamicCache(config=model.config)
         for i, layer in enumerate(cache.layers):
             past = int(layer.keys.length) - 1
             twin.update(layer.keys.dequantize()[:, :, :past], layer.values.dequantize()[:, :, :past], i)
-        want = model(token, past_key_values=twin, use_cache=True).logits[:, -1]
+        want = model(token, **cached(twin), use_cache=True).logits[:, -1]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
         token = got.argmax(-1, keepdim=True)
     assert int(cache.layers[0].keys.encoded.max()) == 44
@@ -55,7 +55,7 @@ def test_quantized_prefill_equals_token_by_token(llama):
     with quantized(model, dataclasses.replace(SMALL, prefill="quantized"), books):
         whole = model(PROMPT, use_cache=True)
         cache = new_cache(model)
-        steps = [model(PROMPT[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(40)]
+        steps = [model(PROMPT[:, i : i + 1], **cached(cache), use_cache=True).logits for i in range(40)]
     torch.testing.assert_close(torch.cat(steps, 1), whole.logits, rtol=1e-4, atol=1e-4)
     for a, b in zip(whole.past_key_values.layers, cache.layers, strict=True):
         coded = int(a.keys.encoded.max())
@@ -72,7 +72,7 @@ def test_chunked_quantized_prefill_is_the_same(llama, chunks):
         whole = model(PROMPT, use_cache=True).logits
         cache, logits = new_cache(model), []
         for part in PROMPT.split(chunks, 1):
-            logits.append(model(part, past_key_values=cache, use_cache=True).logits)
+            logits.append(model(part, **cached(cache), use_cache=True).logits)
     torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -195,7 +195,7 @@ def test_beam_search_reorders_codes_and_windows(llama):
 def quantized_cache(model: nn.Module, books: Codebooks, config: GSRQConfig = SMALL) -> GSRQCache:
     with quantized(model, config, books):
         cache = new_cache(model)
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
     return cache
 
 
@@ -223,7 +223,7 @@ def test_multi_turn_continuation_keeps_the_cache(llama):
         first = model.generate(PROMPT, attention_mask=torch.ones_like(PROMPT), max_new_tokens=10, min_new_tokens=10,
                                do_sample=False, return_dict_in_generate=True)  # fmt: skip
         turn = torch.cat((first.sequences, PROMPT[:, :9]), 1)
-        second = model.generate(turn, attention_mask=torch.ones_like(turn), past_key_values=first.past_key_values,
+        second = model.generate(turn, attention_mask=torch.ones_like(turn), **cached(first.past_key_values),
                                 max_new_tokens=10, min_new_tokens=10, do_sample=False)  # fmt: skip
     assert second.shape[1] == turn.shape[1] + 10
     assert first.past_key_values.get_seq_length() == second.shape[1] - 1
@@ -232,7 +232,7 @@ def test_multi_turn_continuation_keeps_the_cache(llama):
 def test_a_callers_own_cache_is_left_alone(llama):
     model, books = llama
     with quantized(model, SMALL, books), torch.no_grad():
-        out = model(PROMPT, past_key_values=DynamicCache(config=model.config), use_cache=True)
+        out = model(PROMPT, **cached(DynamicCache(config=model.config)), use_cache=True)
     assert type(out.past_key_values) is DynamicCache
 
 
@@ -306,7 +306,7 @@ def test_skipped_layers_keep_full_precision(llama, kept):
     config = dataclasses.replace(SMALL, skip_layers=kept)
     with quantized(model, config, books):
         cache = model(PROMPT, use_cache=True).past_key_values
-        step = model(PROMPT[:, :1], past_key_values=cache, use_cache=True)
+        step = model(PROMPT[:, :1], **cached(cache), use_cache=True)
     for i, layer in enumerate(cache.layers):
         assert isinstance(layer.keys, GSRQTensor) == (i not in kept)
     assert step.logits.isfinite().all()
@@ -337,10 +337,10 @@ def test_a_full_static_cache_says_so(llama):
     model, books = llama
     with quantized(model, SMALL, books), torch.no_grad():
         cache = new_cache(model, max_cache_len=42)
-        model(PROMPT, past_key_values=cache, use_cache=True)
-        model(PROMPT[:, :2], past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
+        model(PROMPT[:, :2], **cached(cache), use_cache=True)
         with pytest.raises(ValueError, match="capacity of 42"):
-            model(PROMPT[:, :1], past_key_values=cache, use_cache=True)
+            model(PROMPT[:, :1], **cached(cache), use_cache=True)
 
 
 def test_unknown_arguments_are_refused(llama):
@@ -348,7 +348,7 @@ def test_unknown_arguments_are_refused(llama):
     cache = quantized_cache(model, books)
     with quantized(model, SMALL, books), torch.no_grad():
         with pytest.raises(TypeError, match="position_bias"):
-            model(PROMPT[:, :1], past_key_values=cache, use_cache=True, position_bias=torch.zeros(1))
+            model(PROMPT[:, :1], **cached(cache), use_cache=True, position_bias=torch.zeros(1))
         with pytest.raises(ValueError, match="cache_implementation='quantized'"):
             model.generate(PROMPT, max_new_tokens=2, cache_implementation="quantized")
 
@@ -377,7 +377,7 @@ def test_cache_operations_commute_with_decode(llama, fixed):
     model, books = llama
     with quantized(model, SMALL, books):
         cache = new_cache(model, fixed)
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
     was = cache.layers[1].values.dequantize()
     cache.batch_repeat_interleave(3)
     assert torch.equal(cache.layers[1].values.dequantize(), was.repeat_interleave(3, 0))
@@ -390,7 +390,7 @@ def test_cache_operations_commute_with_decode(llama, fixed):
     cache.reset()
     assert int(cache.get_seq_length()) == 0 and not cache.layers[1].values.dequantize().any()
     with quantized(model, SMALL, books):
-        again = model(PROMPT, past_key_values=cache, use_cache=True)
+        again = model(PROMPT, **cached(cache), use_cache=True)
     assert torch.equal(again.past_key_values.layers[1].values.dequantize(), was)
 
 
@@ -414,11 +414,11 @@ def test_a_prompt_cache_survives_a_file(llama, tmp_path, fixed):
     model, books = llama
     with quantized(model, SMALL, books):
         cache = new_cache(model)
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
         cache.save(tmp_path / "prompt.safetensors")
         again = new_cache(model, fixed)
         again.load(tmp_path / "prompt.safetensors")
-        one, two = (model(PROMPT[:, :1], past_key_values=c, use_cache=True).logits for c in (cache, again))
+        one, two = (model(PROMPT[:, :1], **cached(c), use_cache=True).logits for c in (cache, again))
     assert torch.equal(one, two)
     others = tiny_books(model, dataclasses.replace(SMALL, seed=1))
     path = tmp_path / "prompt.safetensors"
@@ -442,12 +442,12 @@ def test_files_of_mixed_caches(llama, tmp_path):
     path = tmp_path / "mixed.safetensors"
     with quantized(model, dataclasses.replace(SMALL, skip_layers=(1,)), books):
         cache = new_cache(model, max_cache_len=64)
-        model(PROMPT, past_key_values=cache, use_cache=True)
+        model(PROMPT, **cached(cache), use_cache=True)
         cache.save(path)
         again = new_cache(model)
         again.load(path)
         assert [int(layer.get_seq_length()) for layer in again.layers] == [40, 40]
-        one, two = (model(PROMPT[:, :1], past_key_values=c, use_cache=True).logits for c in (cache, again))
+        one, two = (model(PROMPT[:, :1], **cached(c), use_cache=True).logits for c in (cache, again))
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
         with pytest.raises(ValueError, match="holds tokens already"):
             again.load(path)
@@ -459,7 +459,7 @@ def test_an_empty_cache_takes_any_batch(llama):
     cache = quantized_cache(model, books)
     cache.reset()
     with quantized(model, SMALL, books):
-        model(PROMPT[:1], past_key_values=cache, use_cache=True)
+        model(PROMPT[:1], **cached(cache), use_cache=True)
     assert cache.batch_size == 1 and cache.get_seq_length() == 40
     cache.batch_select_indices(torch.tensor([True]))
     assert cache.batch_size == 1
@@ -575,7 +575,7 @@ def test_architectures(name):
     with quantized(model, dataclasses.replace(SMALL, prefill="quantized"), books):
         whole = model(PROMPT, use_cache=True)
         cache = new_cache(model)
-        steps = [model(PROMPT[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(40)]
+        steps = [model(PROMPT[:, i : i + 1], **cached(cache), use_cache=True).logits for i in range(40)]
         out = model.generate(PROMPT, **arguments)
     torch.testing.assert_close(torch.cat(steps, 1), whole.logits, rtol=1e-3, atol=1e-3)
     assert out.shape == want.shape
@@ -653,5 +653,5 @@ def test_static_caches_of_other_makers_are_refused_by_type(llama):
     model, books = llama
     with quantized(model, SMALL, books), torch.no_grad():
         cache = StaticCache(config=model.config, max_cache_len=64)
-        out = model(PROMPT, past_key_values=cache, use_cache=True)  # the caller's own choice: full precision
+        out = model(PROMPT, **cached(cache), use_cache=True)  # the caller's own choice: full precision
     assert out.logits.isfinite().all()

@@ -29,7 +29,7 @@ _NEUTRAL = frozenset(
         "num_items_in_batch",
         "position_embeddings",
         "logits_to_keep",
-        "past_key_values",
+        *models.CACHE_NAMES,
         "layer_idx",
     }
 )

@@ -212,11 +212,11 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
 def decode_speed(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, Tensor, Any]:
     """Tokens per second of greedy decoding after ``ids [1, n]`` were read, the continuation, and the cache."""
     cache = new_cache(model) if hasattr(model, "_gsrq") else transformers.DynamicCache(config=model.config)
-    model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids[:, :-1], **models.with_cache(model, cache), use_cache=True, logits_to_keep=1)
     begin = time.perf_counter()
     out = model.generate(
         ids,
-        past_key_values=cache,
+        **models.with_cache(model, cache),
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -69,7 +68,7 @@ def _difference(model: PreTrainedModel, inner: PreTrainedModel, cache: GSRQCache
 
 def _forward(inner: PreTrainedModel, x: dict[str, Tensor], tokens: slice, cache: Any) -> Tensor:
     arguments = {name: t[:, tokens].clone() for name, t in x.items()}  # some models scale their input in place
-    if "position_ids" in inspect.signature(inner.forward).parameters:
+    if "position_ids" in models.parameters(inner):
         arguments["position_ids"] = torch.arange(_TOKENS, device=next(iter(x.values())).device)[None, tokens]
-    out = inner(**arguments, past_key_values=cache, use_cache=True)
+    out = inner(**arguments, **models.with_cache(inner, cache), use_cache=True)
     return (out[0] if isinstance(out, tuple) else next(iter(out.values()))).float()

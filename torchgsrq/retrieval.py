@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
+from torchgsrq import models
 from torchgsrq.api import new_cache
 from torchgsrq.evaluate import Candidate, for_measuring, quantized
 from torchgsrq.learning.text import token_ids
@@ -251,8 +252,9 @@ def answer_likelihoods(model: PreTrainedModel, trial: Trial) -> list[Tensor]:
     The text is read once; the questions then follow it as the rows of a batch.
     """
     cache = new_cache(model) if hasattr(model, "_gsrq") else DynamicCache(config=model.config)
-    model(trial.context[None].to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(trial.context[None].to(model.device), **models.with_cache(model, cache), use_cache=True, logits_to_keep=1)
     cache.batch_repeat_interleave(len(trial.questions))
     rows = pad_sequence([q.tokens for q in trial.questions], batch_first=True)
-    logits = model(rows.to(model.device), past_key_values=cache, use_cache=True).logits.float().log_softmax(-1).cpu()
+    out = model(rows.to(model.device), **models.with_cache(model, cache), use_cache=True)
+    logits = out.logits.float().log_softmax(-1).cpu()
     return [row[q.answer.nonzero().flatten() - 1] for q, row in zip(trial.questions, logits, strict=True)]

@@ -89,14 +89,13 @@ class GiveCache:
     """
 
     def __init__(self, module: nn.Module, state: State, is_decoder: bool) -> None:
-        parameters = inspect.signature(module.forward).parameters.values()
-        self.names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
+        self.names = models.parameters(module)
         self.state, self.is_decoder = state, is_decoder
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments of the forward, all by name."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use_cache = models.given_cache(kwargs), kwargs.get("use_cache")
         measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
         if use_cache is None:
             use_cache = getattr(module.config, "use_cache", False)
@@ -109,8 +108,9 @@ class GiveCache:
                     "torch.export of a forward that makes its own quantized cache is not supported: export with "
                     "use_cache=False (and prefill='exact'), or a module of your own that takes GSRQTensors"
                 )
-            cache = kwargs["past_key_values"] = self.state.new_cache(module)
-            kwargs["use_cache"] = True
+            cache = self.state.new_cache(module)
+            kwargs = {name: x for name, x in kwargs.items() if name not in models.CACHE_NAMES}
+            kwargs |= {**models.with_cache(module, cache), "use_cache": True}
         if self.is_decoder and isinstance(cache, GSRQCache):
             self._check(module, kwargs)
             if not (torch.compiler.is_compiling() and cache.rows_are_placed):
@@ -166,8 +166,8 @@ def prepare_cache_for_generation(
     if kind not in _CACHE_IMPLEMENTATIONS:
         allowed = ", ".join(repr(x) for x in _CACHE_IMPLEMENTATIONS)
         raise ValueError(f"cache_implementation={kind!r}: a model with a quantized KV cache takes one of {allowed}")
-    mask = model_kwargs.get("attention_mask")
-    prompt = mask.shape[-1] if isinstance(mask, Tensor) else 0
+    given_tokens = [model_kwargs.get(name) for name in ("attention_mask", "position_ids")]  # no mask where all are real
+    prompt = next((x.shape[-1] for x in given_tokens if isinstance(x, Tensor)), 0)
     for rotary in models.rotaries(self, state.layers).values() if generation_config.use_cache else ():
         limit = rotary.changes_within(prompt, max_cache_length)
         if limit is not None:
@@ -176,17 +176,18 @@ def prepare_cache_for_generation(
                 "model's RoPE changes, which a cache of codes cannot follow: generate fewer tokens, or choose a fixed "
                 "RoPE scaling"
             )
-    given = model_kwargs.get("past_key_values")
+    given = models.given_cache(model_kwargs)
     prepare()
-    made = model_kwargs.get("past_key_values")
+    made = models.given_cache(model_kwargs)
     if made is None or made is given:
         return
-    own = type(self).prepare_inputs_for_generation
-    if isinstance(made, StaticCache) and "isinstance(past_key_values, StaticCache)" in inspect.getsource(own):
+    own = inspect.getsource(type(self).prepare_inputs_for_generation)
+    if isinstance(made, StaticCache) and any(f"isinstance({name}, StaticCache)" in own for name in models.CACHE_NAMES):
         raise ValueError(
             f"cache_implementation={kind!r}: {type(self).__name__} does something for transformers' StaticCache alone; "
             "generate with the default cache"
         )
     fixed = [getattr(layer, "max_cache_len", 0) for layer in made.layers]  # of a sliding window, no more than that
     capacity = max(max_cache_length, *fixed) if isinstance(made, StaticCache) else None
-    model_kwargs["past_key_values"] = state.new_cache(self, capacity, made)
+    name = next(name for name, x in model_kwargs.items() if x is made)
+    model_kwargs[name] = state.new_cache(self, capacity, made)

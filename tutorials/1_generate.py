@@ -84,7 +84,7 @@ cache = new_cache(model)
 lengths, reports = range(256, 2049, 256), []
 with torch.no_grad():
     for last in lengths:
-        model(ids[None, last - 256 : last], past_key_values=cache, logits_to_keep=1)
+        model(ids[None, last - 256 : last], cache=cache, logits_to_keep=1)
         reports.append(cache.memory())
 
 report = reports[-1]
@@ -143,7 +143,7 @@ with TemporaryDirectory() as folder:
     print(f"saved {path.stat().st_size / MiB:.1f} MiB")
     loaded = new_cache(model)
     loaded.load(path)
-now, later = go_on(longer, past_key_values=cache), go_on(longer, past_key_values=loaded)
+now, later = go_on(longer, cache=cache), go_on(longer, cache=loaded)
 print("the same answer:", now == later)
 
 # %% [markdown]

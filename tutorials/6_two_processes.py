@@ -35,7 +35,7 @@ lengths = (256, 512, 1024, 1536)
 def go_on(model: torch.nn.Module, ids: torch.Tensor, cache: object) -> list[int]:
     """The next 16 tokens, greedily; what the cache holds is not read again."""
     mask = torch.ones_like(ids)
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=16, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=16, do_sample=False)
     return out[0, ids.shape[1] :].tolist()
 
 
@@ -63,7 +63,7 @@ def reader(line: Connection, model: torch.nn.Module, tokenizer: object) -> tuple
     cache, coded, full, past = new_cache(model), [], [], 0
     for length in lengths:
         with torch.no_grad():
-            model(ids[:, past:length], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, past:length], cache=cache, logits_to_keep=1)
         coded.append(len(cache.dumps()))
         full.append(cache.memory().full_precision_bytes)
         past = length

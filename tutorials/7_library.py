@@ -42,7 +42,7 @@ following = [ids[:, 5000 * i + 700 : 5000 * i + 796] for i in range(3)]
 
 def log_probs(tokens: Tensor, cache: GSRQCache | None = None) -> Tensor:
     """Log-probabilities of the next token after each of the last 96."""
-    return model(tokens, past_key_values=cache, use_cache=cache is not None).logits[0, -96:].log_softmax(-1)
+    return model(tokens, cache=cache, use_cache=cache is not None).logits[0, -96:].log_softmax(-1)
 
 
 full = [log_probs(torch.cat((head, *pair), 1)) for pair in zip(documents, following, strict=True)]
@@ -62,7 +62,7 @@ quantize_kv_(model, GSRQConfig(bits=1), codebooks=file)
 def read(*texts: Tensor) -> GSRQCache:
     cache = new_cache(model)
     for text in texts:
-        model(text, past_key_values=cache, logits_to_keep=1)
+        model(text, cache=cache, logits_to_keep=1)
     return cache
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     LinearAttentionCacheLayerMixin,
     StaticCache,
@@ -101,7 +102,7 @@ class GSRQCache(Cache):
     def is_linear(self) -> list[bool]:
         """Which layers have linear attention alone."""
         return [
-            linear and not isinstance(x, GSRQLayer) for linear, x in zip(super().is_linear, self.layers, strict=True)
+            isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, CacheLayerMixin) for x in self.layers
         ]
 
     def batch_select_indices(self, indices: Any) -> None:

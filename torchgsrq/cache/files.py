@@ -85,7 +85,7 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
     ]
     for i, (layer, state, length) in enumerate(zip(cache.layers, states, lengths, strict=True)):
         wrong = _wrong_with(layer, state, length, rows, linear_states[i])
-        if length != longest and not wrong:
+        if length not in (longest, 0) and not wrong:
             wrong = f"is said to hold {length} tokens, others {longest}"
         if wrong:
             raise ValueError(f"{name} is damaged, not a whole cache file: layer {i} {wrong}")
@@ -150,8 +150,9 @@ def _wrong_with(layer: Any, state: dict[str, Tensor], length: int, rows: int, st
         wrong = kept.wrong_with_linear(layer, linear, rows, states)
         if wrong or not isinstance(layer, CacheLayerMixin):
             return wrong
-    if not state:
-        return f"is missing, and should hold {length} tokens" if length else None
+    if not state:  # of a layer that a model has no attention in, nothing
+        missing = length and isinstance(layer, CacheLayerMixin)
+        return f"is missing, and should hold {length} tokens" if missing else None
     if isinstance(layer, GSRQLayer):
         return layer.check_state(state, length, rows)
     if set(state) != {"keys", "values"}:

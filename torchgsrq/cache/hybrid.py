@@ -14,7 +14,7 @@ from torchgsrq.cache.layer import GSRQLayer
 class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
     """A layer that has linear attention, kept as it is, beside attention whose keys and values are quantized."""
 
-    is_croppable = False  # shadows a property of linear attention
+    is_compileable = False  # shadows a property of linear attention
 
     get_max_length = GSRQLayer.get_max_length  # linear attention has none
 

@@ -48,7 +48,7 @@ class GSRQLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    is_croppable = False  # a block that became codes in between stays codes
+    is_croppable = True  # what is left decodes as before; a block that became codes stays codes
 
     keys: GSRQTensor
     values: GSRQTensor

@@ -173,7 +173,7 @@ def collect_cached(
     with torch.no_grad(), models.refusing(_what(model, windows)):
         for window in tqdm(windows, desc="reading", disable=not progress):
             cache = models.Recorder(models.text_config(model))
-            inner(input_ids=window[None].to(device), use_cache=True, past_key_values=cache)
+            inner(input_ids=window[None].to(device), use_cache=True, **models.with_cache(inner, cache))
             for index, *given in cache.given:
                 for x, s in zip(given, stats.get(index, ()), strict=False):
                     s.add_vectors(x)

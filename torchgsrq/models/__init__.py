@@ -29,13 +29,14 @@ from torchgsrq.models.parts import (
     rope_span,
     some_input,
     speaker,
-    takes_cache,
     text_config,
     unwrap,
 )
 from torchgsrq.models.rotary import NO_ROPE, UNKNOWN_ROPE, Rotary, difference, rotaries, unmovable
+from torchgsrq.models.signature import CACHE_NAMES, given_cache, parameters, returned_cache, takes_cache, with_cache
 
 __all__ = [
+    "CACHE_NAMES",
     "NO_ROPE",
     "OBSERVED",
     "UNBOUNDED",
@@ -53,6 +54,7 @@ __all__ = [
     "difference",
     "evaluating",
     "fingerprint",
+    "given_cache",
     "input_device",
     "inspect_layers",
     "kinds_of_layers",
@@ -60,9 +62,11 @@ __all__ = [
     "layer_kinds",
     "notify",
     "observed",
+    "parameters",
     "path_to_decoder",
     "plain_precision",
     "refusing",
+    "returned_cache",
     "rope_span",
     "rotaries",
     "same_model",
@@ -72,4 +76,5 @@ __all__ = [
     "text_config",
     "unmovable",
     "unwrap",
+    "with_cache",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from typing import Any
 
@@ -14,6 +13,7 @@ from torchgsrq.models.fingerprint import sample_of
 from torchgsrq.models.observe import Recorder, Seen, evaluating, layer_index, observed, plain_precision, refusing
 from torchgsrq.models.parts import LayerInfo, decoder, input_device, layer_kinds, some_input, text_config
 from torchgsrq.models.rotary import check_followed, depends_on_length, find_rope
+from torchgsrq.models.signature import parameters, with_cache
 
 
 @torch.no_grad()
@@ -93,8 +93,8 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, Seen], Reco
 
     config = text_config(model)
     cache = Recorder(config)
-    arguments: dict[str, Any] = {"use_cache": True, "past_key_values": cache}
-    if "position_ids" in inspect.signature(inner.forward).parameters:
+    arguments: dict[str, Any] = {"use_cache": True, **with_cache(inner, cache)}
+    if "position_ids" in parameters(inner):
         arguments["position_ids"] = torch.tensor([[position]], device=device)
     arguments.update(some_input(model, 1))
     what = f"a forward of its decoder {type(inner).__name__} with one token failed"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from torchgsrq.models.signature import parameters, takes_cache
 
 UNBOUNDED = ("full_attention", "hybrid")  # kinds of layers whose keys and values grow with the text
 
@@ -123,11 +124,6 @@ def speaker(model: PreTrainedModel) -> PreTrainedModel:
     return heads[-1] if heads else path[-1]
 
 
-def takes_cache(module: nn.Module) -> bool:
-    """Whether a module's forward has ``past_key_values``."""
-    return isinstance(module, nn.Module) and "past_key_values" in inspect.signature(module.forward).parameters
-
-
 def input_device(model: nn.Module) -> torch.device:
     """Where inputs belong; with weights that accelerate has put elsewhere, where it brings them to."""
     for module in model.modules():
@@ -169,7 +165,7 @@ def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
 def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
     """Always the same input of a decoder, one row: made-up embeddings, or token ids where it takes nothing else."""
     config, device = text_config(model), input_device(model)
-    takes = inspect.signature(decoder(model).forward).parameters
+    takes = parameters(decoder(model))
     looked_up_again = getattr(config, "hidden_size_per_layer_input", None)  # in every layer: Gemma 3n and 4
     if "inputs_embeds" not in takes or looked_up_again:
         return {"input_ids": torch.arange(tokens, device=device)[None] % config.vocab_size}
