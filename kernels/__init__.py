@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import torch
@@ -26,9 +29,11 @@ _MACHINE = {
 }
 
 
-def compiler() -> str | None:
-    """The C++ compiler, if there is one: ``$CXX``, or the machine's."""
-    return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+def compiler() -> list[str]:
+    """The command of the C++ compiler: that of ``$CXX`` (``"ccache g++"``), or the machine's; empty without one."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    return asked or found[:1]
 
 
 def capability(scalar: bool = False) -> str:
@@ -66,15 +71,15 @@ def build(output: Path, scalar: bool = False, extra: tuple[str, ...] = ()) -> No
         RuntimeError: there is no compiler, or it failed; says what it printed.
     """
     program = compiler()
-    if program is None:
+    if not program:
         raise RuntimeError("there is no C++ compiler (set CXX, or install g++ or clang++)")
     libraries = Path(torch.__file__).parent / "lib"
     partial = output.with_suffix(f".{os.getpid()}.partial")
-    command = [program, *flags(scalar), *extra, *(str(_FOLDER / name) for name in SOURCES), "-o", str(partial)]
+    command = [*program, *flags(scalar), *extra, *(str(_FOLDER / name) for name in SOURCES), "-o", str(partial)]
     command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{program} failed:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{shlex.join(program)} failed:\n{done.stderr[-4000:]}")
     with open(partial, "ab") as file:  # a seal: loading half a library would kill the process
         file.write(hashlib.sha256(partial.read_bytes()).digest())
     os.replace(partial, output)  # other processes may be building it too
@@ -95,21 +100,38 @@ def cpu_library() -> Path | None:
         Its path, or None where it cannot be built or ``TORCHGSRQ_KERNELS=0`` asks for the reference.
         ``TORCHGSRQ_KERNELS`` may also be the path of a library that `build` made.
     """
-    # Not above: where this folder is on the path, transformers imports it as it looks for the hub's package of that
-    # name, and must not come back to itself through torchgsrq.
-    from torchgsrq.config import cache_folder
-
     asked = os.environ.get("TORCHGSRQ_KERNELS", "1")
     if asked != "1":
         return None if asked == "0" else Path(asked)
     try:
         facts = [torch.__version__, capability(), *((_FOLDER / name).read_text() for name in FILES)]
-        path = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+        name = f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+        path, often = _kept(name)
         if not is_whole(path):
             if compiler():
-                log.warning("torchgsrq: building the CPU kernels, once; this takes about a minute ...")
+                log.warning("torchgsrq: building the CPU kernels, %s; this takes about a minute ...", often)
             build(path)
     except (RuntimeError, OSError) as error:
         log.warning("torchgsrq: the CPU kernels cannot be built, so the slower reference runs: %s", error)
         return None
     return path
+
+
+def _kept(name: str) -> tuple[Path, str]:
+    """Where a library is kept, and how often it is built: in the cache folder, or, where that cannot be written to, in
+    one for this process alone, with a warning."""
+    # Not above: where this folder is on the path, transformers imports it as it looks for the hub's package of that
+    # name, and must not come back to itself through torchgsrq.
+    from torchgsrq.config import cache_folder
+
+    try:
+        path = cache_folder() / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        return path, "once"
+    except OSError as error:
+        log.warning("torchgsrq: the CPU kernels cannot be kept: %s. Set TORCHGSRQ_CACHE to a writable folder", error)
+        folder = tempfile.mkdtemp(prefix="torchgsrq-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder) / name, "at every start"

@@ -20,7 +20,7 @@ from torchgsrq.ops import use_kernels
 from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
 
 pytestmark = pytest.mark.skipif(
-    kernels.compiler() is None or os.environ.get("TORCHGSRQ_KERNELS") == "0",
+    not kernels.compiler() or os.environ.get("TORCHGSRQ_KERNELS") == "0",
     reason="there are no compiled kernels without a C++ compiler, nor with TORCHGSRQ_KERNELS=0",
 )
 gsrq = torch.ops.torchgsrq
@@ -333,7 +333,7 @@ def test_other_builds(tmp_path, build):
     if build == "scalar":
         kernels.build(library, scalar=True)
     else:
-        find = [kernels.compiler(), "-print-file-name=libasan.so"]
+        find = [*kernels.compiler(), "-print-file-name=libasan.so"]
         runtime = subprocess.run(find, capture_output=True, text=True).stdout.strip()
         if not os.path.isabs(runtime):
             pytest.skip("this compiler has no libasan.so, which must be preloaded into Python (clang has another)")

@@ -18,7 +18,7 @@ import torchgsrq, torch
 from torchgsrq import kernels
 from torchgsrq.ops import use_kernels
 print(torchgsrq.__file__)
-print(use_kernels() == (kernels.compiler() is not None))
+print(use_kernels() == (bool(kernels.compiler())))
 print(torchgsrq.GSRQConfig(bits=1).bits)
 """
 

@@ -18,7 +18,7 @@ from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.calibrate import WINDOW, cached_codebooks, quantizes
 from torchgsrq.models import LayerInfo
-from torchgsrq.probe import check_attention
+from torchgsrq.probe import check_attention, check_entry
 from torchgsrq.state import UNSUPPORTED, GiveCache, State, prepare_cache_for_generation, refuse, state_of
 
 log = logging.getLogger("torchgsrq")
@@ -63,6 +63,13 @@ def quantize_kv_(
     layers = models.inspect_layers(model)
     if max(config.skip_layers, default=0) > max(info.index for info in layers):
         raise ValueError(f"skip_layers={config.skip_layers} names a layer that the model's {len(layers)} do not have")
+    own = models.foreign_attention(model)
+    if own and not models.are_decoded(layers):
+        raise ValueError(
+            f"{name} runs an attention function of your own, {own!r}, which quantize_kv_ would replace: call "
+            "model.set_attn_implementation('sdpa') first if it may, or keep keys and values in a GSRQTensor and let "
+            "your function call F.scaled_dot_product_attention on it"
+        )
     wanted = [info for info in layers if quantizes(info, config)]
     if not wanted:
         raise ValueError(
@@ -109,11 +116,14 @@ def quantize_kv_(
     for what in UNSUPPORTED:
         if hasattr(model, what):
             setattr(model, what, functools.partial(refuse, what, model, state))
+    state.checking = True
     try:
         check_attention(model, config, lambda small: state.new_cache(model, config=small))
+        check_entry(model, books)
     except BaseException:
         dequantize_kv_(model)
         raise
+    state.checking = False
     log.info("%s", _table(name, layers, books, config.skip_layers))
     unknown = [x.index for x in wanted if models.UNKNOWN_ROPE in (x.rope, x.value.rope if x.value else "")]
     if unknown:

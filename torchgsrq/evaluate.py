@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from torchgsrq import models, reference
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.attention import dense_attention, gsrq_attention
+from torchgsrq.cache import GSRQCache
 from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.codec import Codebooks
 from torchgsrq.codec.rope import rotate
@@ -114,6 +115,9 @@ def quality(
         windows: token windows, each ``[n]``.
         candidates: name to config and codebooks; ``prefill="quantized"`` is set here.
         shift: added to all positions of the quantized run.
+
+    Raises:
+        ValueError: no token of a window became codes, so that the figures would be those of full precision.
     """
     comparisons = {name: Comparison() for name in candidates}
     for window in windows:
@@ -122,9 +126,29 @@ def quality(
         positions = torch.arange(ids.shape[1], device=ids.device)[None] + shift
         for name, (config, codebooks) in candidates.items():
             with quantized(model, for_measuring(config), codebooks):
-                got = model(ids, use_cache=True, position_ids=positions).logits[0].float().log_softmax(-1)
+                out = model(ids, use_cache=True, position_ids=positions)
+                check_read_codes(models.returned_cache(out))
+                got = out.logits[0].float().log_softmax(-1)
             comparisons[name].add(ids[0], full, got)
     return {name: comparison.result() for name, comparison in comparisons.items()}
+
+
+def check_read_codes(cache: Any) -> None:
+    """Refuse a figure of a run in which no token was read from codes.
+
+    Raises:
+        ValueError: another cache than a `GSRQCache`, or one whose tokens all fit its sinks and window.
+    """
+    if not isinstance(cache, GSRQCache):
+        raise ValueError(f"the run came back with a {type(cache).__name__}: nothing was quantized, nothing to measure")
+    layers = [layer for layer in cache.quantized_layers if layer.is_initialized]
+    if not any(int(layer.keys.encoded.max()) > cache.config.sink_tokens for layer in layers):
+        c, held = cache.config, int(cache.get_seq_length())
+        raise ValueError(
+            f"all of the {held} tokens fit the sinks and the window of full precision, so nothing was read from codes: "
+            f"take a longer text, or a smaller window than recent_tokens={c.recent_tokens} with "
+            f"block_tokens={c.block_tokens}"
+        )
 
 
 def true_bits(config: GSRQConfig, codebooks: Codebooks, tokens: int) -> float:

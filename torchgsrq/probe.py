@@ -4,20 +4,75 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 
 from torchgsrq import models
 from torchgsrq.cache import GSRQCache, kept
 from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.config import GSRQConfig
 
+log = logging.getLogger("torchgsrq")
 _TOKENS = 8
 _WINDOWS: dict[str, Any] = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens": 1, "prefill": "quantized"}
+
+
+TESTED = "5.16 to 5.24"  # versions of transformers
+
+
+@torch.no_grad()
+def check_entry(model: PreTrainedModel, layers: Iterable[int]) -> None:
+    """Go the ways that users go, without a cache: `generate`, and a forward with ``use_cache``. Both have to come back
+    with a `GSRQCache` that holds tokens of every quantized layer.
+
+    What another version of transformers renames would else leave a model in full precision, without a word.
+
+    Args:
+        model: quantized already.
+        layers: the quantized ones.
+
+    Raises:
+        ValueError: they do not, or fail; names the model and the versions of transformers.
+    """
+    ids = torch.arange(3, 7, device=models.input_device(model))[None]
+
+    def forward(**cache: Any) -> Any:
+        return model(ids, use_cache=True, **cache)
+
+    def generate(**cache: Any) -> Any:
+        with models.own_generation(model, max_new_tokens=2, pad_token_id=0, return_dict_in_generate=True):
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **cache)
+
+    with models.plain_precision(model), models.evaluating(model):
+        _check_cache(model, "a forward with use_cache=True", layers, forward)
+        if isinstance(model, GenerationMixin) and model.can_generate():
+            _check_cache(model, "generate", layers, generate)
+
+
+def _check_cache(model: PreTrainedModel, what: str, layers: Iterable[int], run: Callable[..., Any]) -> None:
+    name, version = type(model).__name__, f"transformers {transformers.__version__} is installed, tested are {TESTED}"
+    try:
+        cache = models.returned_cache(run())
+    except Exception as error:
+        try:
+            run(**models.with_cache(model, DynamicCache(config=models.text_config(model))))
+        except Exception:  # what fails without quantization too cannot quantize in silence
+            log.warning("%s was not checked, since it fails without a quantized cache too: %s", what, error)
+            return
+        what = f"{what} failed over a quantized cache ({type(error).__name__}: {error})"
+        raise ValueError(f"{name} is not supported: {what}; {version}") from error
+    if not isinstance(cache, GSRQCache):
+        what = f"{what} came back with a {type(cache).__name__} instead of a GSRQCache, so no text would be quantized"
+        raise ValueError(f"{name} is not supported: {what}; {version}")
+    empty = [str(i) for i in layers if not int(cache.layers[i].get_seq_length())]
+    if empty:
+        raise ValueError(f"{name} is not supported: {what} cached nothing in layers {', '.join(empty)}; {version}")
 
 
 def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Callable[[GSRQConfig], GSRQCache]) -> None:

@@ -21,7 +21,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from torchgsrq import models
 from torchgsrq.api import new_cache
-from torchgsrq.evaluate import Candidate, for_measuring, quantized
+from torchgsrq.cache import GSRQCache
+from torchgsrq.evaluate import Candidate, check_read_codes, for_measuring, quantized
 from torchgsrq.learning.text import token_ids
 
 _WORDS = (
@@ -253,6 +254,8 @@ def answer_likelihoods(model: PreTrainedModel, trial: Trial) -> list[Tensor]:
     """
     cache = new_cache(model) if hasattr(model, "_gsrq") else DynamicCache(config=model.config)
     model(trial.context[None].to(model.device), **models.with_cache(model, cache), use_cache=True, logits_to_keep=1)
+    if isinstance(cache, GSRQCache):
+        check_read_codes(cache)
     cache.batch_repeat_interleave(len(trial.questions))
     rows = pad_sequence([q.tokens for q in trial.questions], batch_first=True)
     out = model(rows.to(model.device), **models.with_cache(model, cache), use_cache=True)

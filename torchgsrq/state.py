@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,8 +35,9 @@ class State:
     attention: list[tuple[PreTrainedConfig, str]]
     hooks: list[Any]
     generating: list[nn.Module]
-    warned: bool = False  # of training mode
+    warned: set[str] = field(default_factory=set)  # of what was warned, once each
     active: bool = True  # a shallow copy of a model shares this, and its layers
+    checking: bool = False  # while `quantize_kv_` compares with a plain cache
 
     @property
     def decodes(self) -> bool:
@@ -78,6 +79,12 @@ def refuse(what: str, model: PreTrainedModel, state: State, *args: Any, **kwargs
     )
 
 
+@torch.compiler.assume_constant_result
+def _log_warning(text: str) -> None:
+    """Also where a forward is traced: then once, while it is."""
+    log.warning("%s", text)
+
+
 class GiveCache:
     """A forward pre-hook: give a module a quantized cache where it would make its own; in the decoder, tell it where
     rows begin, and refuse what would not be quantized as asked.
@@ -95,13 +102,18 @@ class GiveCache:
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments of the forward, all by name."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = [kwargs[name] for name in models.CACHE_NAMES if kwargs.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"{type(module).__name__} was given two caches, a {type(given[0]).__name__} and a "
+                f"{type(given[1]).__name__} (prefix tuning brings one of its own): it takes one, of torchgsrq.new_cache"
+            )
         cache, use_cache = models.given_cache(kwargs), kwargs.get("use_cache")
         measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
         if use_cache is None:
             use_cache = getattr(module.config, "use_cache", False)
-        if cache is None and module.training and measured and not self.state.warned:
-            log.warning("%s is in training mode, in which forwards run in full precision", type(module).__name__)
-            self.state.warned = True
+        if cache is None and module.training and measured:
+            self._warn("is in training mode, in which forwards run in full precision", module)
         if cache is None and not module.training and (use_cache or (measured and self.is_decoder)):
             if torch.compiler.is_exporting():
                 raise ValueError(
@@ -111,6 +123,12 @@ class GiveCache:
             cache = self.state.new_cache(module)
             kwargs = {name: x for name, x in kwargs.items() if name not in models.CACHE_NAMES}
             kwargs |= {**models.with_cache(module, cache), "use_cache": True}
+        if self.is_decoder and cache is not None and not isinstance(cache, GSRQCache):
+            self._warn(
+                f"was given a {type(cache).__name__}, so this text is not quantized: give it "
+                "torchgsrq.new_cache(model), or no cache",
+                module,
+            )
         if self.is_decoder and isinstance(cache, GSRQCache):
             self._check(module, kwargs)
             if not (torch.compiler.is_compiling() and cache.rows_are_placed):
@@ -119,6 +137,11 @@ class GiveCache:
                 if isinstance(tokens, Tensor):
                     cache.place_rows(tokens, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         return (), kwargs
+
+    def _warn(self, what: str, module: nn.Module) -> None:
+        if what not in self.state.warned and not self.state.checking:
+            self.state.warned.add(what)
+            _log_warning(f"{type(module).__name__} {what}")
 
     def _check(self, module: Any, kwargs: dict[str, Any]) -> None:
         if self.state.decodes:

@@ -94,7 +94,7 @@ class GSRQCache(Cache):
         """Remove tokens from the end, see `GSRQLayer.crop`."""
         super().crop(tokens_to_remove)
         if self.rows_are_placed and self.quantized_layers:
-            start = self.quantized_layers[0].row_start
+            start = next((x.row_start for x in self.quantized_layers if x.is_initialized), None)
             begun = start is None or bool((start[:, 1] < int(self.get_seq_length())).all())
             self.rows_are_placed = begun and not self.is_empty
 
@@ -142,6 +142,7 @@ class GSRQCache(Cache):
             return
         traced = torch.compiler.is_compiling()
         batch, n = tokens.shape[:2]
+        layers = sorted(layers, key=lambda layer: not layer.is_initialized)  # first one that is written to
         past = 0 if self.is_empty else int(layers[0].get_seq_length())
         slots = torch.arange(past, past + n, device=tokens.device)
         if position_ids is not None and position_ids.ndim == 3:
@@ -212,8 +213,8 @@ class GSRQCache(Cache):
         """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
         save_whole(*files.pack(self), path)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Fill this cache from a file that `save` wrote; of any kind, growing or fixed.
+    def load(self, path: str | os.PathLike[str]) -> GSRQCache:
+        """Fill this cache from a file that `save` wrote; of any kind, growing or fixed. Returns this cache.
 
         Raises:
             ValueError: not such a file, damaged, written with other codebooks or windows, or too long for this cache,
@@ -221,8 +222,9 @@ class GSRQCache(Cache):
         """
         name = os.fspath(path)
         files.unpack(self, *files.read(name, name), name)
+        return self
 
-    def splice(self, piece: GSRQCache, *, skip: int) -> None:
+    def splice(self, piece: GSRQCache, *, skip: int) -> GSRQCache:
         """Put a text that was read elsewhere behind what this cache holds, without decoding it: from a library of
         documents, each read once.
 
@@ -238,20 +240,25 @@ class GSRQCache(Cache):
             piece: a cache of the same model, codebooks and window, of one row or as many as here. It is left as it is.
             skip: so many of its first tokens are left out.
 
+        Returns:
+            This cache.
+
         Raises:
             ValueError: other codebooks or windows, rows or RoPE frequencies; a fixed capacity that is too small; a
                 model whose positions are not RoPE, or with layers that stay in full precision. Nothing is changed then.
         """
         splice(self, piece, skip)
+        return self
 
     def dumps(self) -> bytes:
         """What `save` writes, to send to another process: prefill here, decode there."""
         return safetensors.torch.save(*files.pack(self))
 
-    def loads(self, data: bytes) -> None:
-        """Fill this cache with what `dumps` gave; raises as `load` does."""
+    def loads(self, data: bytes) -> GSRQCache:
+        """Fill this cache with what `dumps` gave, and return it; raises as `load` does."""
         name = f"what was given, {len(data)} bytes,"
         files.unpack(self, *files.read(data, name), name)
+        return self
 
 
 def _real_tokens(mask: Any, batch: int, first: int, last: int, device: torch.device) -> Tensor:

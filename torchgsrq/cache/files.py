@@ -89,7 +89,7 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
             wrong = f"is said to hold {length} tokens, others {longest}"
         if wrong:
             raise ValueError(f"{name} is damaged, not a whole cache file: layer {i} {wrong}")
-    if meta.get("checksum", "") not in ("", checksum(tensors, meta["facts"])):
+    if meta.get("checksum") != checksum(tensors, meta["facts"]):
         raise ValueError(f"{name} is damaged, not a whole cache file: its checksum is not that of what it holds")
     for layer, state, length in zip(cache.layers, states, lengths, strict=True):
         linear, state = _split(state)

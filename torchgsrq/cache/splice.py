@@ -26,11 +26,12 @@ def splice(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
     held, more = int(cache.get_seq_length()), int(piece.get_seq_length()) - skip
     if not more:
         return
-    ours, theirs, empty = cache.quantized_layers[0], piece.quantized_layers[0], cache.is_empty
+    layers = _written(cache, piece)
+    (ours, theirs), empty = layers[0], cache.is_empty
     rows = ours.batch_size if ours.is_initialized else theirs.batch_size
-    frame = math.lcm(*(codec.frame for layer in cache.quantized_layers for codec in layer.codec))
+    frame = math.lcm(*(codec.frame for layer, _ in layers for codec in layer.codec))
     start, shift = _moved(ours, theirs, held, more, skip, rows, frame)
-    for layer, source in zip(cache.quantized_layers, piece.quantized_layers, strict=True):
+    for layer, source in layers:
         if not layer.is_initialized:
             like = torch.empty(rows, source.keys.shape[1], 0, source.keys.shape[3])
             values = torch.empty(rows, source.values.shape[1], 0, source.values.shape[3])
@@ -68,7 +69,9 @@ def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
         raise ValueError(f"splice: skip={skip}; it must lie between 0 and the piece's {piece.get_seq_length()} tokens")
     if piece.is_empty:
         return
-    layers = list(zip(cache.quantized_layers, piece.quantized_layers, strict=True))
+    layers = _written(cache, piece)
+    if any(layer.is_initialized for layer in cache.quantized_layers if all(layer is not x for x, _ in layers)):
+        raise ValueError("splice: the piece holds nothing in a layer that this cache has tokens of")
     whole = int(cache.get_seq_length()) + int(piece.get_seq_length()) - skip
     for layer, source in layers:
         capacity = layer.get_max_length()
@@ -81,6 +84,12 @@ def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
         other = not cache.is_empty and not torch.equal(layer.keys.inv_freq, source.keys.inv_freq.to(layer.device))
         if other:
             raise ValueError("splice: the piece was turned by other RoPE frequencies (those of another length)")
+
+
+def _written(cache: GSRQCache, piece: GSRQCache) -> list[tuple[GSRQLayer, GSRQLayer]]:
+    """The quantized layers that the piece holds tokens of, here and there: a model may lack some (pruned ones)."""
+    pairs = zip(cache.quantized_layers, piece.quantized_layers, strict=True)
+    return [(layer, source) for layer, source in pairs if source.is_initialized]
 
 
 def _moved(

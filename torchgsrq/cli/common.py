@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -19,7 +20,25 @@ from torchgsrq.learning.calibrate import cached_codebooks
 LONG = 131072  # tokens, where window and codebooks weigh little
 WIDTH = 80  # columns of what commands print, in a log file too
 HELP = "An LLM's KV cache in few bits: a demo, codebooks, and what they cost and save."
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_show_locals=False)
+
+
+class _Commands(typer.core.TyperGroup):
+    """The boundary of errors: what a user can mend is one line, with `--verbose` a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except (OSError, ValueError) as error:
+            if ctx.params.get("verbose"):
+                raise
+            print(f"Error: {error} (torchgsrq --verbose shows where)", file=sys.stderr)
+            raise typer.Exit(1) from error
+
+
+app = typer.Typer(
+    cls=_Commands, add_completion=False, no_args_is_help=True, help=HELP, pretty_exceptions_show_locals=False
+)
 console = Console(stderr=True)
 Model = Annotated[str | None, typer.Option("--model", help="hub ID or folder; the embedded model by default")]
 TextFile = Annotated[Path | None, typer.Option("--text", help="a text file; the Python language reference by default")]
@@ -27,6 +46,7 @@ Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per eleme
 Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
 Seed = Annotated[int, typer.Option("--seed")]
 Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
+Frame = Annotated[int | None, typer.Option(min=1, help="tokens per anchored frame; 512 for quality, 1024 else")]
 Books = Annotated[
     Path | None, typer.Option("--codebooks", help="a file or folder of codebooks; else cached or calibrated")
 ]

@@ -38,8 +38,8 @@ def demo(
     model: Model = None,
     bits: Bits = None,
     text: TextFile = None,
-    context: Annotated[int, typer.Option(help="tokens of the document to read")] = 2048,
-    new_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
+    context: Annotated[int, typer.Option(min=2, help="tokens of the document to read")] = 2048,
+    new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 32,
     layout: Layout = "quality",
     codebooks: Books = None,
     json_only: Json = False,
@@ -63,6 +63,7 @@ def demo(
     for config in configs:
         with measures.quantized(llm, config, nested[config.bits]):
             speed, words, cache = measures.decode_speed(llm, ids, new_tokens)
+        measures.check_read_codes(cache)
         memory, score = cache.memory(), scores[str(config.bits)]
         results.append(
             {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchgsrq import evaluate as measures
 from torchgsrq.cli.common import (
+    Frame,
     Json,
     Layout,
     Model,
@@ -25,7 +26,7 @@ from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import load_model
 from torchgsrq.learning.calibrate import WINDOW, calibrate
-from torchgsrq.learning.text import OWN_TOKENS, TOKENS, token_ids
+from torchgsrq.learning.text import FEWEST, OWN_TOKENS, TOKENS, token_ids
 
 
 @app.command("calibrate")
@@ -42,10 +43,11 @@ def calibrate_command(
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help=f"how many to read; up to {TOKENS} of the text by default", show_default=False)
+        int | None,
+        typer.Option(min=FEWEST, help=f"how many to read; up to {TOKENS} of the text by default", show_default=False),
     ] = None,
     layout: Layout = "quality",
-    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
+    frame: Frame = None,
     recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",
     uniform: Uniform = False,
     seed: Seed = 0,

@@ -20,6 +20,7 @@ from torchgsrq.cli.common import (
     WIDTH,
     Bits,
     Books,
+    Frame,
     Json,
     Layout,
     Model,
@@ -38,16 +39,16 @@ from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, load_model
 from torchgsrq.learning.calibrate import cached_codebooks, calibrate
-from torchgsrq.learning.text import TOKENS, token_ids
+from torchgsrq.learning.text import FEWEST, TOKENS, token_ids
 
 
 @app.command("evaluate")
 def evaluate_command(
     model: Model = None,
     text: TextFile = None,
-    context: Annotated[int, typer.Option(help="tokens of a window")] = 1024,
-    windows: Annotated[int, typer.Option(help="windows, evenly spread from the start of the text")] = 3,
-    stride: Annotated[int, typer.Option(help="tokens between the starts of windows")] = 4096,
+    context: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="windows, evenly spread from the start of the text")] = 3,
+    stride: Annotated[int, typer.Option(min=1, help="tokens between the starts of windows")] = 4096,
     recipe: Annotated[list[str] | None, typer.Option(help="recipes; may be repeated")] = None,
     bits: Bits = None,
     calibration: Annotated[
@@ -55,16 +56,18 @@ def evaluate_command(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help=f"how many to read of --calibration; up to {TOKENS} by default", show_default=False),
+        typer.Option(
+            min=FEWEST, help=f"how many to read of --calibration; up to {TOKENS} by default", show_default=False
+        ),
     ] = None,
     layout: Layout = "quality",
-    frame: Annotated[int | None, typer.Option(help="tokens per anchored frame; 512 for quality, 1024 else")] = None,
+    frame: Frame = None,
     uniform: Uniform = False,
-    sinks: Annotated[int, typer.Option(help="sink tokens")] = GSRQConfig.sink_tokens,
-    recent: Annotated[int, typer.Option(help="recent tokens")] = GSRQConfig.recent_tokens,
-    block: Annotated[int, typer.Option(help="tokens encoded together")] = GSRQConfig.block_tokens,
-    shift: Annotated[int, typer.Option(help="move all positions by this much")] = 0,
-    retrieval: Annotated[int, typer.Option(help="also so many trials of each retrieval task, of --context tokens")] = 0,
+    sinks: Annotated[int, typer.Option(min=0, help="sink tokens")] = GSRQConfig.sink_tokens,
+    recent: Annotated[int, typer.Option(min=0, help="recent tokens")] = GSRQConfig.recent_tokens,
+    block: Annotated[int, typer.Option(min=1, help="tokens encoded together")] = GSRQConfig.block_tokens,
+    shift: Annotated[int, typer.Option(min=0, help="move all positions by this much")] = 0,
+    retrieval: Annotated[int, typer.Option(min=0, help="also trials of each retrieval task, of --context tokens")] = 0,
     codebooks: Books = None,
     seed: Seed = 0,
     json_only: Json = False,
@@ -108,7 +111,7 @@ def evaluate_command(
                     raise
                 nested = learned(config)
             candidates[f"{name} {rate:g}"] = (config, nested)
-    found = measures.quality(llm, cuts, candidates, shift) if windows else {}
+    found = measures.quality(llm, cuts, candidates, shift)
     answered: dict[str, dict[str, tasks.Score]] = {}
     if retrieval:
         trials = tasks.trials(tokenizer, document_text, context, count=retrieval, seed=seed)
@@ -183,7 +186,7 @@ def _print_answers(answered: dict[str, dict[str, tasks.Score]]) -> None:
 def memory(
     model: Model = None,
     bits: Bits = None,
-    context: Annotated[int, typer.Option(help="tokens held")] = 8192,
+    context: Annotated[int, typer.Option(min=1, help="tokens held")] = 8192,
     codebooks: Books = None,
     json_only: Json = False,
 ) -> None:

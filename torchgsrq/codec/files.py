@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -44,10 +45,20 @@ def write(layers: dict[int, LayerCodec], metadata: dict[str, Any], path: str | o
 
 
 def save_whole(tensors: dict[str, Tensor], meta: dict[str, str], path: str | os.PathLike[str]) -> None:
-    """Write a safetensors file that is there whole or not at all: a killed process leaves no half of one behind."""
+    """Write a safetensors file that is there whole or not at all: a killed process leaves no half of one behind.
+
+    Raises:
+        OSError: it cannot be written: no such folder, no permission, a full disk.
+    """
     partial = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.partial"
-    save_file(tensors, partial, meta)
-    os.replace(partial, path)
+    try:
+        save_file(tensors, partial, meta)
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str, Any]]:
@@ -71,7 +82,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str,
                 )
             held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         layers = _layers(json.loads(meta["codecs"]), held, name)
-        if meta.get("checksum", "") not in ("", checksum(held, meta["codecs"], meta["metadata"])):
+        if meta.get("checksum") != checksum(held, meta["codecs"], meta["metadata"]):
             raise ValueError(f"{name} is damaged: its checksum is not that of what it holds")
         metadata = json.loads(meta["metadata"])
         if not _makes_sense(metadata, layers):

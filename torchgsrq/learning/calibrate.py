@@ -289,24 +289,33 @@ def cached_codebooks(
 ) -> Codebooks:
     """The codebooks of the disk cache for this model and config, calibrated first if there are none.
 
-    A file that cannot be read is replaced, with a warning.
+    A file that cannot be read is replaced, and one that cannot be written costs a warning.
     """
     owner = models.fingerprint(model, layers or models.inspect_layers(model))
     skipped = "-skip" + "_".join(map(str, config.skip_layers)) if config.skip_layers else ""
     stem = f"{owner['shape']}-{config.codec_key()}{skipped}-v{VERSION}.{_RECIPE}"
-    for path in sorted(cache_folder().glob(f"{stem}-*.safetensors")):
-        try:
-            books = Codebooks.load(path)
-            if models.same_model(books.metadata["model"], owner):
-                log.info("using the codebooks cached at %s", path)
-                return books
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            log.warning("the codebooks cached at %s cannot be used and are learned again: %s", path, error)
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # without a folder there are none
+        for path in sorted(cache_folder().glob(f"{stem}-*.safetensors")):
+            try:
+                books = Codebooks.load(path)
+                if models.same_model(books.metadata["model"], owner):
+                    log.info("using the codebooks cached at %s", path)
+                    return books
+            except (ValueError, KeyError, TypeError, OSError) as error:
+                log.warning("the codebooks cached at %s cannot be used and are learned again: %s", path, error)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
     books = calibrate(model, config, progress=progress)
     which = hashlib.sha256(repr(owner["samples"]).encode()).hexdigest()[:12]
-    path = cache_folder() / f"{stem}-{which}.safetensors"
-    books.save(path)
-    log.info("codebooks cached at %s", path)
+    try:
+        path = cache_folder() / f"{stem}-{which}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        books.save(path)
+        log.info("codebooks cached at %s", path)
+    except OSError as error:
+        log.warning(
+            "the codebooks could not be kept, and will be learned again at the next start: %s. Set TORCHGSRQ_CACHE "
+            "to a folder that can be written to, or calibrate once, save them, and pass codebooks=",
+            error,
+        )
     return books

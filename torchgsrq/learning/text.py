@@ -110,41 +110,54 @@ def known_tokenizer(model: PreTrainedModel) -> Any:
 
 
 def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progress: bool) -> Tensor:
-    """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch."""
-    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+    """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch, whatever its
+    ``generation_config`` says.
+
+    Returns:
+        token ids ``[rows, window]``, at least ``tokens`` in all.
+
+    Raises:
+        ValueError: the model cannot write, or wrote less.
+    """
+    from transformers import LogitsProcessorList
 
     config = models.text_config(model)
     start = next((t for t in (config.bos_token_id, config.eos_token_id, 0) if isinstance(t, int)), 0)
     rows = -(-tokens // window)
     prompt = torch.full((rows, 1), start, device=models.input_device(model))
-    ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
-    with tqdm(total=window - 1, desc="writing calibration text", disable=not progress) as bar:
-
-        class Sample(LogitsProcessor):
-            """Leaves the sampled token alone: a cumulative sum, where `generate` draws a number for every word of the
-            vocabulary, which takes a quarter of a small model's time."""
-
-            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-                bar.update()
-                scores[:, ends] = -torch.inf
-                total = scores.float().softmax(-1).cumsum(-1)
-                drawn = torch.rand(len(total), 1, dtype=total.dtype, device=total.device) * total[:, -1:]
-                token = torch.searchsorted(total, drawn, right=True).clamp_max(total.shape[1] - 1)
-                return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-        generation = GenerationConfig(
-            do_sample=False, max_new_tokens=window - 1, pad_token_id=start, eos_token_id=config.eos_token_id
+    named = [getattr(x, "eos_token_id", None) for x in (config, getattr(model, "generation_config", None))]
+    ends = sorted({t for x in named if x is not None for t in torch.as_tensor(x).flatten().tolist()})
+    what = f"{type(model).__name__} could not write its own calibration text"
+    with (
+        tqdm(total=window - 1, desc="writing calibration text", disable=not progress) as bar,
+        torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []),
+        models.refusing(what, ": call calibrate(model, config, data=...) with text"),
+        models.own_generation(model, do_sample=False, max_new_tokens=window - 1, pad_token_id=start),
+    ):
+        torch.manual_seed(seed)
+        written = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), logits_processor=LogitsProcessorList([_sampler(ends, bar)])
         )
-        with torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []):
-            torch.manual_seed(seed)
-            what = f"{type(model).__name__} could not write its own calibration text"
-            with models.refusing(what, ": call calibrate(model, config, data=...) with text"):
-                return model.generate(
-                    prompt,
-                    attention_mask=torch.ones_like(prompt),
-                    generation_config=generation,
-                    logits_processor=LogitsProcessorList([Sample()]),
-                )
+        if written.shape != (rows, window):
+            raise ValueError(f"it wrote {list(written.shape)} tokens of {[rows, window]}")
+        return written
+
+
+def _sampler(ends: list[int], bar: Any) -> Any:
+    """A processor that leaves `generate` the sampled token alone, none of ``ends``: by a cumulative sum, where sampling
+    draws a number for every word of the vocabulary, which takes a quarter of a small model's time."""
+    from transformers import LogitsProcessor
+
+    class Sample(LogitsProcessor):
+        def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+            bar.update()
+            scores[:, ends] = -torch.inf
+            total = scores.float().softmax(-1).cumsum(-1)
+            drawn = torch.rand(len(total), 1, dtype=total.dtype, device=total.device) * total[:, -1:]
+            token = torch.searchsorted(total, drawn, right=True).clamp_max(total.shape[1] - 1)
+            return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+    return Sample()
 
 
 def recall_windows(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from torchgsrq.models.parts import attention_configs, input_device
 
@@ -46,6 +46,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def own_generation(model: Any, **settings: Any) -> Iterator[None]:
+    """Let `generate` take only these settings: every other one it would take from the user's ``generation_config``."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(**settings)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 @contextmanager

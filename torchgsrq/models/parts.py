@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from torchgsrq.models.signature import parameters, takes_cache
 
@@ -60,6 +62,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside `torch.compile`'s wrapper or PEFT's, whose adapters sit in its own layers."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
+        tuning = str(getattr(getattr(inner, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
+        if tuning in ("PREFIX_TUNING", "CARTRIDGE"):
+            raise ValueError(
+                f"{type(inner).__name__} with {tuning} gives every forward keys and values of its own, in a cache that "
+                "is not quantized: use an adapter that changes weights (LoRA), or prompt tuning"
+            )
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif hasattr(inner, "get_base_model"):
@@ -160,6 +168,17 @@ def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
         if isinstance(config, PreTrainedConfig):
             found[id(config)] = config
     return list(found.values())
+
+
+def foreign_attention(model: nn.Module) -> str:
+    """The attention implementation of a part that is neither of transformers nor of a hub of kernels; else ""."""
+    for config in attention_configs(model):
+        name = config._attn_implementation
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+        home = getattr(inspect.unwrap(function), "__module__", "") if callable(function) else "transformers"
+        if "/" not in (name or "") and home.split(".")[0] != "transformers":
+            return str(name)
+    return ""
 
 
 def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
