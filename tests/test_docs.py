@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from safetensors import safe_open
 
-from tests.conftest import TINY
+from tests.conftest import TINY, Words, cached, tiny_llama
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,27 @@ def test_links(page):
 def test_commands_name_scripts_that_exist(page):
     for script in re.findall(r"python (benchmarks/\w+\.py)", page.read_text()):
         assert (ROOT / script).exists(), script
+
+
+def blocks(page):
+    """Its blocks of Python."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+@torch.no_grad()
+def test_readme_runs_from_top_to_bottom(monkeypatch, tmp_path):
+    """On a tiny model, for the one of a hub that it names."""
+    monkeypatch.setattr("torchgsrq.learning.calibrate.OWN_TOKENS", 512)
+    monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = Words()
+    prompt = {"input_ids": torch.arange(3, 43)[None], "attention_mask": torch.ones(1, 40, dtype=torch.long)}
+    names = {"torch": torch, "texts": ["amber birch cedar " * 200], "tokenizer": words, "prompt": prompt}
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda _: tiny_llama())
+    code = "\n".join(blocks(ROOT / "README.md")).replace("model.generate(...)", "model.generate(**prompt)")
+    code = code.replace("cache=cache)", "**cached(cache))")  # by its older name, in older versions
+    exec(compile(code, "README.md", "exec"), names | {"cached": cached})
+    assert (tmp_path / "prompt.safetensors").exists() and "cache = new_cache(model).load" in code
 
 
 def strings_of_source():

@@ -42,7 +42,9 @@ def test_a_renamed_cache_is_refused_at_once(llama, monkeypatch, way):
     else:
         monkeypatch.setattr(type(model.model), "forward", _ignoring(type(model.model).forward))
     before = model(PROMPT).logits
-    with pytest.raises(ValueError, match=rf"{way}.*DynamicCache instead.*transformers {transformers.__version__}.*5.16"):
+    with pytest.raises(
+        ValueError, match=rf"{way}.*DynamicCache instead.*transformers {transformers.__version__}.*5.16"
+    ):
         quantize_kv_(model, SMALL, codebooks=books)
     assert not hasattr(model, "_gsrq") and torch.equal(model(PROMPT).logits, before)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -91,3 +92,33 @@ def test_a_wheel_works_in_an_empty_folder(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [str(site / "torchgsrq" / "__init__.py"), "True", "1"]
+
+
+TEN_LINES = """
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from torchgsrq import GSRQConfig, new_cache, quantize_kv_
+
+sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=128, max_position_embeddings=512, **sizes)).eval()
+quantize_kv_(model, GSRQConfig(bits=1), progress=False)
+out = model.generate(torch.arange(3, 303)[None] % 128, max_new_tokens=8, return_dict_in_generate=True)
+print(type(out.cache).__name__, out.cache.memory().codes > 0)
+"""
+
+
+@pytest.mark.slow
+def test_what_pip_installs_quantizes(tmp_path):
+    """In an empty environment, with the newest versions that pyproject.toml allows; torch alone is that of
+    constraints.txt, since others bring gigabytes for GPUs."""
+    bare = ("*.egg-info", "build", "__pycache__", ".*")
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=shutil.ignore_patterns(*bare))
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [python, "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, "-c", ROOT / "constraints.txt", "torch"], check=True)
+    subprocess.run([*pip, tmp_path / "tree"], check=True)
+    env = {**os.environ, "TORCHGSRQ_CACHE": str(tmp_path / "cache"), "TORCHGSRQ_KERNELS": "0"}
+    done = subprocess.run([python, "-c", TEN_LINES], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == ["GSRQCache", "True"]

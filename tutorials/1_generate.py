@@ -114,7 +114,7 @@ print(f"bits per element: {report.bits_per_element_codes:.2f} of codes, {report.
 blue, orange, green = "#0072B2", "#E69F00", "#009E73"
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 left.plot(lengths, [r.full_precision_bytes / MiB for r in reports], "k--", label="full precision (float32)")
-left.plot(lengths, [r.total / MiB for r in reports], color=blue, marker="o", label="1 bit, all counted")
+left.plot(lengths, [r.total / MiB for r in reports], color=blue, marker="o", label="1 bit, codebooks apart")
 left.set(xlabel="tokens held", ylabel="KV cache, MiB", title="What it saves", ylim=(0, None))
 left.legend()
 bottom = [0.0] * len(reports)

@@ -46,7 +46,7 @@ class MemoryReport:
 
     @property
     def bits_per_element_with_codebooks(self) -> float:
-        """`bits_per_element`, with the tables, as if this were the model's only cache."""
+        """All counted: `bits_per_element`, with the tables, as if this were the model's only cache."""
         return 8 * (self.total - self.full_precision_layers + self.codebooks) / max(self.elements, 1)
 
     def __str__(self) -> str:
@@ -57,8 +57,8 @@ class MemoryReport:
             ("window", self.window, "full precision"),
             ("counters", self.counters, "lengths, row offsets"),
             *([("kept layers", kept, "full precision")] if kept else []),
-            ("total", self.total, f"{self.bits_per_element:.2f} bits per element of quantized layers"),
+            ("total", self.total, f"{self.bits_per_element:.2f} bits per element of quantized layers, codebooks apart"),
             ("instead of", self.full_precision_bytes + kept, "full precision"),
-            ("codebooks", self.codebooks, "shared by all caches of the model"),
+            ("codebooks", self.codebooks, f"shared; {self.bits_per_element_with_codebooks:.2f} bits with them"),
         ]
         return "\n".join(f"{name:11} {size / 2**20:9.2f} MiB  {what}" for name, size, what in parts)

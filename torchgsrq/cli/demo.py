@@ -69,7 +69,8 @@ def demo(
             {
                 "model": model or NAME,
                 "bits": config.bits,
-                "effective_bits": round(memory.bits_per_element, 4),
+                "effective_bits": round(memory.bits_per_element_with_codebooks, 4),
+                "codebook_bytes": memory.codebooks,
                 "context": context,
                 "kv_bytes_full": full_bytes,
                 "kv_bytes": memory.total,
@@ -93,6 +94,7 @@ def demo(
         table.add_column(f"GSRQ {config.bits:g} bit", justify="right")
     rows: list[tuple[str, str, list[str]]] = [
         ("KV cache", mib(full_bytes), [mib(r["kv_bytes"]) for r in results]),
+        ("codebooks, shared by all caches", "", [mib(r["codebook_bytes"]) for r in results]),
         (
             "bits per element, all counted",
             f"{8 * llm.dtype.itemsize}",

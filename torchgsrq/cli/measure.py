@@ -238,8 +238,8 @@ def memory(
         table.add_row(label, *(f"{r[key] / 2**10:,.1f} KiB" for r in rows))
     for key, label in {
         "bits_per_element_codes": "bits per element, codes alone",
-        "bits_per_element": "bits per element, all but codebooks",
-        "bits_per_element_with_codebooks": "bits per element, codebooks too",
+        "bits_per_element": "bits per element, the cache alone",
+        "bits_per_element_with_codebooks": "bits per element, all counted",
     }.items():
         table.add_row(label, *(f"{r[key]:.3f}" for r in rows))
     Console(width=WIDTH).print(table)
