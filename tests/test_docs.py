@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from tests.conftest import TINY, Words, cached, tiny_llama
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig
+from torchgsrq.ops import use_kernels
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -51,6 +52,7 @@ def blocks(page):
 @torch.no_grad()
 def test_readme_runs_from_top_to_bottom(monkeypatch, tmp_path):
     """On a tiny model, for the one of a hub that it names."""
+    use_kernels()  # else they would be built for the folder below
     monkeypatch.setattr("torchgsrq.learning.calibrate.OWN_TOKENS", 512)
     monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -62,6 +64,17 @@ def test_readme_runs_from_top_to_bottom(monkeypatch, tmp_path):
     code = code.replace("cache=cache)", "**cached(cache))")  # by its older name, in older versions
     exec(compile(code, "README.md", "exec"), names | {"cached": cached})
     assert (tmp_path / "prompt.safetensors").exists() and "cache = new_cache(model).load" in code
+
+
+def test_counts_of_families_are_those_of_the_table():
+    rows = re.findall(r"^\| [\w.-]+ \| \w+ \| ([^:;|]*)", (ROOT / "docs" / "models.md").read_text(), re.M)
+    decoded = sum("decoded" in row for row in rows)
+    whole, part = (
+        sum(bool(re.match(what, row)) and "decoded" not in row for row in rows) for what in ("quantized", r"\d+ of")
+    )
+    readme = (ROOT / "README.md").read_text().replace("\n", " ")
+    assert f"{whole} are quantized whole" in readme and f"{part} in their full-attention layers" in readme
+    assert f"and {decoded} whose attention cannot read codes" in readme
 
 
 def strings_of_source():

@@ -135,6 +135,26 @@ def test_empty_clusters_are_seeded_again():
     assert nearest(x, out)[1].max() < 1e-6
 
 
+@pytest.mark.parametrize("method", ["kmeans", "kmeans-spherical", "gskm"])
+@pytest.mark.parametrize(("distinct", "bound"), [(60, 1e-6), (200, 1e-6), (300, 2e-3)])
+def test_equal_vectors_are_learned_alike_with_and_without_kernels(distinct, bound, method, monkeypatch):
+    """Of few distinct vectors, as keys and values of bytes are, each gets a codeword while there are any, whatever the
+    order in which distances were summed up."""
+    import torchgsrq.codec.kmeans as module
+
+    g = torch.Generator().manual_seed(distinct)
+    often = 1 / torch.arange(1.0, distinct + 1).expand(2, -1)
+    which = torch.multinomial(often, 2000, replacement=True, generator=g)
+    y = torch.randn(2, distinct, 16, generator=g).gather(1, which.unsqueeze(-1).expand(-1, -1, 16))
+    weight, errors = torch.rand(2, 2000, generator=g), []
+    for ops in (torch.ops.torchgsrq, module):
+        monkeypatch.setattr(module, "_ops", ops)
+        book = train_codebook(y.clone(), weight, Layout(16, 1, 1), method=method)
+        errors.append(float((weight * nearest(y.double(), book[:, 0].double())[1]).sum()))
+    assert max(errors) < bound * float((weight * y.square().sum(-1)).sum())
+    assert errors[0] == pytest.approx(errors[1], rel=0.02)
+
+
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 3), st.sampled_from(METHODS))
 def test_never_worse_than_one_codeword(n, width, seed, method):
     x = points(n, width, 1, seed)
@@ -185,6 +205,13 @@ def test_codewords_fitted_to_the_loss_have_less_of_it(shape, eta, seed):
     assert losses[1] < losses[0]
     again = fit_to_loss(y, weight, layout, before, encoder(y, layout, eta), eta, rounds=2)
     assert torch.equal(after[:, last:], again)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_training_leaves_what_it_is_given(groups):
+    y = points(300, 8)
+    train_codebook(y, torch.ones(2, 300), Layout(8, groups, 2 * groups), iterations=1)
+    assert torch.equal(y, points(300, 8))
 
 
 def test_fitted_stages_are_nested():

@@ -83,7 +83,7 @@ def cluster(
         if method == "gskm-public":
             gain = gain.bfloat16().float().clamp_min(1e-4)
             centers = gain * shape
-        code, error = _ops.nearest(x, centers)
+        code, _ = _ops.nearest(x, centers)
         mass = _ops.sum_by_code(weights, code, codewords)
         mean = _ops.sum_by_code(weighted, code, codewords) / mass.clamp_min(1e-30)
         previous = shape
@@ -96,7 +96,7 @@ def cluster(
             centers = mean
         empty = mass.squeeze(-1) <= 0
         if empty.any():
-            centers = torch.where(empty.unsqueeze(-1), _samples(x, weight * error, codewords, generator), centers)
+            centers = _reseeded(x, weight, code, centers, empty, generator)
             shape = torch.nn.functional.normalize(centers, dim=-1)
             gain = centers.norm(dim=-1, keepdim=True)
     if method == "gskm-public":
@@ -156,16 +156,28 @@ def _samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) 
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def _reseeded(
+    x: Tensor, weight: Tensor, code: Tensor, centers: Tensor, empty: Tensor, generator: torch.Generator
+) -> Tensor:
+    """``centers``, with vectors drawn by weighted error in place of those that are ``empty [batch, codewords]``."""
+    # Not the errors of `nearest`: where most vectors are codewords themselves, those are the rounding of |x|^2, which
+    # differs by implementation and, summed over many equal vectors, outweighs the few that have no codeword yet.
+    error = (x - centers.gather(1, code.unsqueeze(-1).expand_as(x))).square_().sum(-1)
+    drawn = _samples(x, weight * error, int(empty.sum(1).max()), generator)
+    which = (empty.cumsum(1) - 1).clamp_min(0)  # the likeliest are drawn first, and no draw is wasted
+    return torch.where(empty.unsqueeze(-1), drawn.gather(1, which.unsqueeze(-1).expand_as(centers)), centers)
+
+
 def _spherical(unit: Tensor, norms: Tensor, weight: Tensor, centers: Tensor, generator: torch.Generator) -> Tensor:
     """Spherical k-means on the unit vectors, 20 rounds; each codeword gets its mean norm as gain."""
     count = centers.shape[1]
     shape = torch.nn.functional.normalize(centers, dim=-1)
     for _ in range(20):
-        code, error = _ops.nearest(unit, shape)
+        code, _ = _ops.nearest(unit, shape)
         shape = torch.nn.functional.normalize(_ops.sum_by_code(unit * weight.unsqueeze(-1), code, count), dim=-1)
-        empty = (shape == 0).all(-1, keepdim=True)
+        empty = (shape == 0).all(-1)
         if empty.any():
-            shape = torch.where(empty, _samples(unit, weight * error, count, generator), shape)
+            shape = _reseeded(unit, weight, code, shape, empty, generator)
     code, _ = _ops.nearest(unit, shape)
     mass = _ops.sum_by_code(weight.unsqueeze(-1), code, count)
     gain = _ops.sum_by_code(norms * weight.unsqueeze(-1), code, count) / mass.clamp_min(1e-30)
@@ -199,7 +211,8 @@ def train_codebook(
     """
     heads = y.shape[0]
     out = torch.zeros(heads, layout.codes, CODEWORDS, layout.width, dtype=torch.float32, device=y.device)
-    residual = y.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3).contiguous()  # [h, g, n, w]
+    residual = y.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3)  # [h, g, n, w]
+    residual = residual.clone(memory_format=torch.contiguous_format)  # of one group too: the caller's y stays
     for stage in range(layout.stages):
         groups = layout.groups_in(stage)
         part = residual[:, :groups].flatten(0, 1)

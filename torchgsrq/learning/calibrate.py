@@ -30,7 +30,7 @@ from torchgsrq.models import LayerInfo
 log = logging.getLogger("torchgsrq")
 
 WINDOW = 1024  # tokens of a calibration sequence
-_RECIPE = 4  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
+_RECIPE = 5  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
 
 
 @torch.no_grad()
