@@ -31,7 +31,8 @@ _MACHINE = {
 
 def compiler() -> list[str]:
     """The command of the C++ compiler: that of ``$CXX`` (``"ccache g++"``), or the machine's; empty without one."""
-    asked = shlex.split(os.environ.get("CXX", ""))
+    named = os.environ.get("CXX", "")
+    asked = [named] if shutil.which(named) else shlex.split(named)
     found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
     return asked or found[:1]
 
@@ -111,7 +112,7 @@ def cpu_library() -> Path | None:
             if compiler():
                 log.warning("torchgsrq: building the CPU kernels, %s; this takes about a minute ...", often)
             build(path)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         log.warning("torchgsrq: the CPU kernels cannot be built, so the slower reference runs: %s", error)
         return None
     return path

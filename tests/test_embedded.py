@@ -18,7 +18,7 @@ from torchgsrq.evaluate import key_error, quality, quantized
 
 pytestmark = pytest.mark.slow
 FIELDS = {
-    "model", "bits", "effective_bits", "context", "kv_bytes_full", "kv_bytes", "ppl_full", "ppl", "kl", "agreement",
+    "model", "bits", "effective_bits", "codebook_bytes", "context", "kv_bytes_full", "kv_bytes", "ppl_full", "ppl", "kl", "agreement",
     "tokens_per_second_full", "tokens_per_second",
 }  # fmt: skip
 

@@ -255,7 +255,9 @@ def _fitting(
         )
     if share > 1:  # of what was lowered as a whole, so that all ranks say what one process says
         mesh = getattr(model, "_device_mesh", None)
-        rank = torch.distributed.get_rank() % ranks if mesh is None else mesh.get_local_rank()
+        rank = (
+            torch.distributed.get_rank() % ranks if mesh is None else mesh.get_local_rank("tp" if mesh.ndim > 1 else 0)
+        )
         cut = cut.shard(rank, ranks)
     if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
         cut = cut.with_beam(config.beam_width)

@@ -19,11 +19,9 @@ from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.config import GSRQConfig
 
 log = logging.getLogger("torchgsrq")
+TESTED = "5.16 to 5.24"  # versions of transformers
 _TOKENS = 8
 _WINDOWS: dict[str, Any] = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens": 1, "prefill": "quantized"}
-
-
-TESTED = "5.16 to 5.24"  # versions of transformers
 
 
 @torch.no_grad()
@@ -59,6 +57,8 @@ def _check_cache(model: PreTrainedModel, what: str, layers: Iterable[int], run: 
     name, version = type(model).__name__, f"transformers {transformers.__version__} is installed, tested are {TESTED}"
     try:
         cache = models.returned_cache(run())
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         try:
             run(**models.with_cache(model, DynamicCache(config=models.text_config(model))))
@@ -67,6 +67,10 @@ def _check_cache(model: PreTrainedModel, what: str, layers: Iterable[int], run: 
             return
         what = f"{what} failed over a quantized cache ({type(error).__name__}: {error})"
         raise ValueError(f"{name} is not supported: {what}; {version}") from error
+    if cache is None and not isinstance(
+        model, GenerationMixin
+    ):  # a head that returns no cache: check_attention has seen it
+        return
     if not isinstance(cache, GSRQCache):
         what = f"{what} came back with a {type(cache).__name__} instead of a GSRQCache, so no text would be quantized"
         raise ValueError(f"{name} is not supported: {what}; {version}")

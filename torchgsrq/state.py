@@ -103,7 +103,7 @@ class GiveCache:
         """The arguments of the forward, all by name."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         given = [kwargs[name] for name in models.CACHE_NAMES if kwargs.get(name) is not None]
-        if len(given) > 1:
+        if len(given) > 1 and given[0] is not given[1]:
             raise ValueError(
                 f"{type(module).__name__} was given two caches, a {type(given[0]).__name__} and a "
                 f"{type(given[1]).__name__} (prefix tuning brings one of its own): it takes one, of torchgsrq.new_cache"
@@ -112,7 +112,7 @@ class GiveCache:
         measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
         if use_cache is None:
             use_cache = getattr(module.config, "use_cache", False)
-        if cache is None and module.training and measured:
+        if cache is None and module.training and (measured or use_cache) and self.is_decoder:
             self._warn("is in training mode, in which forwards run in full precision", module)
         if cache is None and not module.training and (use_cache or (measured and self.is_decoder)):
             if torch.compiler.is_exporting():
@@ -157,6 +157,15 @@ class GiveCache:
             raise ValueError(
                 "output_attentions=True: attention on codes never forms the weights; call dequantize_kv_ first"
             )
+
+
+def _knows_static_caches(function: Any) -> bool:
+    """Whether a function does something for transformers' own fixed cache alone, by its source."""
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):  # typed into a shell, or no plain function
+        return False
+    return any(f"isinstance({name}, StaticCache)" in source for name in models.CACHE_NAMES)
 
 
 def prepare_cache_for_generation(
@@ -204,8 +213,7 @@ def prepare_cache_for_generation(
     made = models.given_cache(model_kwargs)
     if made is None or made is given:
         return
-    own = inspect.getsource(type(self).prepare_inputs_for_generation)
-    if isinstance(made, StaticCache) and any(f"isinstance({name}, StaticCache)" in own for name in models.CACHE_NAMES):
+    if isinstance(made, StaticCache) and _knows_static_caches(type(self).prepare_inputs_for_generation):
         raise ValueError(
             f"cache_implementation={kind!r}: {type(self).__name__} does something for transformers' StaticCache alone; "
             "generate with the default cache"

@@ -151,7 +151,7 @@ def _sampler(ends: list[int], bar: Any) -> Any:
     class Sample(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
             bar.update()
-            scores[:, ends] = -torch.inf
+            scores[:, [t for t in ends if 0 <= t < scores.shape[1]]] = -torch.inf
             total = scores.float().softmax(-1).cumsum(-1)
             drawn = torch.rand(len(total), 1, dtype=total.dtype, device=total.device) * total[:, -1:]
             token = torch.searchsorted(total, drawn, right=True).clamp_max(total.shape[1] - 1)

@@ -62,12 +62,6 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside `torch.compile`'s wrapper or PEFT's, whose adapters sit in its own layers."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
-        tuning = str(getattr(getattr(inner, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
-        if tuning in ("PREFIX_TUNING", "CARTRIDGE"):
-            raise ValueError(
-                f"{type(inner).__name__} with {tuning} gives every forward keys and values of its own, in a cache that "
-                "is not quantized: use an adapter that changes weights (LoRA), or prompt tuning"
-            )
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
         elif hasattr(inner, "get_base_model"):
@@ -84,6 +78,12 @@ def check_supported(model: nn.Module) -> PreTrainedModel:
         TypeError: not a transformers decoder with the attention interface.
         ValueError: an architecture whose cache is no plain keys and values per layer, or float64 weights.
     """
+    tuning = str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
+    if tuning in ("PREFIX_TUNING", "CARTRIDGE"):
+        raise ValueError(
+            f"{type(model).__name__} with {tuning} gives every forward keys and values of its own, in a cache that is "
+            "not quantized: use an adapter that changes weights (LoRA), or prompt tuning"
+        )
     model = unwrap(model)
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -176,7 +176,7 @@ def foreign_attention(model: nn.Module) -> str:
         name = config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         home = getattr(inspect.unwrap(function), "__module__", "") if callable(function) else "transformers"
-        if "/" not in (name or "") and home.split(".")[0] != "transformers":
+        if "/" not in (name or "") and home.split(".")[0] not in ("transformers", "torchgsrq"):
             return str(name)
     return ""
 
