@@ -199,7 +199,7 @@ def test_two_threads_generate_at_once(twin):
 
 
 CALIBRATE = """
-from tests.conftest import SMALL, tiny_llama
+from tests.conftest import SMALL, cached, tiny_llama
 from torchgsrq import quantize_kv_
 model = tiny_llama()
 quantize_kv_(model, SMALL, progress=False)

@@ -17,7 +17,7 @@ SCRIPT = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM
-from tests.conftest import SMALL
+from tests.conftest import SMALL, cached
 from torchgsrq import new_cache, quantize_kv_
 
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], tp_plan="auto").eval()
@@ -79,7 +79,7 @@ HANDOVER = """
 import sys
 import torch
 import torch.distributed as dist
-from tests.conftest import SMALL, tiny_llama
+from tests.conftest import SMALL, cached, tiny_llama
 from torchgsrq import new_cache, quantize_kv_
 
 dist.init_process_group("gloo")
