@@ -122,7 +122,13 @@ def test_rows_of_linear_attention_go_along(kind):
 @pytest.mark.parametrize("kind", COMMON)
 @torch.no_grad()
 def test_a_decode_step_is_one_graph(kind):
-    """Traced whole, steps say what eager ones say, and leave the same cache, across blocks that become codes."""
+    """Traced whole, steps say what eager ones say, and leave the same cache, across blocks that become codes: to the
+    bit, but for Gemma's in transformers 5.24, up to rounding, by which a code may fall to the other side of a tie."""
+
+    def apart(a, b):
+        return float(((a - b).abs() > (1e-3 if allowed else 0)).float().mean())
+
+    allowed = 0.03 if kind.startswith("gemma") else 0
     model = families.tiny_model(kind)
     with quantized(model, SMALL, tiny_books(model)):
         cache = new_cache(model, 64)
@@ -132,12 +138,10 @@ def test_a_decode_step_is_one_graph(kind):
         for i in range(6):
             ids = families.PROMPT[:, i : i + 1]
             got, want = (f(ids, **cached(c), use_cache=True).logits for f, c in ((step, cache), (model, twin)))
-            assert (
-                float(((got - want).abs() > 1e-3).float().mean()) < 0.03
-            )  # a code may fall to the other side of a tie
+            assert apart(got, want) <= allowed
         for a, b in zip(cache.quantized_layers, twin.quantized_layers, strict=True):
-            for one, other in ((a.keys, b.keys), (a.values, b.values)):
-                assert float(((one.dequantize() - other.dequantize()).abs() > 1e-3).float().mean()) < 0.03
+            assert apart(a.keys.dequantize(), b.keys.dequantize()) <= allowed
+            assert apart(a.values.dequantize(), b.values.dequantize()) <= allowed
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "ministral"])

@@ -44,8 +44,8 @@ def check_entry(model: PreTrainedModel, layers: Iterable[int]) -> None:
         return model(ids, use_cache=True, **cache)
 
     def generate(**cache: Any) -> Any:
-        with models.own_generation(model, max_new_tokens=2, pad_token_id=0, return_dict_in_generate=True):
-            return model.generate(ids, attention_mask=torch.ones_like(ids), **cache)
+        writer = models.own_generation(model, max_new_tokens=2, pad_token_id=0, return_dict_in_generate=True)
+        return writer.generate(ids, attention_mask=torch.ones_like(ids), **cache)
 
     with models.plain_precision(model), models.evaluating(model):
         _check_cache(model, "a forward with use_cache=True", layers, forward)
@@ -67,10 +67,8 @@ def _check_cache(model: PreTrainedModel, what: str, layers: Iterable[int], run: 
             return
         what = f"{what} failed over a quantized cache ({type(error).__name__}: {error})"
         raise ValueError(f"{name} is not supported: {what}; {version}") from error
-    if cache is None and not isinstance(
-        model, GenerationMixin
-    ):  # a head that returns no cache: check_attention has seen it
-        return
+    if cache is None and not isinstance(model, GenerationMixin):
+        return  # a head that drops what its decoder returned
     if not isinstance(cache, GSRQCache):
         what = f"{what} came back with a {type(cache).__name__} instead of a GSRQCache, so no text would be quantized"
         raise ValueError(f"{name} is not supported: {what}; {version}")

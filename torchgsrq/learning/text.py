@@ -132,10 +132,10 @@ def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progre
         tqdm(total=window - 1, desc="writing calibration text", disable=not progress) as bar,
         torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []),
         models.refusing(what, ": call calibrate(model, config, data=...) with text"),
-        models.own_generation(model, do_sample=False, max_new_tokens=window - 1, pad_token_id=start),
     ):
         torch.manual_seed(seed)
-        written = model.generate(
+        writer = models.own_generation(model, do_sample=False, max_new_tokens=window - 1, pad_token_id=start)
+        written = writer.generate(
             prompt, attention_mask=torch.ones_like(prompt), logits_processor=LogitsProcessorList([_sampler(ends, bar)])
         )
         if written.shape != (rows, window):

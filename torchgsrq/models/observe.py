@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -48,15 +49,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@contextmanager
-def own_generation(model: Any, **settings: Any) -> Iterator[None]:
-    """Let `generate` take only these settings: every other one it would take from the user's ``generation_config``."""
-    before = model.generation_config
-    model.generation_config = GenerationConfig(**settings)
-    try:
-        yield
-    finally:
-        model.generation_config = before
+def own_generation(model: Any, **settings: Any) -> Any:
+    """The same model, in a shallow copy whose `generate` takes only these settings: every other one it would take from
+    the user's ``generation_config``, which stays as it is, for other threads too."""
+    twin = copy.copy(model)
+    twin.generation_config = GenerationConfig(**settings)
+    return twin
 
 
 @contextmanager

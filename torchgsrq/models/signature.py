@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -51,7 +51,5 @@ def given_cache(arguments: dict[str, Any]) -> Any:
 
 def returned_cache(output: Any) -> Any:
     """The cache that a forward, or `generate` with a dict, returned; else None."""
-    parts: Iterable[Any] = output.values() if isinstance(output, Mapping) else output
-    if not isinstance(output, (Mapping, tuple, list)):
-        return None
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     return next((x for x in parts if isinstance(x, Cache)), None)
