@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import logging
 import os
@@ -123,7 +122,7 @@ def _kept(name: str) -> tuple[Path, str]:
     one for this process alone, with a warning."""
     # Not above: where this folder is on the path, transformers imports it as it looks for the hub's package of that
     # name, and must not come back to itself through torchgsrq.
-    from torchgsrq.config import cache_folder
+    from torchgsrq.config import cache_folder, temporary_folder
 
     try:
         path = cache_folder() / name
@@ -132,7 +131,4 @@ def _kept(name: str) -> tuple[Path, str]:
             tempfile.TemporaryFile(dir=path.parent).close()
         return path, "once"
     except OSError as error:
-        log.warning("torchgsrq: the CPU kernels cannot be kept: %s. Set TORCHGSRQ_CACHE to a writable folder", error)
-        folder = tempfile.mkdtemp(prefix="torchgsrq-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return Path(folder) / name, "at every start"
+        return temporary_folder("torchgsrq: the CPU kernels", error) / name, "at every start"

@@ -16,7 +16,7 @@ import transformers
 from transformers import AttentionInterface, DynamicCache, GenerationConfig
 
 from tests.conftest import SMALL, cached, tiny_books, tiny_llama
-from torchgsrq import GSRQCache, calibrate, evaluate, models, new_cache, probe, quantize_kv_
+from torchgsrq import GSRQCache, GSRQConfig, calibrate, evaluate, models, new_cache, probe, quantize_kv_
 from torchgsrq.evaluate import quantized
 from torchgsrq.learning.text import own_text
 from torchgsrq.models import decoder, given_cache, returned_cache
@@ -120,7 +120,7 @@ def test_attention_of_a_users_own_is_refused(llama, monkeypatch, name):
 
 def test_no_figure_of_a_run_without_codes(llama):
     model, books = llama
-    config = SMALL.__class__(bits=1, frame=32)
+    config = GSRQConfig(bits=1, frame=32)
     with pytest.raises(ValueError, match="all of the 100 tokens fit the sinks and the window"):
         evaluate.quality(model, [PROMPT.flatten().repeat(2)[:100]], {"": (config, books)})
     with pytest.raises(ValueError, match="came back with a DynamicCache: nothing was quantized"):

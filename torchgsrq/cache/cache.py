@@ -142,13 +142,13 @@ class GSRQCache(Cache):
             return
         traced = torch.compiler.is_compiling()
         batch, n = tokens.shape[:2]
-        layers = sorted(layers, key=lambda layer: not layer.is_initialized)  # first one that is written to
-        past = 0 if self.is_empty else int(layers[0].get_seq_length())
+        one = next((x for x in layers if x.is_initialized), layers[0])  # a pruned model leaves some unwritten
+        past = 0 if self.is_empty else int(one.get_seq_length())
         slots = torch.arange(past, past + n, device=tokens.device)
         if position_ids is not None and position_ids.ndim == 3:
             position_ids = position_ids[max(0, position_ids.shape[0] - 3)]
         positions = slots[None] if position_ids is None else position_ids.to(tokens.device)
-        start = None if layers[0].row_start is None or not past else layers[0].row_start.to(tokens.device)
+        start = None if one.row_start is None or not past else one.row_start.to(tokens.device)
         changed = not self.rows_are_placed or not past  # also after a first forward that failed
         new = _real_tokens(attention_mask, batch, past, past + n, tokens.device)
         if changed:

@@ -69,11 +69,11 @@ def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
         raise ValueError(f"splice: skip={skip}; it must lie between 0 and the piece's {piece.get_seq_length()} tokens")
     if piece.is_empty:
         return
-    layers = _written(cache, piece)
-    if any(layer.is_initialized for layer in cache.quantized_layers if all(layer is not x for x, _ in layers)):
+    pairs = zip(cache.quantized_layers, piece.quantized_layers, strict=True)
+    if any(layer.is_initialized and not source.is_initialized for layer, source in pairs):
         raise ValueError("splice: the piece holds nothing in a layer that this cache has tokens of")
     whole = int(cache.get_seq_length()) + int(piece.get_seq_length()) - skip
-    for layer, source in layers:
+    for layer, source in _written(cache, piece):
         capacity = layer.get_max_length()
         if -1 < capacity < whole:
             raise ValueError(f"splice: {whole} tokens do not fit a capacity of {capacity} tokens")
