@@ -5,29 +5,27 @@ from __future__ import annotations
 import torch
 
 from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor
-from torchgsrq.codec import LayerCodec
+from torchgsrq.codec import Codecs, LayerCodec
 from torchgsrq.codec.allocation import head_rates
-from torchgsrq.codec.layout import Layout, key_layout, rates, value_layout
+from torchgsrq.codec.layout import Layout, rates
 from torchgsrq.config import encoded_tokens
-from torchgsrq.learning.train import KEY_ETA, VALUE_ETA
+from torchgsrq.learning.train import FRAME, KEY_ETA, VALUE_ETA
 
 MODELS = {"SmolLM2-135M": (9, 3, 64), "Llama-3-8B": (32, 8, 128), "Llama-3-70B": (64, 8, 128)}  # heads, KV heads, dim
 
 
 def random_codec(
-    heads: int, layout: Layout, frame: int | None, device: torch.device | str = "cpu", beam: int = 4, eta: int = 1
+    heads: int, layout: Layout, frame: int | None, device: torch.device | str = "cpu", eta: int = 1
 ) -> Codec:
     """A codec with random tables."""
     dim = layout.head_dim
     return Codec.build(
-        layout,
         torch.randn(heads, dim, device=device),
-        torch.randn(heads, layout.dims, dim, device=device) / dim**0.5,
+        torch.randn(heads, dim, dim, device=device) / dim**0.5,
         torch.randn(heads, layout.codes, 256, layout.width, device=device) / layout.stages**0.5,
-        inverse=torch.randn(heads, dim, layout.dims, device=device) / dim**0.5,
+        inverse=torch.randn(heads, dim, dim, device=device) / dim**0.5,
         inv_freq=None if frame is None else 1e5 ** (-torch.arange(dim // 2, device=device) / (dim // 2)),
         frame=frame or 1,
-        beam=beam,
         eta=eta,
     )
 
@@ -40,12 +38,10 @@ def random_codecs(
     each: tuple[float, float] | None = None,
 ) -> tuple[Codec, Codec]:
     """Key and value codecs of a config, or with the rates that heads were given."""
-    key_bits, value_bits = each or (config.key_rate, config.value_rate)
-    keys = key_layout(dim, key_bits, config.layout)
-    values = value_layout(dim, value_bits, config.layout)
+    keys, values = (Layout.of(dim, bits, config.group_size) for bits in each or (config.bits, config.bits))
     return (
-        random_codec(heads, keys, config.key_frame, device, config.beam_width, KEY_ETA),
-        random_codec(heads, values, None, device, config.beam_width, VALUE_ETA),
+        random_codec(heads, keys, FRAME, device, KEY_ETA),
+        random_codec(heads, values, None, device, VALUE_ETA),
     )
 
 
@@ -53,8 +49,7 @@ def random_codebooks(layers: int, heads: int, dim: int, config: GSRQConfig) -> C
     """Random tables for a model, with rates as far apart as SmolLM2's: the speed is that of learned ones."""
     generator = torch.Generator().manual_seed(0)
     costs = {i: (10 ** (2.5 * torch.rand(heads, 2, generator=generator))).tolist() for i in range(layers)}
-    offered = dict.fromkeys(costs, [(rates(dim),) * 2] * heads)
-    each = head_rates(costs, dict.fromkeys(costs, dim), offered, config.key_rate, config.value_rate)
+    each = head_rates(costs, dict.fromkeys(costs, dim), dict.fromkeys(costs, rates(dim)), config.bits)
     found = {}
     for i, pairs in each.items():
         of_heads = [random_codecs(1, dim, config, each=pair) for pair in pairs]
@@ -71,7 +66,7 @@ def random_cache(
     config: GSRQConfig,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-    codecs: tuple[Codec, Codec] | None = None,
+    codecs: tuple[Codec | Codecs, Codec | Codecs] | None = None,
     capacity: int | None = None,
 ) -> tuple[GSRQTensor, GSRQTensor]:
     """Key and value buffers that hold ``length`` random tokens."""
@@ -87,7 +82,8 @@ def random_cache(
 
 def fill(buffer: GSRQTensor, length: int, config: GSRQConfig) -> None:
     """Random codes, as if ``length`` tokens had been appended."""
-    buffer.codes.random_(0, 256)
+    for codes in buffer.codes:
+        codes.random_(0, 256)
     buffer.window.normal_()
     buffer.length.fill_(length)
     buffer.encoded.fill_(encoded_tokens(length, config.recent_tokens, config.block_tokens))

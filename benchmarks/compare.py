@@ -56,15 +56,14 @@ one_bit = functools.cache(gsrq(bits=1))
 METHODS: dict[str, list[Callable[[], Method]]] = {
     "full": [Method],
     "gsrq": [gsrq(bits=b) for b in (2, 1, 0.75, 0.5)],
-    "fast": [gsrq(bits=b, layout="fast") for b in (2, 1, 0.5)],
+    "groups": [gsrq(bits=b, group_size=g) for b in (1, 0.5) for g in (16, 32, 64)],
     "layers": [lambda b=b: GSRQByLayer(GSRQConfig(bits=b)) for b in (2, 1, 0.5)],
     "windows": [
         lambda s=s, r=r: one_bit().with_window(s, r) for s, r in ((1, 32), (1, 128), (4, 128), (4, 256), (64, 256))
     ],
     "parts": [gsrq((part,), bits=b) for b in (2, 1) for part in PARTS],
     "uniform": [gsrq(bits=b, allocation="uniform") for b in (2, 1, 0.75, 0.5)],
-    "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper") for b in (1, 0.5)],
-    "kmeans": [gsrq(bits=1, recipe="kmeans")],
+    "gsrq-paper": [gsrq(bits=b, recipe="gsrq-paper", group_size=32) for b in (1, 0.5)],
     "quanto": [lambda: QuantizedCache("quanto", 4), lambda: QuantizedCache("quanto", 2)],
     "hqq": [lambda: QuantizedCache("hqq", 4), lambda: QuantizedCache("hqq", 2)],
     "kivi": [lambda: Kivi(2)],
@@ -191,7 +190,7 @@ def main() -> None:
     results["methods"] = json.loads(args.json.read_text())["methods"] if args.json and args.json.exists() else {}
     for family, make in rows:
         method = make()
-        facts = {"family": family, **bench.measure(method)}
+        facts = {"family": family, **bench.measure(method), "environment": evaluate.environment()}
         results["methods"][method.name] = facts
         shown = ("bits", "ppl", "kl", "kl_p99", "agreement", "output_error", "found", "answer_kl", "seconds")
         print(f"{method.name:26s} " + "  ".join(f"{x} {facts[x]:.4g}" for x in shown), flush=True)

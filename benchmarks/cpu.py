@@ -4,7 +4,7 @@
 
 Every ratio compares runs of one process that took turns; each number is a median. Sections:
 
-- attention: one decode step of one layer, by context, layout and rate, against every arrangement of SDPA, and where
+- attention: one decode step of one layer, by context, group size and rate, against every arrangement of SDPA, and where
   the time goes.
 - queries: several query tokens (speculative decoding, chunked prefill) and batches, against SDPA on the dequantized
   cache.
@@ -39,11 +39,11 @@ from torch.utils.benchmark import Timer
 
 from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, models, new_cache, quantize_kv_
 from torchgsrq.codec import Codebooks
-from torchgsrq.config import LAYOUTS
 from torchgsrq.ops import use_kernels
 
 SHAPES = {name: MODELS[name] for name in ("SmolLM2-135M", "Llama-3-8B")}
 PHASES = ("tables", "mean", "scores", "softmax", "values", "window", "merge")
+GROUPS = (8, 64)  # elements of a group, the default and the largest that is measured
 SECTIONS = ("attention", "queries", "generate", "prefill", "memory", "compile", "calibrate")
 
 
@@ -103,10 +103,12 @@ class Bench:
             for length in self.args.context or (4096, 8192, 32768, 131072):
                 q = torch.randn(1, q_heads, 1, dim)
                 steps: dict[str, Callable[[], Any]] = dict(sdpa_steps(q, heads, length))
-                for layout in LAYOUTS:
+                for group_size in GROUPS:
                     for bits in (2.0, 1.0, 0.5):
-                        config = GSRQConfig(bits=bits, layout=layout)
-                        steps[f"gsrq {layout} {bits:g}"] = gsrq_step(q, *random_cache(1, heads, dim, length, config))
+                        config = GSRQConfig(bits=bits, group_size=group_size)
+                        steps[f"gsrq groups of {group_size}, {bits:g}"] = gsrq_step(
+                            q, *random_cache(1, heads, dim, length, config)
+                        )
                 took = in_turns(steps)
                 best = min(t for name, t in took.items() if name.startswith("sdpa"))
                 for name, seconds in took.items():
@@ -128,8 +130,8 @@ class Bench:
         """Several queries, and batches."""
         for model, (q_heads, heads, dim) in SHAPES.items():
             for batch, queries in ((4, 1), (1, 4), (1, 64)):
-                for layout in LAYOUTS:
-                    config = GSRQConfig(layout=layout)
+                for group_size in GROUPS:
+                    config = GSRQConfig(group_size=group_size)
                     key, value = random_cache(batch, heads, dim, 8192, config)
                     q = torch.randn(batch, q_heads, queries, dim)
                     k, v = key.dequantize(), value.dequantize()
@@ -145,7 +147,8 @@ class Bench:
                         }
                     )
                     best = min(took["rows"], took["gqa"])
-                    facts = {"section": "queries", "model": model, "batch": batch, "queries": queries, "layout": layout}
+                    facts: dict[str, Any] = {"section": "queries", "model": model, "batch": batch, "queries": queries}
+                    facts["group_size"] = group_size
                     self.record(**facts, us=took["gsrq"] * 1e6, over_sdpa=best / took["gsrq"])
 
     # -- with the embedded model
@@ -218,15 +221,15 @@ class Bench:
         """Tokens per second."""
         for length in self.args.context or (256, 512, 2048, 8192, 32768):
             tokens = 16 if length < 10000 else 6
-            books = {layout: self.codebooks(GSRQConfig(layout=layout)) for layout in LAYOUTS}
+            books = {size: self.codebooks(GSRQConfig(group_size=size)) for size in GROUPS}
             times: dict[str, list[float]] = {}
             for _ in range(self.args.rounds):
                 times.setdefault("DynamicCache", []).append(self.decode(self.full_cache(length), length, tokens))
-                for layout in LAYOUTS:
-                    config = GSRQConfig(layout=layout)
-                    quantize_kv_(self.model(), config, codebooks=books[layout])
+                for size in GROUPS:
+                    config = GSRQConfig(group_size=size)
+                    quantize_kv_(self.model(), config, codebooks=books[size])
                     cache = self.gsrq_cache(config, length)
-                    times.setdefault(f"gsrq {layout}", []).append(self.decode(cache, length, tokens))
+                    times.setdefault(f"gsrq groups of {size}", []).append(self.decode(cache, length, tokens))
                     dequantize_kv_(self.model())
                     del cache
                 gc.collect()
@@ -258,8 +261,8 @@ class Bench:
         """What encoding adds to a prefill, and appending to a decode step."""
         model = self.model()
         ids = torch.randint(100, 20000, (1, 2048))
-        for layout in LAYOUTS:
-            config = GSRQConfig(layout=layout)
+        for size in GROUPS:
+            config = GSRQConfig(group_size=size)
             books = self.codebooks(config)
             times: dict[str, list[float]] = {"full": [], "gsrq": [], "encode": [], "append": []}
             for _ in range(self.args.rounds):
@@ -273,7 +276,7 @@ class Bench:
                 dequantize_kv_(model)
                 spent = 0.0
                 for layer in books.layers.values():
-                    for codec in layer:
+                    for codec in (codec for side in layer for _, codec in side.parts):
                         x = torch.randn(1, codec.heads, 2048, codec.head_dim)
                         begin = time.perf_counter()
                         torch.ops.torchgsrq.encode(x, torch.arange(2048)[None], codec.tensors, codec.integers)
@@ -293,7 +296,7 @@ class Bench:
             found = {name: statistics.median(taken) for name, taken in times.items()}
             self.record(
                 section="prefill",
-                layout=layout,
+                group_size=size,
                 full_s=found["full"],
                 gsrq_s=found["gsrq"],
                 encode_s=found["encode"],

@@ -29,10 +29,10 @@ import torch
 from common import random_codecs
 
 from torchgsrq import GSRQConfig, GSRQTensor, reference
-from torchgsrq.config import LAYOUTS
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32"}
 DTYPES |= {torch.int64: "i64"}
+GROUPS = (8, 64)
 SHAPES = {64: (9, 3), 80: (32, 32), 96: (24, 8), 128: (32, 8), 192: (16, 8), 256: (32, 2)}  # query and KV heads
 
 
@@ -41,10 +41,10 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
     from torchgsrq.kernels import attention, encode
 
     for dim, (q_heads, heads) in SHAPES.items():
-        for layout, bits in (*itertools.product(LAYOUTS, (2.0, 1.0, 0.5)), ("fast", 4.0)):
+        for size, bits in (*itertools.product(GROUPS, (2.0, 1.0, 0.5)), (8, 4.0)):
             if bits != 1 and dim != 128:
                 continue
-            config = GSRQConfig(layout=layout)
+            config = GSRQConfig(group_size=size)
             k, v = random_codecs(heads, dim, config, each=(bits, bits))
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 if dtype != torch.bfloat16 and (bits != 1 or dim not in (64, 128)):
@@ -56,14 +56,14 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
                     rows = q_heads // heads * queries
                     q = torch.zeros(2, q_heads, queries, dim, dtype=dtype)
                     p = attention.plan(k, rows, 1024, 2 * heads, 132, half)
-                    name = f"{dim} {layout} {bits:g} {DTYPES[dtype]} q{queries}"
+                    name = f"{dim} groups of {size} {bits:g} {DTYPES[dtype]} q{queries}"
                     yield "attention", name, functools.partial(attend, q, cache, p)
                 if dtype == torch.bfloat16:
                     x, slots = torch.zeros(2, heads, 64, dim, dtype=dtype), torch.arange(64)
                     for which, kv in zip(("keys", "values"), cache, strict=True):
                         yield (
                             "encode",
-                            f"{dim} {layout} {bits:g} {which}",
+                            f"{dim} groups of {size} {bits:g} {which}",
                             functools.partial(encode.append_, kv, x, slots),
                         )
 
@@ -80,8 +80,6 @@ def variants() -> Iterator[tuple[str, str, Callable[[], None]]]:
         "partial rotary": k.replaced(inv_freq=torch.ones(12)),
         "no RoPE": k.replaced(inv_freq=torch.ones(0), frame=1),
         "no frames": k.replaced(frame=16),
-        "beam 1": k.replaced(beam=1),
-        "beam 7": k.replaced(beam=7),
     }
     q = torch.zeros(2, 9, queries, dim, dtype=torch.bfloat16)
     additive = {"mask": torch.zeros(1, 1, queries, 1024, dtype=torch.bfloat16), "sink_logits": torch.zeros(9)}
@@ -96,9 +94,8 @@ def variants() -> Iterator[tuple[str, str, Callable[[], None]]]:
     for name, codec in codecs.items():
         pair = [GSRQTensor.empty(2, heads, 1024, dim, codec=c, dtype=q.dtype, config=config).packed for c in (codec, v)]
         x, position = torch.zeros(2, heads, 40, dim, dtype=q.dtype), torch.arange(40).expand(2, -1)
-        if "beam" not in name:
-            for what, facts in calls.items() if name == "plain" else [("several queries", {})]:
-                yield "attention", f"64 {name} {what}", functools.partial(attend, q, pair, None, **facts)
+        for what, facts in calls.items() if name == "plain" else [("several queries", {})]:
+            yield "attention", f"64 {name} {what}", functools.partial(attend, q, pair, None, **facts)
         yield "encode", f"64 {name} encode", functools.partial(encode.encode, x, position, codec)
 
 

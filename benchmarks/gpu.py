@@ -37,6 +37,7 @@ from torchgsrq.kernels import attention as kernel
 from torchgsrq.kernels import encode as encoder
 
 from torchgsrq import GSRQConfig, evaluate, models, new_cache, quantize_kv_, reference
+from torchgsrq.codec import Codecs
 
 SECTIONS = ("check", "attention", "encode", "model", "capacity")
 BUDGET = 450.0  # seconds; rows that would begin later are left out, and said to be
@@ -98,14 +99,14 @@ class Bench:
         """The kernels against the reference."""
         half = torch.bfloat16 if self.device.type == "cuda" else torch.float16
         sizes = [(64, 3, 3), (128, 4, 2 if self.small else 8)]  # head_dim, query heads per KV head, KV heads
-        cases = [(*size, layout, half) for size in sizes for layout in ("quality", "fast")]
-        cases += [(64, 3, 3, "quality", torch.float32)]
+        cases = [(*size, group_size, half) for size in sizes for group_size in (8, 64)]
+        cases += [(64, 3, 3, 64, torch.float32)]
         if not self.small:
-            cases += [(64, 3, 3, "fast", torch.float16), (80, 1, 4, "quality", half), (96, 5, 2, "fast", half)]
-            cases += [(256, 16, 2, "quality", half)]
+            cases += [(64, 3, 3, 8, torch.float16), (80, 1, 4, 64, half), (96, 5, 2, 8, half)]
+            cases += [(256, 16, 2, 64, half)]
         worst: dict[str, float] = {}
-        for dim, group, heads, layout, dtype in cases:
-            for name, error in self.check_codec(dim, group, heads, GSRQConfig(layout=layout), dtype):
+        for dim, group, heads, size, dtype in cases:
+            for name, error in self.check_codec(dim, group, heads, GSRQConfig(group_size=size), dtype):
                 before = worst.get(name, 0.0)
                 worst[name] = before if error <= before else error  # a NaN stays
         for name, error in worst.items():
@@ -166,7 +167,7 @@ class Bench:
             want = step(twins)
             error = float((out - want).abs().max() / want.abs().max())
             worst = error if not error <= worst else worst
-        same = all(torch.equal(a.codes, b.codes) and int(a.length) == 260 for a, b in zip(pair, twins, strict=True))
+        same = all(torch.equal(a.codes_0, b.codes_0) and int(a.length) == 260 for a, b in zip(pair, twins, strict=True))
         self.record("check", what="CUDA graph, 60 lengths", worst=worst, passed=worst < 1e-2 and same)
 
     def check_compiled(self) -> None:
@@ -238,19 +239,19 @@ class Bench:
         best = min(times.values())
         for name, taken in times.items():
             self.record("attention", **facts, what=name, us=taken * 1e6, gb_per_s=full / taken / 1e9)
-        for layout in ("quality", "fast"):
+        for size in (8,) if self.small else (8, 64):
             for bits in (1.0,) if self.small else (2.0, 1.0, 0.5):
-                config = GSRQConfig(bits=bits, layout=layout)
+                config = GSRQConfig(bits=bits, group_size=size)
                 # Every layer has codebooks of its own, as in a model.
-                books = sum(c.nbytes() for c in random_codecs(heads, dim, config))
+                books = sum(Codecs.of(c).nbytes() for c in random_codecs(heads, dim, config))
                 caches = [
                     random_cache(batch, heads, dim, length, config, half, self.device)
                     for _ in range(self.layers_for(int(full * bits / 16) + books))
                 ]
                 codecs = (caches[0][0].codec, caches[0][1].codec)
-                p = kernel.plan(codecs[0], q_heads // heads, length, batch * heads, count, True)
+                p = kernel.plan(codecs[0].first, q_heads // heads, length, batch * heads, count, True)
                 taken = self.seconds(functools.partial(self.attend_all, q, caches, p)) / len(caches)
-                name = f"gsrq {layout} {bits:g}"
+                name = f"gsrq groups of {size}, {bits:g}"
                 self.record("attention", **facts, what=name, us=taken * 1e6, over_best=best / taken)
                 del caches
                 self.free()
@@ -271,19 +272,18 @@ class Bench:
     def encode(self) -> None:
         """Encoding a prompt, all layers, against reading it."""
         tokens = 64 if self.small else 4096
-        for layout in ("quality", "fast"):
-            for beam in (4, 1):
-                config = GSRQConfig(layout=layout, beam=beam, recent_tokens=0)
-                _, heads, dim = self.shape("Llama-3-8B")
-                half = torch.float16 if self.small else torch.bfloat16
-                codecs = random_codecs(heads, dim, config, self.device)
-                x = torch.randn(1, heads, tokens, dim, device=self.device, dtype=half)
-                position = torch.arange(tokens, device=self.device)[None]
-                taken = 32 * sum(self.seconds(functools.partial(encoder.encode, x, position, c)) for c in codecs)
-                # The matrix products of Llama-3-8B, at two thirds of the device's measured bfloat16 rate.
-                prefill = 2 * 7.5e9 * tokens / (self.flops() * 2 / 3)
-                facts = {"layout": layout, "beam": beam, "us_per_token": taken / tokens * 1e6}
-                self.record("encode", **facts, share_of_prefill=taken / prefill)
+        for size in (8, 64):
+            config = GSRQConfig(group_size=size, recent_tokens=0)
+            _, heads, dim = self.shape("Llama-3-8B")
+            half = torch.float16 if self.small else torch.bfloat16
+            codecs = random_codecs(heads, dim, config, self.device)
+            x = torch.randn(1, heads, tokens, dim, device=self.device, dtype=half)
+            position = torch.arange(tokens, device=self.device)[None]
+            taken = 32 * sum(self.seconds(functools.partial(encoder.encode, x, position, c)) for c in codecs)
+            # The matrix products of Llama-3-8B, at two thirds of the device's measured bfloat16 rate.
+            prefill = 2 * 7.5e9 * tokens / (self.flops() * 2 / 3)
+            facts = {"group_size": size, "us_per_token": taken / tokens * 1e6}
+            self.record("encode", **facts, share_of_prefill=taken / prefill)
 
     def flops(self) -> float:
         """Measured rate of a large matrix product."""
@@ -396,7 +396,7 @@ class Bench:
     def variants(self) -> Iterator[tuple[str, GSRQConfig | None]]:
         """What is compared. The first attends to the whole buffer, 64 empty slots included."""
         yield "bfloat16, SDPA without a mask", None
-        yield "gsrq fast 1", GSRQConfig(layout="fast")
+        yield "gsrq 1", GSRQConfig()
 
     def model(self) -> None:
         """Tokens per second, end to end."""

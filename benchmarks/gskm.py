@@ -18,7 +18,7 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from torchgsrq.codec.kmeans import METHODS, cluster, nearest
+from torchgsrq.codec.kmeans import cluster, nearest, rounds, samples, spherical
 from torchgsrq.embedded import NAME, load_model
 from torchgsrq.evaluate import environment
 from torchgsrq.learning.statistics import collect_statistics
@@ -28,8 +28,37 @@ from torchgsrq.models import inspect_layers
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-LABELS = dict(zip(METHODS, ("k-means", "k-means, spherical start", "GSKM", "GSKM, public variant"), strict=True))
+LABELS = {
+    "kmeans": "k-means",
+    "kmeans-spherical": "k-means, spherical start",
+    "gskm": "GSKM",
+    "gskm-public": "GSKM, public variant",
+}
 COLOURS = ("#56B4E9", "#0072B2", "#D55E00", "#E69F00")  # Okabe and Ito's
+
+
+def learn(x: Tensor, method: str) -> Tensor:
+    """256 codewords of ``x [heads, n, width]``: the methods of `cluster`, plain updates from GSKM's start, and GSKM as
+    in the authors' published code, whose gains are rounded to bfloat16 and at least 1e-4, and whose shape is the
+    normalised sum of the inputs and gain their mean projection on the previous shape."""
+    if method in ("kmeans", "gskm"):
+        return cluster(x, method=method)
+    x, generator = x.float(), torch.Generator().manual_seed(0)
+    weight, norms = torch.ones(x.shape[:2]), x.norm(dim=-1, keepdim=True)
+    unit = x / norms.clamp_min(1e-12)
+    start = spherical(unit, norms, weight, samples(x, weight, 256, generator), generator)
+
+    def gained(gain: Tensor, shape: Tensor) -> Tensor:
+        return gain.bfloat16().float().clamp_min(1e-4) * shape
+
+    def public(x: Tensor, weight: Tensor, code: Tensor, mean: Tensor, centers: Tensor) -> Tensor:
+        before, shape = (torch.nn.functional.normalize(x, dim=-1) for x in (centers, mean))
+        return gained((mean * before).sum(-1, keepdim=True), shape)
+
+    if method == "kmeans-spherical":
+        return rounds(x, weight, start, lambda x, weight, code, mean, _: mean, 10, generator)
+    start = gained(start.norm(dim=-1, keepdim=True), torch.nn.functional.normalize(start, dim=-1))
+    return rounds(x, weight, start, public, 10, generator)
 
 
 def errors(x: Tensor, words: Tensor) -> tuple[float, float]:
@@ -51,12 +80,12 @@ def measure(model: Any, tokenizer: Any, texts: tuple[str, str], tokens: int) -> 
     rows = []
     for kind, what in enumerate(("keys", "values")):
         for joined in (False, True):
-            for method in METHODS:
+            for method in LABELS:
                 found = []
                 for given, other in zip(*vectors, strict=True):
                     train, held = (x[kind].transpose(0, 1).reshape(1, -1, x[kind].shape[0] * x[kind].shape[2])
                                    if joined else x[kind] for x in (given, other))  # fmt: skip
-                    words = cluster(train, method=method)
+                    words = learn(train, method)
                     found.append((*errors(train, words), *errors(held, words)))
                 mean = torch.tensor(found).mean(0).tolist()
                 names = ("cosine", "distortion", "cosine, held out", "distortion, held out")
@@ -74,7 +103,7 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
     kinds = [(w, j) for w in ("keys", "values") for j in (False, True)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     for axis, metric in zip(axes, ("cosine", "distortion"), strict=True):
-        for i, method in enumerate(METHODS):
+        for i, method in enumerate(LABELS):
             mine = [next(r for r in rows if (r["vectors"], r["joined"], r["method"]) == (*k, method)) for k in kinds]
             at = [k + (i - 1.5) * 0.2 for k in range(len(kinds))]
             axis.bar(

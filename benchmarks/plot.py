@@ -1,7 +1,7 @@
-"""Pictures of what was measured, and the table of a comparison.
+"""Pictures of what was measured (`tables.py` makes the tables).
 
-    python benchmarks/plot.py compare.json docs/compare.png
-    python benchmarks/plot.py docs/speed-attention.json docs/speed-generate.json docs/speed.png
+    python benchmarks/plot.py benchmarks/results/compare.json docs/compare.png
+    python benchmarks/plot.py benchmarks/results/speed.json docs/speed.png
 
 The first: bits against KL divergence and against retrieval, a line for each method. The second: speed against context,
 from what ``cpu.py --section attention --json`` and ``cpu.py --section generate --json`` wrote.
@@ -21,11 +21,9 @@ from matplotlib import pyplot as plt
 
 # Okabe and Ito's colours, which the colour-blind tell apart; and a marker each.
 STYLES = {
-    "gsrq": ("GSRQ, quality", "#D55E00", "o"),
-    "fast": ("GSRQ, fast", "#E69F00", "s"),
+    "gsrq": ("GSRQ", "#D55E00", "o"),
     "uniform": ("GSRQ, same bits everywhere", "#D55E00", "+"),
     "gsrq-paper": ("GSRQ, the paper's", "#0072B2", "v"),
-    "kmeans": ("the same with k-means", "#56B4E9", "^"),
     "vqllm": ("VQLLM", "#009E73", "D"),
     "cq": ("CQ", "#CC79A7", "P"),
     "tasq": ("TaSQ-like", "#000000", "*"),
@@ -39,25 +37,6 @@ STYLES = {
 }
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Rows by bits, in Markdown."""
-    tasks = next(iter(results.values()))["tasks"]
-    asked = ", ".join(f"{task} {score['answers']}" for task, score in tasks.items())
-    lines = [
-        f"| method | bits | with codebooks | perplexity | KL (95%) | KL p99 | same token | found: {asked} | nats |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, r in sorted(results.items(), key=lambda item: -item[1]["bits_without_codebooks"]):
-        interval = f"{abs(r['kl_low']):.3f}-{abs(r['kl_high']):.3f}"  # of full precision, rounding about zero
-        found = " / ".join(f"{score['found']:.0%}" for score in r["tasks"].values())
-        lines.append(
-            f"| {name} | {r['bits_without_codebooks']:.2f} | {r['bits']:.2f} | {r['ppl']:.2f} | {r['kl']:.3f} "
-            f"({interval}) | {r['kl_p99']:.2f} | {r['agreement']:.0%} | {found} "
-            f"| {r['answer_nll']:.2f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,17 +46,16 @@ def main() -> None:
     read = [json.loads(path.read_text()) for path in args.results]
     if "methods" in read[0]:
         quality(read[0]["methods"], args.picture)
-        print(table(read[0]["methods"]))
     else:
         speed([row for results in read for row in results["rows"]], args.picture)
 
 
 SPEED = {
-    "gsrq fast 0.5": ("fast, 0.5 bit", "#009E73", "D"),
-    "gsrq fast 1": ("fast, 1 bit", "#E69F00", "s"),
-    "gsrq quality 1": ("quality, 1 bit", "#D55E00", "o"),
-    "gsrq fast": ("fast, 1 bit", "#E69F00", "s"),
-    "gsrq quality": ("quality, 1 bit", "#D55E00", "o"),
+    "gsrq groups of 8, 0.5": ("0.5 bit", "#009E73", "D"),
+    "gsrq groups of 8, 1": ("1 bit", "#E69F00", "s"),
+    "gsrq groups of 64, 1": ("1 bit, groups of 64", "#D55E00", "o"),
+    "gsrq groups of 8": ("1 bit", "#E69F00", "s"),
+    "gsrq groups of 64": ("1 bit, groups of 64", "#D55E00", "o"),
     "flex_attention, compiled": ("FlexAttention", "#0072B2", "v"),
     "QuantizedCache quanto int4": ("QuantizedCache, quanto int4", "#666666", "1"),
 }

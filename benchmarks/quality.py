@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate, retrieval
-from torchgsrq.codec import LayerCodec
+from torchgsrq.codec import Codecs, LayerCodec
 from torchgsrq.codec.kmeans import METHODS
-from torchgsrq.config import LAYOUTS
 from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.learning.calibrate import rates_of_heads
 from torchgsrq.learning.sensitivity import by_head, sensitivity
@@ -37,30 +36,19 @@ RATES = [2.0, 1.0, 0.5, 0.25]
 FACTS = {"": "found", " nll": "nll"}  # of a retrieval score
 TOKENS = 16384
 PROTOCOL = {"sink_tokens": 1, "recent_tokens": 32, "block_tokens": 1}
-SECTIONS = (
-    "frame512",
-    "frame256",
-    "frame1024",
-    "nested",
-    "uniform",
-    "fast",
-    "kmeans",
-    "universal",
-    "own",
-    "text",
-    "beam",
-    "eta",
-    "clustering",
-    "retrieval",
-    "gsrq-paper",
-)
+SECTIONS = ("groups", "uniform", "own", "text", "eta", "clustering", "retrieval", "gsrq-paper")
 
 
 def with_eta(books: Codebooks, key: int, value: int) -> Codebooks:
     """The same codebooks, encoding for another loss."""
     layers = {
-        i: LayerCodec(*(c.replaced(eta=e) for c, e in zip(x, (key, value), strict=True)))
-        for i, x in books.layers.items()
+        i: LayerCodec(
+            *(
+                Codecs(tuple((heads, codec.replaced(eta=eta)) for heads, codec in side.parts))
+                for side, eta in zip(layer, (key, value), strict=True)
+            )
+        )
+        for i, layer in books.layers.items()
     }
     return Codebooks(layers, books.metadata)
 
@@ -93,16 +81,13 @@ class Bench:
         self, config: GSRQConfig, source: str = "text", tokens: int = TOKENS, method: str = "kmeans"
     ) -> Codebooks:
         """Codebooks of a config; statistics that other sections made are reused."""
-        if config.recipe == "universal":
-            info = self.layers[0]
-            return Codebooks.universal(config, len(self.layers), info.kv_heads, info.head_dim)
         stats, span = self.statistics(source, tokens), rope_span(self.model)
         begin = time.perf_counter()
         if config.spreads_bits and self.costs is None:
             self.costs = by_head(sensitivity(self.model, self.layers, self.learned))
         costs = self.costs if config.spreads_bits else None
         each = rates_of_heads(config, {i: s.info for i, s in stats.items()}, costs)
-        layers = {i: train(s, config, each[i], span, method) for i, s in stats.items()}
+        layers = {i: train(s, [(config, each[i])], span, method=method)[0] for i, s in stats.items()}
         facts: dict[str, Any] = {"config": config.codec_fields(), "source": source, "tokens": tokens}
         if costs:
             facts["sensitivity"] = {str(i): cost for i, cost in costs.items()}
@@ -127,22 +112,16 @@ class Bench:
             self.score(section, f"{bits:g}", config, trained[bits])
         return trained
 
-    def rates(self, section: str, config: GSRQConfig, books: Codebooks) -> None:
-        """A row for every rate, from one nested set of codebooks."""
-        for bits in self.bits:
-            self.score(section, f"{bits:g}", dataclasses.replace(config, bits=bits), books.at(bits))
-
     def retrieval(self) -> None:
         """What the model finds again, with codebooks of its own text."""
-        path = self.args.codebooks
         rates = self.args.bits or [1.0, 0.5]
-        books = Codebooks.load(path) if path and path.exists() else self.train(GSRQConfig(bits=max(rates)), "own")
+        books = {bits: self.train(GSRQConfig(bits=bits), "own") for bits in rates}
         for tokens in self.args.retrieval_tokens or (1024, 2048):
             tasks = self.args.task or tuple(retrieval.TASKS)
             trials = retrieval.trials(self.tokenizer, document(), tokens, tasks=tasks, count=self.args.trials)
             rows: dict[str, Any] = {"full precision": (trials, None)}
             rows["sinks and window alone"] = (retrieval.cut_short(trials, 4, 128), None)
-            rows |= {f"{bits:g}": (trials, (GSRQConfig(bits=bits), books.at(bits))) for bits in rates}
+            rows |= {f"{bits:g}": (trials, (GSRQConfig(bits=bits), books[bits])) for bits in rates}
             for name, (asked, candidate) in rows.items():
                 self.answers("retrieval", f"{tokens} tokens, {name}", asked, candidate)
 
@@ -161,7 +140,7 @@ class Bench:
             "and lists": torch.cat((long, recall[1])),
         }.items():
             stats = collect_statistics(self.model, self.layers, windows, False)
-            layers = {i: train(s, config, [(1, 1)] * s.info.kv_heads, span) for i, s in stats.items()}
+            layers = {i: train(s, [(config, [(1, 1)] * s.info.kv_heads)], span)[0] for i, s in stats.items()}
             books = Codebooks(layers, {"config": config.codec_fields(), "source": row, "tokens": windows.numel()})
             self.score("text", row, config, books)
             self.answers("text", f"{row}, answers", trials, (dataclasses.replace(config, **PROTOCOL), books))
@@ -183,36 +162,25 @@ class Bench:
 
     def run(self, section: str) -> None:
         """Measure one section."""
-        if section.startswith("frame"):
-            trained = self.each_rate(section, frame=int(section[5:]))
-            if section == "frame512" and 1 in trained:
-                for shift in (4000, 30000):
-                    self.score(section, f"1, positions + {shift}", GSRQConfig(bits=1), trained[1], shift)
+        if section == "groups":
+            for size in (8, 16, 32, 64):
+                for bits in self.bits:
+                    config = GSRQConfig(bits=bits, group_size=size)
+                    books = self.train(config)
+                    self.score(section, f"{size}, {bits:g}", config, books)
+                    if (size, bits) == (8, 1):
+                        for shift in (4000, 30000):
+                            self.score(section, f"{size}, 1, positions + {shift}", config, books, shift)
         elif section == "own":
-            trained = self.each_rate(section, "own")
-            if self.args.codebooks:
-                trained[self.bits[0]].save(self.args.codebooks)
-        elif section == "fast":
-            self.each_rate(section, layout=section)
+            self.each_rate(section, "own")
         elif section == "uniform":
             self.each_rate(section, allocation=section)
-        elif section == "beam":
-            for layout in LAYOUTS:
-                for bits in self.bits:
-                    config = GSRQConfig(bits=bits, layout=layout)
-                    books = self.train(config)
-                    for beam in (1, 2, 4, 8):
-                        with_beam = dataclasses.replace(config, beam=beam)
-                        self.score(section, f"{layout}, {bits:g}, beam {beam}", with_beam, books.with_beam(beam))
         elif section == "eta":  # what the encoder minimises, keys and values each alone
             for bits in self.bits:
                 config = GSRQConfig(bits=bits)
                 books = self.train(config)
                 for key, value in ((1, 1), (4, 1), (8, 1), (16, 1), (1, 2), (1, 4), (1, 8)):
                     self.score(section, f"{bits:g}, keys {key}, values {value}", config, with_eta(books, key, value))
-        elif section == "nested":
-            config = GSRQConfig(bits=2)
-            self.rates(section, config, self.train(config))
         elif section == "clustering":
             for method in METHODS:
                 config = GSRQConfig(bits=0.5)
@@ -220,8 +188,7 @@ class Bench:
         elif section in ("retrieval", "text"):
             getattr(self, section)()
         else:
-            config = GSRQConfig(bits=self.bits[0], recipe=section)
-            self.rates(section, config, self.train(config))
+            self.each_rate(section, recipe=section, group_size=32)
 
 
 def main() -> None:
@@ -240,7 +207,6 @@ def main() -> None:
     parser.add_argument("--task", action="append", choices=retrieval.TASKS, help="of retrieval; all by default")
     parser.add_argument("--trials", type=int, default=8, help="texts of each retrieval task")
     parser.add_argument("--json", type=Path, help="add the results to this file")
-    parser.add_argument("--codebooks", type=Path, help="written by own, and read by retrieval if it exists")
     args = parser.parse_args()
     print(f"$ {shlex.join(['python', *sys.argv])}\n{evaluate.environment()}", flush=True)
     bench = Bench(args)

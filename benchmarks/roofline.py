@@ -26,6 +26,8 @@ from torchgsrq.kernels import attention
 from torchgsrq.kernels.common import Shape
 
 from torchgsrq import Codec, GSRQConfig, GSRQTensor
+from torchgsrq.codec import Codecs
+from torchgsrq.reference.coding import SWEEPS
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def decode_step(key: Codec, value: Codec, q_heads: int, batch: int, context: int
     spans = max(context // p.splits, 1)
     frames = each * p.splits * max(1, -(-spans // (key.frame if k.pairs else 1 << 20)))
     work = Work()
-    work.memory = tokens * (k.n + v.n) + key.nbytes() + value.nbytes()
-    work.memory += each * p.splits * p.rows * (value.layout.dims + 2) * 4 * 2  # partial results, written and read
+    work.memory = tokens * (k.n + v.n) + Codecs.of(key).nbytes() + Codecs.of(value).nbytes()
+    work.memory += each * p.splits * p.rows * (value.head_dim + 2) * 4 * 2  # partial results, written and read
     config = GSRQConfig()
     window = config.sink_tokens + config.recent_tokens + config.block_tokens // 2
     work.memory += each * 2 * window * k.d * 2
@@ -115,14 +117,13 @@ def decode_step(key: Codec, value: Codec, q_heads: int, batch: int, context: int
 def encode_tokens(codec: Codec, tokens: int) -> Work:
     """Encoding ``tokens`` per head of keys or values."""
     s = Shape.of(codec)
-    beam = codec.beam if codec.layout.stages > 1 else 1
     vectors = codec.heads * tokens
-    work = Work(memory=vectors * (2 * s.d + s.n) + codec.nbytes())
-    # The sweep multiplies what is left of a vector, and the vector at length 1.
-    swept = 2 if codec.eta > 1 and codec.layout.stages > 1 else 0
-    per_stage = 2 * (beam + swept) * 256 * max(16, s.wp)  # in two float16 parts each
+    work = Work(memory=vectors * (2 * s.d + s.n) + Codecs.of(codec).nbytes())
+    # A step multiplies what is left of a vector and the vector at length 1, in two float16 parts each.
+    steps = 1 + SWEEPS if codec.layout.stages > 1 else 1
+    per_stage = 2 * 2 * steps * 256 * max(16, s.wp)
     work.multiplied = vectors * (s.n * per_stage + 6 * s.d * s.gp * max(16, s.wp))
-    work.gathered = vectors / 16 * s.n * 256 * s.w * 2  # a program's 16 vectors share what it loads
+    work.gathered = vectors / 32 * s.n * steps * 256 * s.w * 2  # a program's 32 vectors share what it loads
     return work
 
 
@@ -141,8 +142,8 @@ def main() -> None:
         gpu = GPUS[name]
         for model in ("Llama-3-8B", "Llama-3-70B"):
             q_heads, heads, dim = MODELS[model]
-            for layout in ("quality", "fast"):
-                config = GSRQConfig(bits=args.bits, layout=layout)
+            for size in (8, 64):
+                config = GSRQConfig(bits=args.bits, group_size=size)
                 key, value = random_codecs(heads, dim, config)
                 per_token = instructions(config, model, gpu.capability)
                 for batch in args.batch or (1, 8, 64):
@@ -150,14 +151,14 @@ def main() -> None:
                         full = batch * heads * context * dim * 4 / (gpu.memory * 1e12)
                         parts = decode_step(key, value, q_heads, batch, context, gpu, per_token).seconds(gpu)
                         bound = max(parts, key=parts.__getitem__)
-                        facts = {"gpu": name, "model": model, "layout": layout, "what": "decode step"}
+                        facts = {"gpu": name, "model": model, "group_size": size, "what": "decode step"}
                         facts |= {"batch": batch, "context": context, "instructions": per_token}
                         facts |= {"bf16_us": full * 1e6, "us": parts[bound] * 1e6, "bound": bound}
                         rows.append({**facts, "over_bf16": full / parts[bound]})
                 tokens = 4096
                 taken = 32 * sum(max(encode_tokens(c, tokens).seconds(gpu).values()) for c in (key, value))
                 prefill = 2 * 7.5e9 * tokens / (gpu.tensor * 1e12)
-                facts = {"gpu": name, "model": model, "layout": layout, "what": "encode, all layers", "batch": 1}
+                facts = {"gpu": name, "model": model, "group_size": size, "what": "encode, all layers", "batch": 1}
                 rows.append({**facts, "context": tokens, "us": taken * 1e6, "share_of_prefill": taken / prefill})
     for row in rows:
         print("  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))

@@ -17,7 +17,7 @@ import torch
 
 log = logging.getLogger("torchgsrq")
 _FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "encode.cpp")
+SOURCES = ("attention.cpp", "encode.cpp", "cluster.cpp")
 HEADERS = ("vector.h", "tables.h", "call.h", "by_tables.h", "by_blocks.h")
 FILES = (*SOURCES, *HEADERS, "__init__.py")  # what a library is made from
 
@@ -75,14 +75,32 @@ def build(output: Path, scalar: bool = False, extra: tuple[str, ...] = ()) -> No
         raise RuntimeError("there is no C++ compiler (set CXX, or install g++ or clang++)")
     libraries = Path(torch.__file__).parent / "lib"
     partial = output.with_suffix(f".{os.getpid()}.partial")
-    command = [*program, *flags(scalar), *extra, *(str(_FOLDER / name) for name in SOURCES), "-o", str(partial)]
-    command += [f"-L{libraries}", f"-Wl,-rpath,{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(program)} failed:\n{done.stderr[-4000:]}")
+    with tempfile.TemporaryDirectory(prefix="torchgsrq-") as folder:
+        objects = [str(Path(folder, name).with_suffix(".o")) for name in SOURCES]
+        compiling = [
+            subprocess.Popen(
+                [*program, *flags(scalar), *extra, "-c", str(_FOLDER / name), "-o", to],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for name, to in zip(SOURCES, objects, strict=True)
+        ]
+        said = [process.communicate()[0] for process in compiling]
+        for process, text in zip(compiling, said, strict=True):
+            _check(program, process.returncode, text)
+        command = [*program, *flags(scalar), *extra, *objects, "-o", str(partial), f"-L{libraries}"]
+        command += [f"-Wl,-rpath,{libraries}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        _check(program, done.returncode, done.stderr)
     with open(partial, "ab") as file:  # a seal: loading half a library would kill the process
         file.write(hashlib.sha256(partial.read_bytes()).digest())
     os.replace(partial, output)  # other processes may be building it too
+
+
+def _check(program: list[str], code: int, said: str) -> None:
+    if code:
+        raise RuntimeError(f"{shlex.join(program)} failed:\n{said[-4000:]}")
 
 
 def is_whole(library: Path) -> bool:

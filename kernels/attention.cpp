@@ -18,7 +18,7 @@ constexpr int64_t kRowTile = 192;   // query rows that share a decoded block
 
 template <typename T>
 void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result) {
-  const Tables& any = c.key_tables->front();  // what runs differ in is not asked of it
+  const Tables& any = c.key_tables[0].tables;  // what heads differ in is not asked of it
   const bool framed = !any.pairs || any.frame >= kShortestFrame;
   const bool by_tables = c.rows <= kMaxLanes && framed;
   const int64_t tile = by_tables ? c.rows : kRowTile, tiles = std::max<int64_t>(1, ceil_div(c.rows, tile));
@@ -86,9 +86,9 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
           at::vec::fmadd(Vec(weight), Vec::loadu(part.out + d), Vec::loadu(to + d)).store(to + d);
       }
       // From the metric of the value codec, and its mean, to plain values.
-      const Head value = c.value_head(h);
+      const Head value = c.value_tables[h];
       const Tables& vt = value.tables;
-      product(sum, c.padded, coded_sum, c.padded, 1, vt.inverse + value.h * vt.dims * vt.padded, vt.padded, 1, c.padded, vt.dims, true);
+      product(sum, c.padded, coded_sum, c.padded, 1, vt.inverse + value.h * vt.dim * vt.padded, vt.padded, 1, c.padded, vt.dim, true);
       mass += coded_mass;
       const float* mean = vt.mean + value.h * vt.padded;
       const float scale = mass > 0 ? 1 / mass : 0.f;
@@ -106,20 +106,19 @@ Tensor attention(
   const Packed key(key_parts, key_layout), value(value_parts, value_layout);
   const int64_t heads = key.codec.heads, dim = key.codec.dim;
   TORCH_CHECK_VALUE(
-      q.dim() == 4 && q.size(3) == dim && q.size(1) % heads == 0 && q.size(0) == key.codes.size(0), "query has shape ",
-      q.sizes(), "; this cache takes [batch=", key.codes.size(0), ", a multiple of ", heads,
+      q.dim() == 4 && q.size(3) == dim && q.size(1) % heads == 0 && q.size(0) == key.batch(), "query has shape ",
+      q.sizes(), "; this cache takes [batch=", key.batch(), ", a multiple of ", heads,
       " heads, queries, head_dim=", dim, "]");
   const int64_t length = *key.length.const_data_ptr<int32_t>();
   TORCH_CHECK_VALUE(
       length == *value.length.const_data_ptr<int32_t>(), "the keys hold ", length, " tokens and the values ",
       *value.length.const_data_ptr<int32_t>());
   Tensor result = at::empty(q.sizes(), q.options().dtype(at::kFloat));
-  Call c{key, value};
+  Call c(key, value);
   c.batch = q.size(0), c.heads = heads, c.group = q.size(1) / heads, c.queries = q.size(2);
   c.rows = c.group * c.queries, c.dim = dim, c.length = length;
   if (c.batch * c.rows == 0) return result.to(q.scalar_type());
-  c.key_tables = tables_of(key.codec), c.value_tables = tables_of(value.codec);
-  c.padded = c.key_tables->front().padded, c.softcap = softcap;
+  c.padded = c.key_tables[0].tables.padded, c.softcap = softcap;
   c.q = q.to(at::kFloat).mul(scale).contiguous();
   if (mask.has_value()) {
     TORCH_CHECK_VALUE(
@@ -133,7 +132,7 @@ Tensor attention(
   for (int64_t i = 0; i < c.queries; ++i)
     c.last.push_back(causal == kNotCausal ? length - 1 : causal == kUpperLeft ? i : length - c.queries + i);
   for (int64_t b = 0; b < c.batch; ++b) {
-    const int64_t encoded = key.encoded.const_data_ptr<int32_t>()[b], begin = key.row(b).sink();
+    const int64_t encoded = key.encoded.const_data_ptr<int32_t>()[b], begin = RowStart(key.start, b).sink();
     const int64_t held_from = tail_start.has_value() ? tail_start->const_data_ptr<int32_t>()[b] : 0;
     c.dense_low.push_back(tailed ? std::max<int64_t>(held_from, 0) : encoded);
     c.coded.push_back(0);

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchgsrq.codec import Codec
+from torchgsrq.codec import Codec, Codecs
 from torchgsrq.reference import WINDOW, Packed
 
 from .common import MOST_HEADS, Shape, bits_of, coded_slots, codewords, floor_div, layer_head, turn, window
@@ -58,17 +58,16 @@ def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, h
     return Plan(block, tokens, splits, 8)
 
 
-def _frame(key: Codec) -> int:
+def _frame(key: Codec | Codecs) -> int:
     """Tokens of a frame; without RoPE, all there are."""
     return key.frame if key.inv_freq.numel() else 1 << 20
 
 
-def supports(key: Codec, value: Codec) -> bool:
+def supports(key: Codecs, value: Codecs) -> bool:
     """Whether these kernels read such codecs; the reference reads the others."""
     framed = not key.inv_freq.numel() or key.frame % 16 == 0
-    together = [run.heads for run in key.runs] == [run.heads for run in value.runs]
-    alike = framed and together and key.heads <= MOST_HEADS
-    return alike and not key.gains.numel() and not value.gains.numel() and not value.inv_freq.numel()
+    together = [heads for heads, _ in key.parts] == [heads for heads, _ in value.parts]
+    return framed and together and key.heads <= MOST_HEADS and not value.inv_freq.numel()
 
 
 @triton.jit
@@ -167,7 +166,7 @@ def _exact(
 @triton.jit
 def _coded_query(
     q, base, row, inverse, inv_freq, position, column, inside, D: tl.constexpr, PAIRS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, DIMS: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries as codes see them in a frame that begins at ``position``: inverse^T R(-position) q, [BM, COLUMNS]."""
     y = tl.zeros([BM, COLUMNS], tl.float32)
@@ -179,13 +178,13 @@ def _coded_query(
         a = _elements(q, row, base, first_of, live)
         b = _elements(q, row, base, second_of, live)
         cos, sin = turn(position, tl.load(inv_freq + i, mask=live, other=0))
-        part = tl.load(inverse + first_of[:, None] * DIMS + column[None, :], mask=live[:, None] & inside, other=0)
+        part = tl.load(inverse + first_of[:, None] * D + column[None, :], mask=live[:, None] & inside, other=0)
         y = tl.dot(a * cos[None, :] + b * sin[None, :], part, y, input_precision=PRECISION)
-        part = tl.load(inverse + second_of[:, None] * DIMS + column[None, :], mask=live[:, None] & inside, other=0)
+        part = tl.load(inverse + second_of[:, None] * D + column[None, :], mask=live[:, None] & inside, other=0)
         y = tl.dot(b * cos[None, :] - a * sin[None, :], part, y, input_precision=PRECISION)
     for first in range(2 * PAIRS, D, 16):
         i = first + tl.arange(0, 16)
-        part = tl.load(inverse + i[:, None] * DIMS + column[None, :], mask=(i < D)[:, None] & inside, other=0)
+        part = tl.load(inverse + i[:, None] * D + column[None, :], mask=(i < D)[:, None] & inside, other=0)
         y = tl.dot(_elements(q, row, base, i, i < D), part, y, input_precision=PRECISION)
     return y
 
@@ -228,7 +227,7 @@ def _coded(
     c = tl.arange(0, KGP * KWP)  # columns of the coded space: group, element
     column = c // KWP * KW + c % KWP
     in_code = (c // KWP < KG) & (c % KWP < KW)
-    inverse = k_inverse + h * (D * KG * KW)
+    inverse = k_inverse + h * (D * D)
     books = k_book + h * (KN * 256 * KW)
     values = v_book + h * (VN * 256 * VW)
     kc = k_codes + b * k_cb + h * k_ch
@@ -244,7 +243,7 @@ def _coded(
     first_frame = floor_div(begin, FRAME // BT)
     for frame in range(first_frame, tl.where(end > begin, floor_div(end - 1, FRAME // BT) + 1, first_frame)):
         turned = _coded_query(q, base, row, inverse, k_freq, frame * FRAME, column, in_code[None, :], D, PAIRS,
-                              INTERLEAVED, KG * KW, BM, KGP * KWP, PRECISION)  # fmt: skip
+                              INTERLEAVED, BM, KGP * KWP, PRECISION)  # fmt: skip
         # Codewords are float16, which holds what a metric makes of a query only when scaled.
         size = tl.max(tl.abs(turned), 1)
         size = tl.where(size > 0, size, 1.0)
@@ -275,7 +274,7 @@ def _coded(
             top, mass, out = _absorb(s, v, top, mass, out, PRECISION)
     c = tl.arange(0, VGP * VWP)
     live = (c // VWP < VG) & (c % VWP < VW)
-    to = (split * total + place)[:, None] * (VG * VW) + (c // VWP * VW + c % VWP)[None, :]
+    to = (split * total + place)[:, None] * D + (c // VWP * VW + c % VWP)[None, :]
     tl.store(part_out + to, out, mask=row[:, None] & live[None, :])
     return top, mass
 
@@ -296,8 +295,8 @@ def split_kernel(
     BM: tl.constexpr, BT: tl.constexpr,
     DTYPE: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One split of the codes for a tile of query rows of a KV head of a run; the last split does what is exact. The
-    head is ``h`` in the run, whose tables and codes these are, and ``kv_head`` in the layer."""
+    """One split of the codes for a tile of query rows of a KV head; the last split does what is exact. The head is
+    ``h`` in its codec, whose tables and codes these are, and ``kv_head`` in the layer."""
     tile, bh, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
     kv_head = layer_head(heads, h)
@@ -350,7 +349,7 @@ def split_kernel(
 def merge_kernel(
     part_out, part_top, part_mass, exact_out, v_inverse, v_mean, sink_logits, out, out_b, out_h, heads,
     ROWS, HEADS, GROUP, QUERIES, SPLITS,
-    D: tl.constexpr, DIMS: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, LOGITS: tl.constexpr,
+    D: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of a tile of query rows; only here does the output leave the values' metric."""
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -373,8 +372,8 @@ def merge_kernel(
         fade, weight = tl.exp2((top - safe) * LOG2E), tl.exp2((other - safe) * LOG2E)
         some = other > -float("inf")
         more = tl.load(part_mass + split * total + place, mask=row & some, other=0.0) * weight
-        at = (split * total + place)[:, None] * DIMS + c[None, :]
-        part = tl.load(part_out + at, mask=(row & some)[:, None] & (c < DIMS)[None, :], other=0.0)
+        at = (split * total + place)[:, None] * D + c[None, :]
+        part = tl.load(part_out + at, mask=(row & some)[:, None] & (c < D)[None, :], other=0.0)
         y = y * fade[:, None] + part * weight[:, None]
         coded = coded * fade + more
         mass = mass * fade + more
@@ -394,8 +393,8 @@ def merge_kernel(
         d = first + tl.arange(0, 32)
         inside = d < D
         inverse = tl.load(
-            v_inverse + h * (D * DIMS) + d[None, :] * DIMS + c[:, None],
-            mask=inside[None, :] & (c < DIMS)[:, None],
+            v_inverse + h * (D * D) + d[None, :] * D + c[:, None],
+            mask=inside[None, :] & (c < D)[:, None],
             other=0.0,
         )
         mean = tl.load(v_mean + h * D + d, mask=inside, other=0.0)
@@ -430,7 +429,7 @@ def attention(
         return out
     q = q if q.stride(3) == 1 else q.contiguous()
     group = q_heads // key.codec.heads
-    rows, capacity = group * queries, key.codes.shape[2]
+    rows, capacity = group * queries, key.capacity
     exact = (key.window, value.window) if tails is None else tails
     exact = tuple(t if t.stride(3) == 1 else t.contiguous() for t in exact)
     windows = [t if t.stride(2) == dim and t.stride(3) == 1 else t.contiguous() for t in (key.window, value.window)]
@@ -443,13 +442,13 @@ def attention(
         "MASK": kind,
         "SOFTCAP": softcap != 0,
     }
-    sides = [zip(kv.codec.by_run(), kv.codec.split_codes(kv.codes), strict=True) for kv in (key, value)]
-    for run, ((_, k), k_codes), ((_, v), v_codes) in zip(key.codec.runs, *sides, strict=True):
-        heads, which = k.heads, bits_of(run)
+    sides = (zip(kv.codec.parts, kv.codes, strict=True) for kv in (key, value))
+    for ((several, k), k_codes), ((_, v), v_codes) in zip(*sides, strict=True):
+        heads, which = k.heads, bits_of(several)
         p = plan_ or plan(k, rows, capacity, batch * heads, processors(q.device), q.dtype != torch.float32)
         tiles = triton.cdiv(rows, p.rows)
         places = batch * heads * tiles * p.rows
-        part_out = q.new_empty((p.splits, places, v.layout.dims), dtype=torch.float32)
+        part_out = q.new_empty((p.splits, places, dim), dtype=torch.float32)
         part_top, part_mass = q.new_empty((2, p.splits + 1, places), dtype=torch.float32)
         exact_out = q.new_empty((places, dim), dtype=torch.float32)
         fixed = {**constants(k, v, p, q.dtype), **window(key), **limits}
@@ -492,9 +491,8 @@ def constants(key: Codec, value: Codec, p: Plan, dtype: torch.dtype) -> dict[str
 
 def merge_constants(value: Codec, logits: bool) -> dict[str, Any]:
     """The compile-time arguments of `merge_kernel`."""
-    dims = value.layout.dims
-    wide = max(16, triton.next_power_of_2(dims))
-    return {"D": value.head_dim, "DIMS": dims, "BV": wide, "BM": _MERGE_ROWS, "LOGITS": logits}
+    dim = value.head_dim
+    return {"D": dim, "BV": max(16, triton.next_power_of_2(dim)), "BM": _MERGE_ROWS, "LOGITS": logits}
 
 
 def _mask(mask: Tensor | None, q: Tensor) -> tuple[int, list[int], Tensor]:

@@ -38,16 +38,12 @@ void absorb(const Call& c, Part part, int64_t rows, float* scores, int64_t n, co
 // Sums of codewords of tokens, from the first of `codes` on, in the metric: [n, padded].
 void add_codewords(const Head& head, const uint8_t* codes, int64_t n, float* out) {
   const Tables& t = head.tables;
-  const int64_t bytes = head.run.bytes(), gain = bytes - t.codes;
-  const float* gains = head.run.gains;
-  const at::Half* words = head.run.words(head.h, 0);
-  for (int64_t i = 0; i < n; ++i, codes += bytes) {
+  const at::Half* words = head.codec.words(head.h, 0);
+  for (int64_t i = 0; i < n; ++i, codes += t.codes) {
     float* row = out + i * t.padded;
     std::fill_n(row, t.padded, 0.f);
     for (int64_t m = 0; m < t.codes; ++m)
-      add_to(row + m % t.groups * t.width, words + (m * kWords + codes[gain + m]) * t.width, t.width);
-    if (gain)
-      for (int64_t e = 0; e < t.dims; ++e) row[e] *= gains[codes[0]];
+      add_to(row + m % t.groups * t.width, words + (m * kWords + codes[m]) * t.width, t.width);
   }
 }
 
@@ -55,13 +51,13 @@ void add_codewords(const Head& head, const uint8_t* codes, int64_t n, float* out
 class KeyDecoder {
  public:
   KeyDecoder(const Call& c, int64_t b, int64_t h)
-      : row_(c.key.row(b)), head_(c.key_head(h)), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded), keys_(kBlock * t_.padded),
+      : row_(c.key.start, b), head_(c.key_tables[h]), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded), keys_(kBlock * t_.padded),
         frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs) {}
 
   void decode(float* out, int64_t first, int64_t n) {
     int64_t turned = std::numeric_limits<int64_t>::min(), framed = turned;
-    add_codewords(head_, codes_ + first * head_.run.bytes(), n, sums_);
-    product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + head_.h * t_.dims * t_.padded, t_.padded, n, t_.padded, t_.dims);
+    add_codewords(head_, codes_ + first * t_.codes, n, sums_);
+    product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + head_.h * t_.dim * t_.padded, t_.padded, n, t_.padded, t_.dim);
     const int64_t pairs = t_.pairs;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t position = row_.position(first + i);
@@ -100,13 +96,13 @@ void attend_by_blocks(
     const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q,
     Part part) {
   Timer timer;
-  const int64_t sink = c.key.row(b).sink();
+  const int64_t sink = RowStart(c.key.start, b).sink();
   const int64_t* limits = c.code_limit.data() + b * c.queries;
   int64_t widest = 0;
   for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, limits[c.query_of(r)]);
   last = std::min(last, widest);
   KeyDecoder decoder(c, b, h);
-  const Head value = c.value_head(h);
+  const Head value = c.value_tables[h];
   Buffer keys, values(kBlock * c.padded), scores(rows * kBlock);
   keys.fill(c.padded * kBlock);
   for (int64_t slot = first; slot < last; slot += kBlock) {
@@ -120,7 +116,7 @@ void attend_by_blocks(
       for (int64_t t = std::max(slot, sink); t < std::min(slot + n, sink + c.key.sinks); ++t) s[t - slot] = -kInf;
     });
     timer.lap(kSoftmax);
-    add_codewords(value, c.value.codes_of(b, h) + slot * value.run.bytes(), n, values);
+    add_codewords(value, c.value.codes_of(b, h) + slot * value.tables.codes, n, values);
     absorb(c, part, rows, scores, n, values);
     timer.lap(kValues);
   }
@@ -131,7 +127,7 @@ template <typename T>
 void attend_dense(
     const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* q, Part part) {
   Timer timer;
-  const int64_t sink = c.key.row(b).sink();
+  const int64_t sink = RowStart(c.key.start, b).sink();
   const int64_t* from_slot = c.dense_first.data() + b * c.queries;
   const Packed* kv[2] = {&c.key, &c.value};
   Buffer plain, keys, values, scores(rows * kBlock);

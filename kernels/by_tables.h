@@ -82,7 +82,7 @@ class FrameTables {
  public:
   FrameTables(const Call& call, const float* q, const Head& head)
       : c_(call), t_(head.tables), head_(head.h), q_(q), turned_(kFrames * L * t_.padded),
-        into_(kFrames * L * t_.padded_dims), planar_(kFrames * L * t_.codes * kWords), cosine_(t_.pairs + kWidth),
+        into_(kFrames * L * t_.padded), planar_(kFrames * L * t_.codes * kWords), cosine_(t_.pairs + kWidth),
         sine_(t_.pairs + kWidth), table_(L * t_.codes * kWords) {}
 
   // The table of the frame of a position, [codes, 256, L]; `last` is where the split ends.
@@ -109,11 +109,11 @@ class FrameTables {
         rotate_back(turned_ + (f * c_.rows + r) * t_.padded, q_ + r * t_.padded, cosine_, sine_, t_.pairs, t_.padded);
     }
     // Into the metric of the codewords: q . (inverse y) = (inverse^T q) . y.
-    const float* inverse = t_.inverse_t + head_ * t_.dim * t_.padded_dims;
-    product(into_, t_.padded_dims, turned_, t_.padded, 1, inverse, t_.padded_dims, rows, t_.padded_dims, t_.dim);
+    const float* inverse = t_.inverse_t + head_ * t_.dim * t_.padded;
+    product(into_, t_.padded, turned_, t_.padded, 1, inverse, t_.padded, rows, t_.padded, t_.dim);
     for (int64_t m = 0; m < t_.codes; ++m)
       product(
-          planar_ + m * kWords, all, into_ + m % t_.groups * t_.width, t_.padded_dims, 1, t_.columns_of(head_, m),
+          planar_ + m * kWords, all, into_ + m % t_.groups * t_.width, t_.padded, 1, t_.columns_of(head_, m),
           kWords, rows, kWords, t_.width);
   }
 
@@ -190,16 +190,14 @@ template <int L>
 void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_t last, const float* q, Part part) {
   using V = Lanes<L>;
   Timer timer;
-  const Head key = c.key_head(h), value = c.value_head(h);
+  const Head key = c.key_tables[h], value = c.value_tables[h];
   const Tables &kt = key.tables, &vt = value.tables;
-  const int64_t key_bytes = key.run.bytes(), value_bytes = value.run.bytes();
-  const int64_t key_gain = key_bytes - kt.codes, value_gain = value_bytes - vt.codes;
   const uint8_t *key_codes = c.key.codes_of(b, h), *value_codes = c.value.codes_of(b, h);
-  const RowStart row = c.key.row(b);
+  const RowStart row(c.key.start, b);
   const int64_t sink = row.sink();
   FrameTables<L> tables(c, q, key);
   MeanScores means(c, q, key);
-  Buffer scores(kChunk * L), of_mean(kChunk * L), histogram;
+  Buffer scores(kChunk * L), histogram;
   histogram.fill(vt.codes * kWords * L);
   alignas(64) float top[L], mass[L], peak[std::max<int64_t>(L, kWidth)];
   std::fill_n(top, L, -kInf);
@@ -215,18 +213,12 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
     const int64_t n = end - slot;
     const float* table = tables.at(position, position + last - slot);
     timer.lap(kTables);
-    means.at<L>(key_gain ? of_mean : scores, position, n);
-    if (key_gain) scores.fill(n * L);
+    means.at<L>(scores, position, n);
     timer.lap(kMean);
-    const uint8_t* kc = key_codes + slot * key_bytes;
+    const uint8_t* kc = key_codes + slot * kt.codes;
     for_slabs(kt.codes, [&](int64_t m, auto count) {
-      add_table_scores<L, count.value>(scores, kc + key_gain + m, key_bytes, table + m * kWords * L, n);
+      add_table_scores<L, count.value>(scores, kc + m, kt.codes, table + m * kWords * L, n);
     });
-    if (key_gain) {  // the gain scales the codewords, not the mean
-      const float* gains = key.run.gains;
-      for (int64_t t = 0; t < n; ++t)
-        V::store(scores + t * L, V::load(scores + t * L) * gains[kc[t * key_bytes]] + V::load(of_mean + t * L));
-    }
     timer.lap(kScores);
 
     if (limited)
@@ -276,13 +268,9 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
     }
     timer.lap(kSoftmax);
 
-    const uint8_t* vc = value_codes + slot * value_bytes;
-    if (value_gain) {
-      const float* gains = value.run.gains;
-      for (int64_t t = 0; t < n; ++t) V::store(scores + t * L, V::load(scores + t * L) * gains[vc[t * value_bytes]]);
-    }
+    const uint8_t* vc = value_codes + slot * vt.codes;
     for_slabs(vt.codes, [&](int64_t m, auto count) {
-      add_to_histogram<L, count.value>(histogram + m * kWords * L, vc + value_gain + m, value_bytes, scores, n);
+      add_to_histogram<L, count.value>(histogram + m * kWords * L, vc + m, vt.codes, scores, n);
     });
     timer.lap(kValues);
     slot = end;
@@ -295,7 +283,7 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
     const int64_t width = vt.width, begin = m % vt.groups * width;
     const float* bins = histogram + m * kWords * L;
     if (vt.wide == width) {
-      product(part.out + begin, c.padded, bins, 1, L, value.run.words(value.h, m), width, c.rows, width, kWords, true);
+      product(part.out + begin, c.padded, bins, 1, L, value.codec.words(value.h, m), width, c.rows, width, kWords, true);
       continue;
     }
     Buffer sum(c.rows * vt.wide);

@@ -34,34 +34,9 @@ struct Timer {
 // ---------------------------------------------------------------------------------------------------------------------
 // What a call works on
 
-struct Packed {
-  Tensor codes, window, start, length, encoded;
-  CodecView codec;
-  int64_t sinks, recent, block, ring;
-
-  Packed(at::TensorList kv, at::IntArrayRef layout)
-      : codes(kv[0]), window(kv[1]), start(kv[2]), length(kv[3]), encoded(kv[4]), codec(kv.slice(5), layout.slice(3)),
-        sinks(layout[0]), recent(layout[1]), block(layout[2]), ring(window.size(2) - layout[0]) {
-    check_start(start, codes);
-    codec.check_codes(codes);
-  }
-
-  const uint8_t* codes_of(int64_t b, int64_t h) const {
-    return codes.const_data_ptr<uint8_t>() + b * codes.stride(0) + codec.codes_at(codes, h);
-  }
-  RowStart row(int64_t b) const { return RowStart(start, b); }
-};
-
-// A head of a layer's keys, or of its values: it is head h of a run and of the run's tables.
-struct Head {
-  const Run& run;
-  const Tables& tables;
-  int64_t h;
-};
-
 struct Call {
   const Packed &key, &value;
-  std::shared_ptr<RunTables> key_tables, value_tables;
+  const LayerTables key_tables, value_tables;
   int64_t batch, heads, group, queries, rows, dim, padded, length;
   Tensor q;         // float32 [batch, heads, rows, dim], scaled
   Tensor mask;      // bool or float32, strides expanded to [batch, query heads, queries, width]; undefined for none
@@ -73,9 +48,9 @@ struct Call {
   std::vector<int64_t> coded;        // per row of the batch: the highest of its limits
   std::vector<int64_t> dense_low;    // per row of the batch: the first slot that is held in full precision
 
+  Call(const Packed& key, const Packed& value)
+      : key(key), value(value), key_tables(key.codec), value_tables(value.codec) {}
   int64_t query_of(int64_t row) const { return row % queries; }
-  Head key_head(int64_t head) const { return head_of(key.codec, *key_tables, head); }
-  Head value_head(int64_t head) const { return head_of(value.codec, *value_tables, head); }
 
   // The mask of a query row, from slot 0 on.
   template <typename T>
@@ -84,11 +59,6 @@ struct Call {
         query_of(row) * mask.stride(2);
   }
 
- private:
-  static Head head_of(const CodecView& codec, const RunTables& tables, int64_t head) {
-    const auto [run, h] = codec.of_head[head];
-    return {codec.runs[run], tables[run], h};
-  }
 };
 
 // What a part of the slots contributes to some query rows.

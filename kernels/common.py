@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 from torchgsrq.codec import Codec
-from torchgsrq.codec.layout import Run
 from torchgsrq.reference import Packed
 
 TWO_PI = tl.constexpr(6.283185307179586)
@@ -49,17 +48,17 @@ class Shape:
         return {"PAIRS": self.pairs, "BP": pairs, "BR": rest, "INTERLEAVED": self.interleaved}
 
 
-MOST_HEADS = 64  # of a layer; those of a run are the bits of a number, so that no tensor is needed to tell kernels
+MOST_HEADS = 64  # of a layer; those of a codec are the bits of a number, so that no tensor is needed to tell kernels
 
 
-def bits_of(run: Run) -> int:
-    """The heads of a run, as `layer_head` takes them."""
-    return sum(1 << head for head in run.heads)
+def bits_of(heads: tuple[int, ...]) -> int:
+    """The heads of a codec, as `layer_head` takes them."""
+    return sum(1 << head for head in heads)
 
 
 @triton.jit
 def layer_head(heads, i):
-    """Which head of the layer head ``i`` of a run is: the place of bit ``i`` among those that are set in ``heads``."""
+    """Which head of the layer head ``i`` of a codec is: the place of bit ``i`` among those set in ``heads``."""
     j = tl.arange(0, 64)
     held = ((heads.to(tl.int64) >> j) & 1).to(tl.int32)
     before = tl.cumsum(held, 0) - held

@@ -10,20 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchgsrq.codec import Codec
+from torchgsrq.codec import Codec, Codecs
 from torchgsrq.reference import Packed
+from torchgsrq.reference.coding import SWEEPS
 
 from .common import MOST_HEADS, Shape, bits_of, coded_slots, floor_div, layer_head, turn, window
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_TILE = 16  # vectors of a program: with their candidates, the rows of one product
-_STAGES = 16  # codes of a path that a program keeps, one byte each of two 64-bit words
+_TILE = 32  # vectors of a program, the rows of one product
+_STAGES = 8  # of a group, whose codes a program keeps in the bytes of a number
 
 
-def supports(codec: Codec) -> bool:
-    """Whether these kernels encode with such a codec; the reference does with the others."""
-    deep = any(run.layout.stages > _STAGES for run in codec.runs)
-    return not codec.gains.numel() and not deep and codec.beam <= 16 and codec.heads <= MOST_HEADS
+def supports(codecs: Codecs) -> bool:
+    """Whether these kernels encode with such codecs; the reference does with the others."""
+    return codecs.heads <= MOST_HEADS and all(codec.layout.stages <= _STAGES for _, codec in codecs.parts)
 
 
 @triton.jit
@@ -37,17 +37,17 @@ def _exact_dot(r, words):
     return tl.dot(low, words, tl.dot(high, words)) * size
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["heads", "N"])
 def encode_kernel(
     x, x_b, x_h, x_t, position, tokens, out, out_b, out_h, out_t, window, window_b, window_h, slots, start, encoded_,
-    mean, transform, book, inv_freq, heads, HEADS, CAPACITY,
+    mean, transform, book, inv_freq, heads, HEADS, CAPACITY, N,
     APPEND: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
     INTERLEAVED: tl.constexpr, FRAME: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    N: tl.constexpr, BEAM: tl.constexpr, NB: tl.constexpr, T: tl.constexpr, ETA: tl.constexpr,
+    T: tl.constexpr, ETA: tl.constexpr, SWEEPS: tl.constexpr,
     SINKS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Codes of one group of T vectors of a row and head of a run: of ``x``, or of the slots that are due to leave the
-    window. The head is ``h`` in the run, whose tables and codes these are, and ``head`` in the layer."""
+    """Codes of one group of T vectors of a row and head: of ``x``, or of the slots that are due to leave the window.
+    The head is ``h`` in its codec, whose tables and codes these are, and ``head`` in the layer."""
     tile, bh, g = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     b, h = bh // HEADS, bh % HEADS
     head = layer_head(heads, h).to(tl.int64)
@@ -110,89 +110,37 @@ def encode_kernel(
             y = tl.dot(ya, part, y, input_precision="tf32x3")
             part = tl.load(row + second_of[:, None], mask=in_pair[:, None] & inside, other=0)
             y = tl.dot(yb, part, y, input_precision="tf32x3")
-        # Beam search; row t * NB + k is candidate k of vector t, and candidate 0 stays the greedy path.
-        k = tl.arange(0, NB)
-        residual = tl.reshape(tl.broadcast_to(y[:, None, :], [T, NB, WP]), [T * NB, WP])
-        if ETA > 1:
-            size = tl.sqrt(tl.sum(y * y, 1))[:, None]
-            unit = y / tl.where(size > 0, size, 1.0)
-            units = tl.reshape(tl.broadcast_to(unit[:, None, :], [T, NB, WP]), [T * NB, WP])
-        cost = tl.where(k[None, :] == 0, tl.sum(y * y, 1)[:, None], float("inf"))  # [T, NB]
-        early = tl.zeros([T, NB], tl.int64)  # codes of stages 0 to 7, and 8 to 15
-        late = tl.zeros([T, NB], tl.int64)
+        # `torchgsrq.reference.search_group`: greedily the nearest codewords, then sweeps in the loss; one stage needs a
+        # sweep alone.
+        size = tl.sqrt(tl.sum(y * y, 1))[:, None]
+        unit = y / tl.where(size > 0, size, 1.0)
+        path = tl.zeros([T], tl.int64)  # the codes of all stages, a byte each
         word = tl.arange(0, 256)
         stages = tl.cdiv(N - g, G)
-        for stage in range(stages):
-            table = book + (h * N + stage * G + g) * (256 * W)
-            words = tl.load(table + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
-            product = _exact_dot(residual, words)
-            wide = words.to(tl.float32)
-            total = tl.sum(wide * wide, 0)[None, :] - 2 * product
-            total += tl.reshape(cost, [T * NB])[:, None]
-            if ETA > 1:  # noqa: SIM102 (this condition is of the compiler, the next one of the run)
-                if stage + 1 == stages:  # candidates are ranked by the loss
-                    along = tl.reshape(
-                        tl.broadcast_to(_exact_dot(unit, words)[:, None, :], [T, NB, 256]), [T * NB, 256]
-                    )
-                    apart = tl.sum(residual * units, 1)[:, None] - along
-                    total += (ETA - 1.0) * apart * apart
-            parent = tl.zeros([T, NB], tl.int32)
-            code = tl.zeros([T, NB], tl.int32)
-            for rank in tl.static_range(BEAM):
-                nearest, at = tl.min(total, 1, return_indices=True)  # codeword of every candidate
-                at = tl.reshape(at, [T, NB])
-                from_ = tl.zeros([T], tl.int32)  # the greedy path goes on from candidate 0 to the nearest codeword
-                if rank:
-                    from_ = tl.argmin(tl.reshape(nearest, [T, NB]), 1)
-                here = k[None, :] == from_[:, None]
-                picked = tl.sum(tl.where(here, at, 0), 1)
-                parent = tl.where(k[None, :] == rank, from_[:, None], parent)
-                code = tl.where(k[None, :] == rank, picked[:, None], code)
-                if rank + 1 < BEAM:
-                    taken = tl.reshape(tl.where(here, picked[:, None], -1), [T * NB])
-                    total = tl.where(word[None, :] == taken[:, None], float("inf"), total)
-            if NB > 1:
-                n = tl.arange(0, T * NB)
-                source = tl.reshape(parent + tl.arange(0, T)[:, None] * NB, [T * NB])
-                chosen = (source[:, None] == n[None, :]).to(tl.float32)
-                residual = tl.dot(chosen, residual, input_precision="tf32x3")
-                heir = (parent[:, :, None] == k[None, None, :]).to(tl.int64)
-                early = tl.sum(heir * early[:, None, :], 2)
-                late = tl.sum(heir * late[:, None, :], 2)
-            which = tl.reshape(code, [T * NB]) * W
-            residual -= tl.load(table + which[:, None] + w[None, :], mask=inside, other=0).to(tl.float32)
-            cost = tl.sum(tl.reshape(residual * residual, [T, NB, WP]), 2)
-            cost = tl.where(k[None, :] < BEAM, cost, float("inf"))
-            shifted = code.to(tl.int64) << (8 * (stage % 8))
-            early = tl.where(stage < 8, early | shifted, early)
-            late = tl.where(stage < 8, late, late | shifted)
+        first_step = 0
+        steps = stages
         if ETA > 1:
-            aligned = tl.sum(tl.reshape(residual * units, [T, NB, WP]), 2)
-            cost += (ETA - 1.0) * aligned * aligned
-        best = k[None, :] == tl.argmin(cost, 1)[:, None]
-        early = tl.sum(tl.where(best, early, 0), 1)
-        late = tl.sum(tl.where(best, late, 0), 1)
-        if ETA > 1 and N > G:
-            # A sweep gives each stage the codeword of least loss among the others.
-            rest = tl.sum(tl.where(best[:, :, None], tl.reshape(residual, [T, NB, WP]), 0.0), 1)
-            for again in range(stages):
-                at_stage = book + (h * N + again * G + g) * (256 * W)
-                taken_by = tl.where(again < 8, early, late)
-                old = ((taken_by >> (8 * (again % 8))) & 255).to(tl.int32)
-                rest += tl.load(at_stage + old[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
-                choice = tl.load(at_stage + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
-                broad = choice.to(tl.float32)
-                loss = tl.sum(broad * broad, 0)[None, :] - 2 * _exact_dot(rest, choice)
-                off = tl.sum(rest * unit, 1)[:, None] - _exact_dot(unit, choice)
-                least = tl.argmin(loss + (ETA - 1.0) * off * off, 1)
-                rest -= tl.load(at_stage + least[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
-                changed = (old ^ least).to(tl.int64) << (8 * (again % 8))
-                early = tl.where(again < 8, early ^ changed, early)
-                late = tl.where(again < 8, late, late ^ changed)
+            first_step = tl.where(stages > 1, 0, 1)
+            steps = tl.where(stages > 1, (1 + SWEEPS) * stages, 2)
+        for step in range(first_step, steps):
+            stage = step % stages
+            table = book + (h * N + stage * G + g) * (256 * W)
+            old = ((path >> (8 * stage)) & 255).to(tl.int32)
+            sweeps = step >= stages
+            again = (tl.zeros([T, WP], tl.int32) + step >= stages) & inside & (stages > 1)  # its own word comes back
+            y += tl.load(table + old[:, None] * W + w[None, :], mask=again, other=0).to(tl.float32)
+            words = tl.load(table + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
+            wide = words.to(tl.float32)
+            loss = tl.sum(wide * wide, 0)[None, :] - 2 * _exact_dot(y, words)
+            if ETA > 1:
+                apart = tl.sum(y * unit, 1)[:, None] - _exact_dot(unit, words)
+                loss += tl.where(sweeps, ETA - 1.0, 0.0) * apart * apart
+            code = tl.argmin(loss, 1)
+            y -= tl.load(table + code[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
+            path = path ^ ((old ^ code).to(tl.int64) << (8 * stage))
         to = out + b * out_b + h * out_h + slot.to(tl.int64) * out_t + g
         for stage in range(stages):
-            path = tl.where(stage < 8, early, late)
-            code = (path >> (8 * (stage % 8))) & 255
+            code = (path >> (8 * stage)) & 255
             tl.store(to + stage * G, code.to(tl.uint8), mask=held)
 
 
@@ -239,16 +187,14 @@ def write_kernel(
 
 
 def constants(codec: Codec) -> dict[str, Any]:
-    """The compile-time arguments of `encode_kernel` that a codec of one layout decides."""
+    """The compile-time arguments of `encode_kernel` that a codec decides; of its numbers of codes, none."""
     s = Shape.of(codec)
-    sizes = {"D": s.d, "G": s.g, "W": s.w, "WP": max(16, s.wp), "N": s.n, **s.rotary}
-    width = codec.beam if codec.layout.stages > 1 else 1  # a single stage has nothing to look ahead to
-    beam = {"BEAM": width, "NB": triton.next_power_of_2(width), "T": _TILE, "ETA": codec.eta}
-    return {**sizes, **beam, "FRAME": codec.frame}
+    sizes = {"D": s.d, "G": s.g, "W": s.w, "WP": max(16, s.wp), **s.rotary}
+    return {**sizes, "T": _TILE, "ETA": codec.eta, "SWEEPS": SWEEPS, "FRAME": codec.frame}
 
 
-def _launch(codec: Codec, x: Tensor, position: Tensor, out: Tensor, kv: Packed | None, due: int) -> None:
-    """Run `encode_kernel` for at most ``due`` tokens, run by run, into ``out``, the codes of all heads."""
+def _launch(codecs: Codecs, x: Tensor, position: Tensor, out: list[Tensor], kv: Packed | None, due: int) -> None:
+    """Run `encode_kernel` for at most ``due`` tokens, codec by codec, into ``out``, the codes of each."""
     batch, tokens = x.shape[0], x.shape[2]
     ints = {"SINKS": 0, "RING": 1, "RECENT": 0, "BLOCK": 1, "APPEND": False}
     held, slots, start, encoded = x, position, position, position
@@ -256,21 +202,21 @@ def _launch(codec: Codec, x: Tensor, position: Tensor, out: Tensor, kv: Packed |
         ints = {**window(kv), "APPEND": True}
         held, start, encoded = kv.window, kv.start, kv.encoded
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        for run, (_, part), to in zip(codec.runs, codec.by_run(), codec.split_codes(out), strict=True):
-            encode_kernel[triton.cdiv(due, _TILE), batch * part.heads, run.layout.groups](
+        for (heads, codec), to in zip(codecs.parts, out, strict=True):
+            encode_kernel[triton.cdiv(due, _TILE), batch * codec.heads, codec.layout.groups](
                 x, *x.stride()[:3], position, tokens, to, *to.stride()[:3], held, *held.stride()[:2], slots, start,
-                encoded, part.mean, part.transform, part.codebook,
-                part.inv_freq if part.inv_freq.numel() else part.mean, bits_of(run), part.heads,
-                to.shape[2], **constants(part), **ints, num_warps=8, num_stages=1,
+                encoded, codec.mean, codec.transform, codec.codebook,
+                codec.inv_freq if codec.inv_freq.numel() else codec.mean, bits_of(heads), codec.heads,
+                to.shape[2], codec.layout.codes, **constants(codec), **ints, num_warps=8, num_stages=1,
             )  # fmt: skip
 
 
 def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
     """`torchgsrq.reference.encode`, for codecs that `supports` accepts."""
-    batch, _, n, _ = x.shape
-    out = torch.empty(codec.codes_shape(batch, n), dtype=torch.uint8, device=x.device)
+    out = torch.empty((*x.shape[:3], codec.layout.codes), dtype=torch.uint8, device=x.device)
     if out.numel():
-        _launch(codec, x if x.stride(3) == 1 else x.contiguous(), position.contiguous(), out, None, n)
+        x = x if x.stride(3) == 1 else x.contiguous()
+        _launch(Codecs.of(codec), x, position.contiguous(), [out], None, x.shape[2])
     return out
 
 
@@ -285,7 +231,7 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
     with torch.cuda.device_of(x):
         write_kernel[grid](
             x, *x.stride()[:3], n, kv.window, *kv.window.stride()[:2], slots, kv.start, kv.length, kv.encoded, heads,
-            kv.codes.shape[2], **write_constants(kv), num_warps=4, num_stages=1,
+            kv.capacity, **write_constants(kv), num_warps=4, num_stages=1,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 
 #include <c10/util/intrusive_ptr.h>
 
+#include <atomic>
 #include <deque>
 #include <mutex>
 #include <numeric>
@@ -14,77 +15,57 @@ namespace gsrq {
 
 constexpr int64_t kRotate = 256;  // positions that share one rotation of the query for the mean term
 
-// Heads that share a layout, in a codec that outlives this.
-struct Run {
-  int64_t heads, dim, groups, codes, dims, width, beam, eta, frame;
+// The codec of some heads, as ops carry it: see Codec.tensors and Codec.integers in torchgsrq/codec/codec.py.
+struct Codec {
+  Tensor inv_freq, mean, transform, inverse, codebook;
+  int64_t heads, dim, codes, width, groups, eta, frame;
   bool interleaved;
-  const float *mean, *transform, *inverse, *gains;  // gains: null for none
-  const at::Half* codebook;
-  const Tensor* inv_freq;
-  int64_t before;  // bytes of the codes of a token that heads of earlier runs have
 
-  int64_t bytes() const { return codes + (gains != nullptr); }
-  const at::Half* words(int64_t head, int64_t code) const { return codebook + (head * codes + code) * kWords * width; }
+  // Tensors: the frequencies, and then the four tables of the codec, from `at` on.
+  Codec(at::TensorList tensors, at::IntArrayRef integers, size_t at = 1)
+      : inv_freq(tensors[0].contiguous()), mean(tensors[at].contiguous()), transform(tensors[at + 1].contiguous()),
+        inverse(tensors[at + 2].contiguous()), codebook(tensors[at + 3].contiguous()), heads(mean.size(0)),
+        dim(mean.size(1)), codes(codebook.size(1)), width(codebook.size(3)), groups(dim / width), eta(integers[1]),
+        frame(integers[2]), interleaved(integers[0] != 0) {
+    const std::vector<int64_t> square{heads, dim, dim}, book{heads, codes, kWords, width};
+    TORCH_CHECK_VALUE(
+        transform.sizes() == square && inverse.sizes() == square && codebook.sizes() == book && groups * width == dim &&
+            groups <= codes && 2 * inv_freq.numel() <= dim && frame > 0,
+        "these tables are no codec's: mean ", mean.sizes(), ", transform ", transform.sizes(), ", codebook ",
+        codebook.sizes());
+  }
+
+  const at::Half* words(int64_t head, int64_t code) const {
+    return codebook.const_data_ptr<at::Half>() + (head * codes + code) * kWords * width;
+  }
 };
 
-// The codec as ops carry it: see Codec.tensors and Codec.integers in torchgsrq/codec/codec.py.
-struct CodecView {
-  Tensor mean, transform, inverse, codebook, inv_freq, gains;
-  int64_t heads, dim, token_bytes = 0, unit = 0;
-  std::vector<Run> runs;
-  std::vector<std::pair<int64_t, int64_t>> of_head;  // of each head of the layer: its run, and which it is there
+// The codecs of a layer's keys, or of its values: see Codecs.
+struct Codecs {
+  std::deque<Codec> parts;
+  std::vector<std::pair<int64_t, int64_t>> of_head;  // of each head of the layer: its part, and which it is there
+  int64_t heads = 0, dim;
 
-  CodecView(at::TensorList tensors, at::IntArrayRef integers)
-      : mean(tensors[0].contiguous()), transform(tensors[1].contiguous()), inverse(tensors[2].contiguous()),
-        codebook(tensors[3].contiguous()), inv_freq(tensors[4].contiguous()), gains(tensors[5].contiguous()),
-        heads(mean.size(0)), dim(integers[0]), of_head(heads) {
-    const float *m = mean.const_data_ptr<float>(), *into = transform.const_data_ptr<float>();
-    const float *back = inverse.const_data_ptr<float>(), *g = gains.numel() ? gains.const_data_ptr<float>() : nullptr;
-    const at::Half* words = codebook.const_data_ptr<at::Half>();
+  Codecs(at::TensorList tensors, at::IntArrayRef integers) {
     const int64_t size = integers.size();
-    int64_t known = 0;
-    for (int64_t at = 5; at < size;) {
-      TORCH_CHECK_VALUE(at + 4 <= size && integers[at] > 0, "layout is no codec's: ", integers);
-      const int64_t groups = integers[at], codes = integers[at + 1], dims = integers[at + 2], n = integers[at + 3];
-      const int64_t width = dims / groups;
-      at += 4;
-      TORCH_CHECK_VALUE(0 < n && n <= size - at && codes > 0, "layout is no codec's: ", integers);
+    for (int64_t at = 3; at < size; at += 1 + integers[at]) heads += integers[at];
+    of_head.assign(heads, {-1, -1});
+    for (int64_t at = 3; at < size; at += 1 + integers[at]) {
+      const int64_t part = parts.size(), n = integers[at];
+      TORCH_CHECK_VALUE(
+          n > 0 && at + n < size && 4 * part + 5 <= static_cast<int64_t>(tensors.size()), "layout is no codec's: ", integers);
+      parts.emplace_back(tensors, integers, 1 + 4 * part);
+      TORCH_CHECK_VALUE(parts.back().heads == n, "layout names ", n, " heads of a codec of ", parts.back().heads);
       for (int64_t i = 0; i < n; ++i) {
-        const int64_t head = integers[at + i];
-        TORCH_CHECK_VALUE(0 <= head && head < heads, "layout names head ", head, " of ", heads);
-        of_head[head] = {static_cast<int64_t>(runs.size()), i};
+        const int64_t head = integers[at + 1 + i];
+        TORCH_CHECK_VALUE(0 <= head && head < heads && of_head[head].first < 0, "layout is no codec's: ", integers);
+        of_head[head] = {part, i};
       }
-      at += n, known += n;
-      runs.push_back(
-          {n, dim, groups, codes, dims, width, integers[2], integers[3], integers[4], integers[1] != 0, m, into, back, g,
-           words, &inv_freq, token_bytes});
-      m += n * dim, into += n * dims * dim, back += n * dims * dim, words += n * codes * kWords * width;
-      token_bytes += n * runs.back().bytes();
-      unit = std::gcd(unit, runs.back().bytes());
     }
-    TORCH_CHECK_VALUE(known == heads, "layout names ", known, " heads of ", heads, ": ", integers);
-    const int64_t words_in = words - codebook.const_data_ptr<at::Half>(), into_in = into - transform.const_data_ptr<float>();
-    TORCH_CHECK_VALUE(
-        words_in == codebook.numel() && into_in == transform.numel() && into_in == inverse.numel(),
-        "the tables of this codec have other sizes than its layout ", integers);
+    TORCH_CHECK_VALUE(heads > 0, "layout is no codec's: ", integers);
+    dim = parts[0].dim;
   }
-  CodecView(const CodecView&) = delete;  // runs point into it
-
-  // Shape of the codes of n tokens: those of a run are [its heads, n, its bytes], one run after the other.
-  std::vector<int64_t> codes_shape(int64_t batch, int64_t n) const { return {batch, token_bytes / unit, n, unit}; }
-  // Where the codes of a head begin, from the first of its row on. `codes` is of that shape, or longer in n.
-  int64_t codes_at(const Tensor& codes, int64_t head) const {
-    const auto [run, i] = of_head[head];
-    return (runs[run].before + i * runs[run].bytes()) / unit * codes.stride(1);
-  }
-  int64_t bytes_of(int64_t head) const { return runs[of_head[head].first].bytes(); }
-  void check_codes(const Tensor& codes) const {
-    TORCH_CHECK_VALUE(
-        codes.size(1) * codes.size(3) == token_bytes && codes.size(3) == unit &&
-            (runs.size() == 1 || codes.numel() == 0 ||
-             (codes.stride(1) == codes.size(2) * unit && codes.stride(2) == unit)),
-        "codes have shape ", codes.sizes(), " and strides ", codes.strides(), ", which are not this codec's");
-  }
+  Codecs(const Codecs&) = delete;
 };
 
 // Where a row of a cache begins, and the position of each of its slots: see GSRQTensor.start in tensor.py.
@@ -107,17 +88,52 @@ class RowStart {
   bool placed_;
 };
 
-inline void check_start(const Tensor& start, const Tensor& codes) {
-  TORCH_CHECK_VALUE(
-      start.dim() == 2 && start.size(0) == codes.size(0) && start.stride(1) == 1 &&
-          (start.size(1) == 2 || start.size(1) >= 2 + codes.size(2)),
-      "start has shape ", start.sizes(), "; expected [", codes.size(0), ", 2] or [", codes.size(0), ", 2 + capacity]");
-}
+// The parts of a GSRQTensor (tensor.py): what it owns, and then the tables of its codecs.
+struct Packed {
+  Tensor window, start, length, encoded;
+  std::vector<Tensor> codes;  // of every part of the codecs, [batch, its heads, capacity, its bytes]
+  Codecs codec;
+  int64_t sinks, recent, block, ring;
 
-// Of one run. "Canonical" is the order of a vector's elements that rotations are simple in: first elements of the RoPE pairs, second
-// elements, the rest. Rows are padded with zeros to whole vectors.
+  Packed(at::TensorList kv, at::IntArrayRef layout) : Packed(kv, kv.slice(4 + parts_of(layout)), layout) {}
+  Packed(at::TensorList owned, at::TensorList tables, at::IntArrayRef layout)
+      : window(owned[0]), start(owned[1]), length(owned[2]), encoded(owned[3]),
+        codes(owned.begin() + 4, owned.begin() + 4 + parts_of(layout)), codec(tables, layout.slice(3)),
+        sinks(layout[0]), recent(layout[1]), block(layout[2]), ring(window.size(2) - layout[0]) {
+    const int64_t batch = window.size(0);
+    for (size_t i = 0; i < codes.size(); ++i) {
+      const Codec& c = codec.parts[i];
+      TORCH_CHECK_VALUE(
+          codes[i].dim() == 4 && codes[i].size(0) == batch && codes[i].size(1) == c.heads && codes[i].size(3) == c.codes &&
+              codes[i].size(2) == capacity() && (codes[i].numel() == 0 || (codes[i].stride(3) == 1 && codes[i].stride(2) == c.codes)),
+          "codes have shape ", codes[i].sizes(), " and strides ", codes[i].strides(), ", which are not this codec's");
+    }
+    TORCH_CHECK_VALUE(
+        start.dim() == 2 && start.size(0) == batch && start.stride(1) == 1 &&
+            (start.size(1) == 2 || start.size(1) >= 2 + capacity()),
+        "start has shape ", start.sizes(), "; expected [", batch, ", 2] or [", batch, ", 2 + capacity]");
+  }
+
+  int64_t batch() const { return window.size(0); }
+  int64_t capacity() const { return codes[0].size(2); }
+  // The codes of a row and head, from its first slot on.
+  uint8_t* codes_of(int64_t b, int64_t head) const {
+    const auto [part, h] = codec.of_head[head];
+    return static_cast<uint8_t*>(codes[part].data_ptr()) + b * codes[part].stride(0) + h * codes[part].stride(1);
+  }
+
+ private:
+  static int64_t parts_of(at::IntArrayRef layout) {
+    int64_t parts = 0;
+    for (int64_t at = 6; at < static_cast<int64_t>(layout.size()); at += 1 + layout[at]) ++parts;
+    return parts;
+  }
+};
+
+// Of a codec. "Canonical" is the order of a vector's elements that rotations are simple in: first elements of the RoPE
+// pairs, second elements, the rest. Rows are padded with zeros to whole vectors.
 struct Tables {
-  int64_t heads, dim, padded, dims, padded_dims, codes, groups, width, pairs, frame;
+  int64_t heads, dim, padded, codes, groups, width, pairs, frame;
   std::vector<float> inv_freq;
   std::vector<int64_t> order;              // canonical element -> element of the vector
   std::vector<double> step_cos, step_sin;  // rotation by kRotate positions
@@ -126,18 +142,18 @@ struct Tables {
   int64_t rank = 0, padded_rank = 0;       // mean_rows is the product of two thin factors; slow pairs add little to them
   Buffer mean_into;                        // [heads, dim (canonical), padded_rank]
   Buffer mean_at;                          // [heads, rank, kRotate]
-  Buffer transform;                        // [heads, dim (canonical), padded_dims]
-  Buffer inverse;                          // [heads, dims, padded (canonical)]
-  Buffer inverse_t;                        // [heads, dim (canonical), padded_dims]: the same, transposed
+  Buffer transform;                        // [heads, dim (canonical), padded]
+  Buffer inverse;                          // [heads, dim, padded (canonical)]
+  Buffer inverse_t;                        // [heads, dim (canonical), padded]: the same, transposed
   Buffer squares;                          // [heads, codes, 256]: squared norms of the codewords
   std::vector<at::Half> columns;           // [heads, codes, width, 256]: the codewords, transposed
   std::vector<at::Half> wide_words;        // [heads, codes, 256, wide]: the codewords, padded if they need to be
   int64_t wide;
 
-  explicit Tables(const Run& c)
-      : heads(c.heads), dim(c.dim), padded(round_up(c.dim, kWidth)), dims(c.dims), padded_dims(round_up(c.dims, kWidth)),
-        codes(c.codes), groups(c.groups), width(c.width), pairs(c.inv_freq->numel()), frame(c.frame), order(c.dim) {
-    const float* f = c.inv_freq->const_data_ptr<float>();
+  explicit Tables(const Codec& c)
+      : heads(c.heads), dim(c.dim), padded(round_up(c.dim, kWidth)), codes(c.codes), groups(c.groups), width(c.width),
+        pairs(c.inv_freq.numel()), frame(c.frame), order(c.dim) {
+    const float* f = c.inv_freq.const_data_ptr<float>();
     for (int64_t i = 0; i < pairs; ++i) {
       inv_freq.push_back(f[i]);
       step_cos.push_back(std::cos(kRotate * static_cast<double>(f[i])));
@@ -148,17 +164,18 @@ struct Tables {
     for (int64_t d = 2 * pairs; d < dim; ++d) order[d] = d;
     mean.fill(heads * padded);
     mean_rows.fill(heads * kRotate * padded);
-    transform.fill(heads * dim * padded_dims);
-    inverse.fill(heads * dims * padded);
-    inverse_t.fill(heads * dim * padded_dims);
-    const float *m = c.mean, *back = c.inverse, *into = c.transform;
+    transform.fill(heads * dim * padded);
+    inverse.fill(heads * dim * padded);
+    inverse_t.fill(heads * dim * padded);
+    const float *m = c.mean.const_data_ptr<float>(), *back = c.inverse.const_data_ptr<float>();
+    const float* into = c.transform.const_data_ptr<float>();
     for (int64_t h = 0; h < heads; ++h)
       for (int64_t d = 0; d < dim; ++d) {
         mean[h * padded + d] = m[h * dim + order[d]];
-        for (int64_t e = 0; e < dims; ++e) {
-          inverse[(h * dims + e) * padded + d] = back[(h * dim + order[d]) * dims + e];
-          inverse_t[(h * dim + d) * padded_dims + e] = back[(h * dim + order[d]) * dims + e];
-          transform[(h * dim + d) * padded_dims + e] = into[(h * dims + e) * dim + order[d]];
+        for (int64_t e = 0; e < dim; ++e) {
+          inverse[(h * dim + e) * padded + d] = back[(h * dim + order[d]) * dim + e];
+          inverse_t[(h * dim + d) * padded + e] = back[(h * dim + order[d]) * dim + e];
+          transform[(h * dim + d) * padded + e] = into[(h * dim + e) * dim + order[d]];
         }
       }
     std::vector<float> cosine(pairs), sine(pairs);
@@ -240,19 +257,13 @@ struct Tables {
   }
 };
 
-// The tables of every run of a codec; found again by its tensors.
-using RunTables = std::deque<Tables>;  // whose elements never move
-inline std::shared_ptr<RunTables> tables_of(const CodecView& c) {
+// The tables of a codec, made once; found again by its tensors.
+inline std::shared_ptr<Tables> tables_of(const Codec& c) {
   using Weak = c10::weak_intrusive_ptr<c10::TensorImpl>;
   struct Entry {
     Weak codebook, transform, inv_freq;
-    std::shared_ptr<RunTables> tables;
+    std::shared_ptr<Tables> tables;
     bool gone() const { return codebook.expired() || transform.expired() || inv_freq.expired(); }
-    bool fits(const std::vector<Run>& runs) const {
-      return std::equal(runs.begin(), runs.end(), tables->begin(), tables->end(), [](const Run& run, const Tables& t) {
-        return run.codes == t.codes && run.heads == t.heads;
-      });
-    }
   };
   static std::mutex mutex;
   // Never destroyed: buffers go back to a pool of their thread, which is gone first when the process ends.
@@ -263,13 +274,35 @@ inline std::shared_ptr<RunTables> tables_of(const CodecView& c) {
   const auto [begin, end] = known.equal_range(codebook.get());
   for (auto it = begin; it != end; ++it) {
     const Entry& e = it->second;
-    if (!e.gone() && e.transform == transform && e.inv_freq == inv_freq && e.fits(c.runs)) return e.tables;
+    if (!e.gone() && e.transform == transform && e.inv_freq == inv_freq) return e.tables;
   }
   for (auto it = known.begin(); it != known.end();) it = it->second.gone() ? known.erase(it) : std::next(it);
-  auto tables = std::make_shared<RunTables>();
-  for (const Run& run : c.runs) tables->emplace_back(run);
+  auto tables = std::make_shared<Tables>(c);
   known.emplace(codebook.get(), Entry{Weak(codebook), transform, inv_freq, tables});
   return tables;
 }
+
+// A head of a layer: it is head h of a codec and of that codec's tables.
+struct Head {
+  const Codec& codec;
+  const Tables& tables;
+  int64_t h;
+};
+
+// The tables of a layer's codecs, by head.
+class LayerTables {
+ public:
+  explicit LayerTables(const Codecs& codecs) : codecs_(&codecs) {
+    for (const Codec& part : codecs.parts) tables_.push_back(tables_of(part));
+  }
+  Head operator[](int64_t head) const {
+    const auto [part, h] = codecs_->of_head[head];
+    return {codecs_->parts[part], *tables_[part], h};
+  }
+
+ private:
+  const Codecs* codecs_;
+  std::vector<std::shared_ptr<Tables>> tables_;
+};
 
 }  // namespace gsrq

@@ -204,6 +204,23 @@ inline float reduce_sum(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
 
+inline float reduce_min(const Vec& x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::minimum(a, b); }, x);
+}
+
+// Any n.
+inline float squared_norm(const float* x, int64_t n) {
+  Vec sum(0.f);
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    const Vec v = load(x + i);
+    sum = at::vec::fmadd(v, v, sum);
+  }
+  float total = reduce_sum(sum);
+  for (; i < n; ++i) total += x[i] * x[i];
+  return total;
+}
+
 // Rows padded to whole vectors.
 inline float dot(const float* a, const float* b, int64_t n) {
   Vec sum(0.f);
@@ -216,6 +233,76 @@ inline void transpose(float* out, int64_t ldo, const float* in, int64_t ldi, int
   for (int64_t c0 = 0; c0 < columns; c0 += 16)
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = c0; c < std::min(columns, c0 + 16); ++c) out[c * ldo + r] = in[r * ldi + c];
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The best of a table's codewords for kTile vectors, which lie side by side: a vector's elements are kTile apart.
+
+constexpr int kBlocks = 2;
+constexpr int64_t kTile = kBlocks * kWidth;
+
+struct Least {
+  Vec loss[kBlocks], word[kBlocks];
+
+  // Ties go to the lower word, as words go up.
+  void see(int block, const Vec& found, float which) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __mmask16 lower = _mm512_cmp_ps_mask(found, loss[block], _CMP_LT_OQ);
+    word[block] = _mm512_mask_mov_ps(word[block], lower, _mm512_set1_ps(which));
+#else
+    word[block] = Vec::blendv(word[block], Vec(which), found < loss[block]);
+#endif
+    loss[block] = at::vec::minimum(found, loss[block]);
+  }
+};
+
+// The words of least loss(sums, squared norm of the word, block), where sums[d] are the products of a word with the
+// vectors that x[d] begins with, [width, kTile]; words is [count, width].
+template <int kSums, typename Loss>
+Least least_words(const float* const (&x)[kSums], const float* words, const float* squares, int64_t count, int64_t width, Loss loss) {
+  constexpr int kAt = 4 / kSums;  // words at a time: with the blocks, as many sums as the units' latency asks for
+  Least least;
+  for (int b = 0; b < kBlocks; ++b) least.loss[b] = Vec(kInf), least.word[b] = Vec(0.f);
+  const auto some = [&](int64_t first, auto number) {
+    constexpr int kMany = number.value;
+    Vec sums[kMany][kBlocks][kSums];
+#pragma GCC unroll 4
+    for (int k = 0; k < kMany; ++k)
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 4
+        for (int d = 0; d < kSums; ++d) sums[k][b][d] = Vec(0.f);
+    for (int64_t e = 0; e < width; ++e) {
+      Vec element[kBlocks][kSums];
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 4
+        for (int d = 0; d < kSums; ++d) element[b][d] = Vec::loadu(x[d] + e * kTile + b * kWidth);
+#pragma GCC unroll 4
+      for (int k = 0; k < kMany; ++k) {
+        const Vec of_word(words[(first + k) * width + e]);
+#pragma GCC unroll 4
+        for (int b = 0; b < kBlocks; ++b)
+#pragma GCC unroll 4
+          for (int d = 0; d < kSums; ++d) sums[k][b][d] = at::vec::fmadd(element[b][d], of_word, sums[k][b][d]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < kMany; ++k)
+#pragma GCC unroll 4
+      for (int b = 0; b < kBlocks; ++b)
+        least.see(b, loss(sums[k][b], Vec(squares[first + k]), b), static_cast<float>(first + k));
+  };
+  int64_t first = 0;
+  for (; first + kAt <= count; first += kAt) some(first, std::integral_constant<int, kAt>());
+  for (; first < count; ++first) some(first, std::integral_constant<int, 1>());
+  return least;
+}
+
+// Up to kTile rows of x, side by side: [width, kTile], with zeros for those that there are not.
+inline void side_by_side(float* out, const float* x, int64_t ldx, int64_t n, int64_t width) {
+  for (int64_t r = 0; r < kTile; ++r)
+    for (int64_t e = 0; e < width; ++e) out[e * kTile + r] = r < n ? x[r * ldx + e] : 0.f;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
+from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -24,9 +25,10 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, settings
 
 from torchgsrq import Codebooks, Codec, GSRQConfig, GSRQTensor, calibrate, dequantize_kv_
-from torchgsrq.codec import LayerCodec
+from torchgsrq.codec import Codecs, LayerCodec
 from torchgsrq.codec.kmeans import train_codebook
-from torchgsrq.codec.layout import Layout, key_layout, value_layout
+from torchgsrq.codec.layout import Layout
+from torchgsrq.learning import train
 from torchgsrq.models import CACHE_NAMES
 from torchgsrq.state import state_of
 
@@ -46,41 +48,35 @@ def make_codec(
     frame: int = 16,
     pairs: int | None = None,
     interleaved: bool = False,
-    beam: int = 4,
     eta: int = 1,
-    gains: bool = False,
     seed: int = 0,
 ) -> Codec:
     """A codec with trained codewords and a random, well-conditioned metric."""
     g = torch.Generator().manual_seed(seed)
     layout = layout or Layout(head_dim, 2, 4)
     pairs = layout.head_dim // 2 if pairs is None else pairs
-    x = torch.randn(heads, 512, layout.dims, generator=g)
+    x = torch.randn(heads, 512, layout.head_dim, generator=g)
     codebook = train_codebook(x, torch.ones(heads, 512), layout, iterations=2, seed=seed)
     transform = torch.eye(layout.head_dim) + 0.1 * torch.randn(heads, layout.head_dim, layout.head_dim, generator=g)
     return Codec.build(
-        layout,
         torch.randn(heads, layout.head_dim, generator=g),
-        transform[:, : layout.dims],
+        transform,
         codebook,
-        inverse=torch.linalg.pinv(transform[:, : layout.dims].double()),
         inv_freq=1.0 / 1000 ** (torch.arange(pairs) / max(pairs, 1)),
         frame=frame,
         interleaved=interleaved,
-        gains=torch.exp2((torch.arange(256) - 128) / 8) if gains else None,
-        beam=beam,
         eta=eta,
     )
 
 
-def by_turns(one: Codec, two: Codec) -> Codec:
-    """A codec whose heads are by turns those of one codec and of another; the other's are kept first."""
-    runs = []
+def by_turns(one: Codec, two: Codec) -> Codecs:
+    """Heads by turns those of one codec and of another; the other's are kept first."""
+    parts = []
     for i, codec in ((1, two), (0, one)):
-        heads = list(range(i, one.heads, 2))
-        some = [codec.by_head()[head] for head in heads]
-        runs.append((heads, LayerCodec.of_heads(some, some).key))
-    return Codec.of_runs(runs)
+        heads = range(i, one.heads, 2)
+        some = [codec.of_heads(slice(head, head + 1)) for head in heads]
+        parts.append((tuple(heads), LayerCodec.of_heads(some, some).key.first))
+    return Codecs(tuple(parts))
 
 
 def make_pair(
@@ -93,8 +89,8 @@ def make_pair(
     start: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     config: GSRQConfig | None = None,
-    key: Codec | None = None,
-    value: Codec | None = None,
+    key: Codec | Codecs | None = None,
+    value: Codec | Codecs | None = None,
     seed: int = 0,
 ) -> tuple[GSRQTensor, GSRQTensor, torch.Tensor, torch.Tensor]:
     """Key and value buffers holding ``length`` random tokens, and those tokens."""
@@ -148,13 +144,14 @@ def tiny_llama(**changes: object) -> torch.nn.Module:
     return model
 
 
-SMALL = GSRQConfig(bits=1, sink_tokens=2, recent_tokens=8, block_tokens=4, frame=32)
+SMALL = GSRQConfig(bits=1, sink_tokens=2, recent_tokens=8, block_tokens=4)
 
 
-def tiny_books(model: torch.nn.Module, config: GSRQConfig = SMALL) -> Codebooks:
+def tiny_books(model: torch.nn.Module, config: GSRQConfig = SMALL, seed: int = 0) -> Codebooks:
     """Codebooks from random tokens: enough for correctness, useless for quality."""
     tokens = torch.randint(3, 100, (512,), generator=torch.Generator().manual_seed(0))
-    return calibrate(model, config, tokens, tokens=512, progress=False)
+    with mock.patch.object(train, "FRAME", 32):  # so that short texts have several
+        return calibrate(model, config, tokens, tokens=512, seed=seed, progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -209,10 +206,8 @@ __all__ = [
     "Words",
     "by_turns",
     "cached",
-    "key_layout",
     "make_codec",
     "make_pair",
     "tiny_books",
     "tiny_llama",
-    "value_layout",
 ]

@@ -147,7 +147,7 @@ class OracleLayer(_Rows, DynamicLayer):
         for mine, theirs, codec in zip(self.shown, piece.shown, self.codecs, strict=True):
             theirs = theirs[:, :, skip:]
             theirs = torch.where(was_sink & ~is_sink, _by_codes(theirs, places, codec), theirs)
-            moved = rotate(theirs, shift[:, None], codec.inv_freq, codec.interleaved).expand(rows, -1, -1, -1)
+            moved = rotate(theirs, shift[:, None], codec.inv_freq, codec.first.interleaved).expand(rows, -1, -1, -1)
             joined.append(torch.cat((mine, moved), 2))
         self.shown = joined
         self.coded = torch.where(there > 0, held + there, self.coded)
@@ -166,7 +166,10 @@ class OracleLayer(_Rows, DynamicLayer):
 def _by_codes(x: Tensor, position: Tensor, codec: Any) -> Tensor:
     """Vectors as their codes say."""
     position = position.expand(x.shape[0], -1)
-    return reference.decode(reference.encode(x, position, codec), position, codec, x.dtype)
+    alone = zip(x.split(1, 1), codec.by_head(), strict=True)
+    return torch.cat(
+        [reference.decode(reference.encode(y, position, one), position, one, x.dtype) for y, one in alone], 1
+    )
 
 
 class OracleHybridLayer(LinearAttentionLayer, OracleLayer):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchgsrq import GSRQConfig
-from torchgsrq.codec.layout import Layout, key_layout, num_codes, rates, value_layout
+from torchgsrq.codec.layout import Layout, num_codes, rates
 from torchgsrq.config import BITS, encoded_tokens
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -18,16 +18,17 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("bits", 3, "2, 1.5, 1, 0.75, 0.5, 0.375, 0.25"),
-        ("key_bits", 0.3, "key_bits=0.3"),
-        ("layout", "small", "quality, fast"),
+        ("bits", 3, "2 bits and fewer"),
+        ("bits", 0.2, "a number from 0.25 to 2"),
+        ("bits", float("nan"), "a number from 0.25 to 2"),
+        ("bits", True, "a number from 0.25 to 2"),
+        ("group_size", 0, "at least 8"),
+        ("group_size", 12, "a multiple of 8"),
         ("prefill", "fast", "exact, quantized"),
-        ("recipe", "pq", "gsrq, gsrq-paper, kmeans, universal"),
-        ("frame", 0, "at least 1"),
+        ("recipe", "pq", "gsrq, gsrq-paper"),
         ("sink_tokens", -1, "at least 0"),
         ("recent_tokens", 1.5, "integer"),
         ("block_tokens", 0, "at least 1"),
-        ("beam", True, "integer"),
         ("skip_layers", ("a",), "layer indices"),
     ],
 )
@@ -37,53 +38,58 @@ def test_bad_values_name_the_field_and_what_is_allowed(field, value, says):
     assert says in str(error.value)
 
 
-def test_config_is_frozen_and_rates_default_to_bits():
-    config = GSRQConfig(bits=0.5, value_bits=1, skip_layers=[1, 2])
-    assert (config.key_rate, config.value_rate, config.skip_layers) == (0.5, 1, (1, 2))
+def test_config_is_frozen_and_in_order():
+    config = GSRQConfig(bits=0.5, skip_layers=[2, 1])
+    assert config.skip_layers == (1, 2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.bits = 1  # type: ignore[misc]
 
 
-def test_frames_follow_the_layout():
-    assert [GSRQConfig(layout=x).key_frame for x in ("quality", "fast")] == [512, 1024]
-    assert GSRQConfig(layout="fast", frame=64).key_frame == 64
-    assert GSRQConfig(frame=512).codec_key() == GSRQConfig().codec_key()
+def test_any_number_of_bits_where_heads_have_their_own():
+    assert GSRQConfig(bits=0.9).spreads_bits and GSRQConfig(bits=1.234).bits == 1.234
+    for fields in ({"allocation": "uniform"}, {"recipe": "gsrq-paper", "group_size": 32}):
+        with pytest.raises(
+            ValueError, match=r"bits=0\.9 is not offered where all heads have the same; choose one of 2"
+        ):
+            GSRQConfig(bits=0.9, **fields)
+    with pytest.raises(ValueError, match="group_size=8: the groups of recipe='gsrq-paper' are of 32 elements"):
+        GSRQConfig(recipe="gsrq-paper")
 
 
 def test_codec_key_follows_what_changes_the_codebooks_only():
     base = GSRQConfig()
     assert base.codec_key() == dataclasses.replace(base, recent_tokens=7, prefill="quantized").codec_key()
-    for change in ({"bits": 0.5}, {"layout": "fast"}, {"frame": 64}, {"recipe": "kmeans"}, {"seed": 1}):
+    for change in ({"bits": 0.5}, {"group_size": 16}, {"allocation": "uniform"}, {"skip_layers": (1,)}):
         assert base.codec_key() != dataclasses.replace(base, **change).codec_key()
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("preset", ["quality", "fast"])
-def test_layouts_cover_the_head_at_the_rate(head_dim, bits, preset):
+@pytest.mark.parametrize("group_size", [8, 16, 32, 64, 256])
+def test_layouts_cover_the_head_at_the_rate(head_dim, bits, group_size):
     if bits not in rates(head_dim):
         with pytest.raises(ValueError, match=rf"bits={bits} is not offered for head_dim={head_dim}; choose one of 2"):
-            key_layout(head_dim, bits, preset)
+            Layout.of(head_dim, bits, group_size)
         return
-    part = 1 if bits >= 1.5 or preset == "fast" else 0.75
-    for layout, coded in ((key_layout(head_dim, bits, preset), part), (value_layout(head_dim, bits, preset), 1)):
-        assert layout.bits == bits
-        assert layout.groups * layout.width == layout.dims
-        assert coded * head_dim <= layout.dims <= min(head_dim, coded * head_dim + 8 * layout.groups)
-        assert sum(layout.groups_in(s) for s in range(layout.stages)) == layout.codes
-        written = {layout.start(m) + i for m in range(layout.codes) for i in range(layout.width)}
-        assert written == set(range(layout.dims))
+    layout = Layout.of(head_dim, bits, group_size)
+    assert layout.bits == bits and layout.groups * layout.width == head_dim and layout.width % 8 == 0
+    assert layout.stages <= 8 or layout.width == 8
+    assert layout.width <= group_size or layout.stages == 1 or layout.groups * 2 > layout.codes
+    assert sum(layout.groups_in(s) for s in range(layout.stages)) == layout.codes
+    written = {layout.start(m) + i for m in range(layout.codes) for i in range(layout.width)}
+    assert written == set(range(head_dim))
 
 
-def test_presets():
-    assert key_layout(64, 1) == Layout(64, 1, 8, 48)
-    assert key_layout(128, 1) == Layout(128, 2, 16, 96)
-    assert value_layout(64, 1) == Layout(64, 1, 8)
-    assert value_layout(128, 0.25) == Layout(128, 2, 4)
-    assert key_layout(64, 1, "fast") == value_layout(64, 1, "fast") == Layout(64, 8, 8)
-    assert key_layout(64, 2, "fast") == Layout(64, 8, 16)
-    assert value_layout(64, 0.5, "fast") == Layout(64, 4, 4)
-    assert value_layout(80, 0.5, "fast") == Layout(80, 5, 5)
+def test_layouts_of_usual_heads():
+    assert Layout.of(64, 1) == Layout(64, 8, 8)
+    assert Layout.of(64, 2) == Layout(64, 8, 16)
+    assert Layout.of(64, 0.5) == Layout(64, 4, 4)
+    assert Layout.of(64, 0.375) == Layout(64, 2, 3)
+    assert Layout.of(80, 0.5) == Layout(80, 5, 5)
+    assert Layout.of(64, 1, 64) == Layout(64, 1, 8)
+    assert Layout.of(128, 1, 64) == Layout(128, 2, 16)
+    assert Layout.of(80, 1, 64) == Layout(80, 2, 10)
+    assert Layout.of(64, 4, 64) == Layout(64, 4, 32)  # of no more than 8 stages
     assert num_codes(96, 0.75) == 9
 
 

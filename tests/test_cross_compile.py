@@ -27,10 +27,8 @@ def test_kernels_fit_the_chip(tmp_path):
     for r in rows:
         assert r["shared"] <= SHARED[r["sm"]] and r["registers"] <= 255, r
         assert r["async copies"] == 0, r  # they bypass the first-level cache, where codewords live
-        if "beam 7" in r["configuration"]:
-            continue  # wider than the default, and more than registers hold
         assert r["spilled"] <= (440 if r["kernel"] == "encode_kernel" else 144), r  # bytes of a thread; most have none
-        if re.fullmatch(r"(64|80|96|128) fast 1 bf16 q1", r["configuration"]) and r["kernel"] == "split_kernel":
+        if re.fullmatch(r"(64|80|96|128) groups of 8 1 bf16 q1", r["configuration"]) and r["kernel"] == "split_kernel":
             assert 20 < r["per token"] <= 60, r  # instructions, which bound the speed: see roofline.py
         if r["kernel"] in ("split_kernel", "encode_kernel"):
             assert r["wide loads"] and r["mma"], r  # whole codewords at a time, products on tensor cores

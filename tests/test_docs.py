@@ -44,6 +44,16 @@ def test_commands_name_scripts_that_exist(page):
         assert (ROOT / script).exists(), script
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_those_of_their_results(page):
+    """What benchmarks/tables.py writes between its marks, from benchmarks/results."""
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    text = page.read_text()
+    assert tables.filled(text) == text, "run python benchmarks/tables.py"
+
+
 def blocks(page):
     """Its blocks of Python."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)

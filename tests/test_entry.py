@@ -120,7 +120,7 @@ def test_attention_of_a_users_own_is_refused(llama, monkeypatch, name):
 
 def test_no_figure_of_a_run_without_codes(llama):
     model, books = llama
-    config = GSRQConfig(bits=1, frame=32)
+    config = GSRQConfig(bits=1)
     with pytest.raises(ValueError, match="all of the 100 tokens fit the sinks and the window"):
         evaluate.quality(model, [PROMPT.flatten().repeat(2)[:100]], {"": (config, books)})
     with pytest.raises(ValueError, match="came back with a DynamicCache: nothing was quantized"):
@@ -186,7 +186,9 @@ def test_versions_are_said_alike():
 @pytest.mark.parametrize("broken", ["no folder", "full disk", "no home"])
 def test_a_finished_calibration_is_not_thrown_away(llama, monkeypatch, tmp_path, caplog, broken):
     model = copy.deepcopy(llama[0])
-    monkeypatch.setattr("torchgsrq.learning.calibrate.calibrate", lambda *a, **k: tiny_books(model))
+    monkeypatch.setattr(
+        "torchgsrq.learning.calibrate.calibrate", lambda model, configs, **k: [tiny_books(model, x) for x in configs]
+    )
     monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path / "file" / "below"))
     (tmp_path / "file").touch()  # of which no folder can be made
     if broken == "full disk":

@@ -23,13 +23,11 @@ def flat(kv):
 
 def test_encode_and_decode():
     key, _ = buffers()
-    codec = key.codec
+    codec = key.codec.first
     at = torch.arange(7).expand(2, -1)
     x = torch.randn(2, 2, 7, 16)
     torch.library.opcheck(ops.encode.default, (x, at, codec.tensors, codec.integers), test_utils=TESTS)
-    torch.library.opcheck(ops.encode_at_once.default, (x, at, codec.tensors, codec.integers), test_utils=TESTS)
     codes = ops.encode(x, at, codec.tensors, codec.integers)
-    assert torch.equal(ops.encode_at_once(x, at, codec.tensors, codec.integers), codes)
     y = reference.to_metric(x, at, codec)[:, :14]
     torch.library.opcheck(ops.search.default, (y, codec.tensors, codec.integers), test_utils=TESTS)
     assert torch.equal(ops.search(y, codec.tensors, codec.integers).view(2, 2, 7, -1).transpose(0, 1), codes)
@@ -42,8 +40,7 @@ def test_encode_and_decode():
 
 def test_append():
     tensors, layout = flat(buffers()[0])
-    codes, window, start, length, encoded, *tables = tensors
-    arguments = (codes, window, length, encoded, start, tables, layout, torch.randn(2, 2, 5, 16), torch.arange(30, 35))
+    arguments = (tensors[:5], tensors[5:], layout, torch.randn(2, 2, 5, 16), torch.arange(30, 35))
     torch.library.opcheck(ops.append_.default, arguments, test_utils=TESTS)
 
 

@@ -17,17 +17,17 @@ from torchgsrq.evaluate import quantized
 from torchgsrq.recommend import choose, full_precision, settings
 
 
-@pytest.mark.parametrize("layout", ["quality", "fast"])
+@pytest.mark.parametrize("size", [8, 32])
 @torch.no_grad()
-def test_bytes_are_those_of_a_cache(layout):
+def test_bytes_are_those_of_a_cache(size):
     model = tiny_llama().to(torch.bfloat16)
-    config = GSRQConfig(bits=1, layout=layout, allocation="uniform")
+    config = GSRQConfig(bits=1, group_size=size, allocation="uniform")
     books = tiny_books(model, config)
     with quantized(model, config, books):
         cache = new_cache(model, 512)
         model(torch.arange(3, 100)[None], **cached(cache), use_cache=True)
         memory = cache.memory()
-    said = next(s for s in settings(model.config, 512) if (s.layout, s.bits) == (layout, 1))
+    said = next(s for s in settings(model.config, 512) if (s.group_size, s.bits) == (size, 1))
     assert said.cache == memory.total - memory.counters
     assert said.codebooks == pytest.approx(memory.codebooks, rel=0.02)
     assert full_precision(model.config, 512) == 2 * 2 * 2 * 32 * 512 * 2
@@ -43,12 +43,13 @@ def test_a_latent_is_counted_once():
 def test_what_fits_is_chosen():
     config = transformers.LlamaConfig(**TINY)
     all_of_them = settings(config, 4096)
-    assert choose(all_of_them, 4096, gpu=False).layout == "quality" and choose(all_of_them, 4096, gpu=True).bits == 2
-    middle = next(s for s in all_of_them if s.bits == 1 and s.layout == "quality")
+    best = choose(all_of_them)
+    assert (best.bits, best.group_size) == (2, 8)
+    middle = next(s for s in all_of_them if s.bits == 1 and s.group_size == 8)
     found = settings(config, 4096, middle.cache + middle.codebooks)
-    assert choose(found, 4096, gpu=False).bits == 1
-    assert next(s for s in found if s.bits == 1 and s.layout == "quality").longest == 4096
-    assert choose(settings(config, 4096, 1000), 4096, gpu=False) is None
+    assert choose(found).bits == 1
+    assert next(s for s in found if s.bits == 1 and s.group_size == 8).longest == 4096
+    assert choose(settings(config, 4096, 1000)) is None
 
 
 def test_models_that_cannot_be_quantized_are_named():
@@ -59,7 +60,7 @@ def test_models_that_cannot_be_quantized_are_named():
 def test_the_command_reads_the_config_alone(tmp_path):
     transformers.Gemma3TextConfig(sliding_window=512).save_pretrained(tmp_path)
     run = CliRunner().invoke(app, ["recommend", "--model", str(tmp_path), "--context", "65536", "--memory", "1"])
-    assert run.exit_code == 0 and "Begin with GSRQConfig(bits=2, layout=" in run.output
+    assert run.exit_code == 0 and "Begin with GSRQConfig(bits=2), and compare" in run.output
     run = CliRunner().invoke(app, ["recommend", "--model", str(tmp_path), "--json"])
     said = json.loads(run.output)
     assert len(said["settings"]) == 6 and said["bf16"] > said["chosen"]["cache"]

@@ -10,7 +10,6 @@ import logging
 import pickle
 import sys
 import threading
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from transformers import DynamicCache
 from tests.conftest import SMALL, TINY, cached, tiny_books, tiny_llama
 from tests.oracle import Oracle, watch
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_
-from torchgsrq.config import BITS, LAYOUTS, PREFILLS, RECIPES
+from torchgsrq.config import PREFILLS
 from torchgsrq.evaluate import quantized
 from torchgsrq.models import given_cache
 
@@ -79,12 +78,15 @@ DAMAGES = {
     "longer than said": (lambda t, f: f.update(lengths=[39, 39]), "layer 0 holds 40 tokens in its keys.*39"),
     "longer than held": (lambda t, f: f.update(lengths=[400, 400]), "layer 0 holds 40 tokens in its keys.*400"),
     "lengths that differ": (lambda t, f: f.update(lengths=[40, 0]), "layer 1 holds 40 tokens"),
-    "another batch": (named("0.values.codes", lambda t: t.repeat(2, 1, 1, 1)), r"layer 0 has values\.codes of.*\[4, 2"),
+    "another batch": (
+        named("0.values.codes_0", lambda t: t.repeat(2, 1, 1, 1)),
+        r"layer 0 has values\.codes_0 of.*\[4, ",
+    ),
     "another batch in all": (lambda t, f: f.update(rows=4), r"layer 0 has a keys\.encoded of torch.int32 \[2\]"),
-    "another type": (named("1.keys.codes", lambda t: t.float()), r"layer 1 has keys\.codes of torch.float32"),
+    "another type": (named("1.keys.codes_0", lambda t: t.float()), r"layer 1 has keys\.codes_0 of torch.float32"),
     "more codes than tokens": (named("0.keys.encoded", lambda t: t + 40), "layer 0 holds 40 tokens in its keys, 72"),
     "a smaller window": (named("0.keys.window", lambda t: t[:, :, 1:].contiguous()), r"layer 0 has a keys\.window"),
-    "keys and values apart": (named("0.keys.encoded", lambda t: t - 4), r"layer 0 has keys\.codes"),
+    "keys and values apart": (named("0.keys.encoded", lambda t: t - 4), r"layer 0 has keys\.codes_0"),
     "no facts": (lambda t, f: f.clear(), "lengths"),
 }
 
@@ -105,7 +107,7 @@ def test_a_damaged_prompt_file_is_refused_whole(llama, tmp_path, damage):
 
 
 def test_a_prompt_file_holds_what_is_used(llama, tmp_path):
-    """A cache of fixed capacity is saved as long as its text; a beam is no part of what codes mean."""
+    """A cache of fixed capacity is saved as long as its text."""
     model, books = llama
     prompt_file(llama, tmp_path / "a")
     with quantized(model, SMALL, books), torch.no_grad():
@@ -113,8 +115,6 @@ def test_a_prompt_file_holds_what_is_used(llama, tmp_path):
         model(PROMPT, **cached(cache), use_cache=True)
         cache.save(tmp_path / "b")
     assert abs((tmp_path / "a").stat().st_size - (tmp_path / "b").stat().st_size) < 100
-    with quantized(model, dataclasses.replace(SMALL, beam=1), books):
-        new_cache(model).load(tmp_path / "b")
 
 
 @torch.no_grad()
@@ -130,16 +130,19 @@ def test_a_prompt_file_of_another_dtype(llama, tmp_path):
         half(PROMPT[:, :1], **cached(cache), use_cache=True)
 
 
+SIZES = {"gsrq": 8, "gsrq-paper": 32}  # of groups, by recipe
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers of any size, dtypes and modes
 
 
-@pytest.mark.parametrize("recipe", ["gsrq", "gsrq-paper", "kmeans"])
+@pytest.mark.parametrize("recipe", SIZES)
 @pytest.mark.parametrize("size", [2.0**15, 20_000.0, 2.0**-20])
 @torch.no_grad()
 def test_values_of_any_size(size, recipe):
     """Values times a factor that the output projection takes back: no code may change, no codeword overflow."""
-    config = dataclasses.replace(SMALL, recipe=recipe)
+    config = dataclasses.replace(SMALL, recipe=recipe, group_size=SIZES[recipe])
     logits, codes = [], []
     for factor in (1.0, size):
         model = tiny_llama()
@@ -153,7 +156,7 @@ def test_values_of_any_size(size, recipe):
             out = model(PROMPT, use_cache=True)
             out = model(PROMPT[:, :1], **cached(out.past_key_values), use_cache=True)
         logits.append(out.logits)
-        codes.append(out.past_key_values.layers[0].values.codes)
+        codes.append(torch.cat([x.flatten() for x in out.past_key_values.layers[0].values.codes]))
     if size != 20_000:
         assert (codes[0] == codes[1]).float().mean() > 0.97
         assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
@@ -168,7 +171,7 @@ def test_autocast(llama):
     model, books = llama
     with torch.autocast("cpu", torch.bfloat16):
         again = tiny_books(model)
-        assert torch.equal(again[1].key.codebook, books[1].key.codebook)
+        assert again.digest == books.digest
         quantize_kv_(model, SMALL, codebooks=books)
         out = model(PROMPT, use_cache=True)
         model.generate(PROMPT, **GREEDY)
@@ -180,10 +183,10 @@ def test_autocast(llama):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SIZES)
 def test_other_default_dtypes(llama, recipe, dtype):
     model, _ = llama
-    config = dataclasses.replace(SMALL, recipe=recipe, bits=2)
+    config = dataclasses.replace(SMALL, recipe=recipe, group_size=SIZES[recipe], bits=2)
     want = tiny_books(model, config)
     torch.set_default_dtype(dtype)
     try:
@@ -192,8 +195,7 @@ def test_other_default_dtypes(llama, recipe, dtype):
             assert model.generate(PROMPT, **GREEDY).shape == (2, 52)
     finally:
         torch.set_default_dtype(torch.float32)
-    for a, b in zip(want[0], books[0], strict=True):
-        assert torch.equal(a.codebook, b.codebook)
+    assert books.digest == want.digest
 
 
 def test_float64_models_are_refused(llama):
@@ -307,9 +309,7 @@ def test_two_threads_calibrate_two_models(llama):
         thread.join()
     assert not errors
     for i in range(4):
-        for layer in (0, 1):
-            for a, b in zip(got[i][layer], wanted[i % 2][layer], strict=True):
-                assert torch.equal(a.codebook, b.codebook)
+        assert got[i].digest == wanted[i % 2].digest
     assert all(p.grad is None and p.requires_grad for p in llama[0].parameters())
     assert llama[0].config._attn_implementation == "sdpa"
 
@@ -378,7 +378,7 @@ def test_weights_that_accelerate_holds(llama, how, tmp_path):
         alike = calibrate(
             llama[0], dataclasses.replace(SMALL, allocation="uniform"), TOKENS, tokens=512, progress=False
         )
-        assert torch.equal(books[1].value.codebook, alike[1].value.codebook)
+        assert books.digest == alike.digest
         assert all(p.requires_grad for p in model.parameters())
         quantize_kv_(model, SMALL, codebooks=llama[1])
     got = model.generate(PROMPT, **GREEDY, return_dict_in_generate=True)
@@ -437,18 +437,15 @@ def test_attention_set_otherwise_afterwards(llama):
 # What is asked for
 
 
-FIELDS = [{"bits": b} for b in BITS if b * 32 % 8 == 0 and b > 0.25] + [
-    *({"recipe": r, "bits": b} for r, b in product(RECIPES, (2, 1))),
-    *({"layout": x} for x in LAYOUTS),
+FIELDS = [{"bits": b} for b in (2, 1.3, 1, 0.5)] + [
+    *({"recipe": "gsrq-paper", "group_size": 32, "bits": b} for b in (2, 1)),
+    *({"group_size": x} for x in (16, 64)),
     *({"prefill": x} for x in PREFILLS),
-    *({"beam": x} for x in (1, 2, 8)),
-    *({"frame": x} for x in (1, 16, 4096)),
     {"sink_tokens": 0},
     {"recent_tokens": 0},
     {"block_tokens": 1},
-    {"key_bits": 2, "value_bits": 0.5},
+    {"allocation": "uniform"},
     {"skip_layers": [1]},
-    {"seed": 7},
 ]
 
 
@@ -457,7 +454,7 @@ FIELDS = [{"bits": b} for b in BITS if b * 32 % 8 == 0 and b > 0.25] + [
 def test_every_field_through_the_front_door(fields, folder):
     """quantize_kv_ calibrates, keeps the codebooks, finds them again, and generate runs on codes."""
     model = tiny_llama()
-    config = {"sink_tokens": 2, "recent_tokens": 8, "block_tokens": 4, "frame": 32, **fields}
+    config = {"sink_tokens": 2, "recent_tokens": 8, "block_tokens": 4, **fields}
     small = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(PROMPT)}
     calibrated = []
     module = sys.modules["torchgsrq.learning.calibrate"]
@@ -496,11 +493,11 @@ def test_a_damaged_file_in_the_disk_cache_is_replaced(folder, monkeypatch, caplo
 def test_what_config_and_codebooks_may_be(llama, tmp_path):
     model, books = llama
     books.save(tmp_path / "books.safetensors")
-    fields = {"sink_tokens": 2, "recent_tokens": 8, "block_tokens": 4, "frame": 32}
+    fields = {"sink_tokens": 2, "recent_tokens": 8, "block_tokens": 4}
     for config, given in (
         (fields, tmp_path / "books.safetensors"),
         (SMALL, str(tmp_path / "books.safetensors")),
-        ({**fields, "codebooks": tmp_path / "books.safetensors"}, None),
+        (None, books),
     ):
         quantize_kv_(model, config, codebooks=given)
         dequantize_kv_(model)
@@ -513,13 +510,11 @@ def test_what_config_and_codebooks_may_be(llama, tmp_path):
         with pytest.raises(error, match=says):
             quantize_kv_(model, config, codebooks=given)
     for bits in (3, 4, 8):
-        with pytest.raises(ValueError, match=f"bits={bits} is not offered.*2 bits and fewer.*QuantizedCache"):
+        with pytest.raises(ValueError, match=f"bits={bits}: .*2 bits and fewer.*QuantizedCache"):
             GSRQConfig(bits=bits)
-    for bits in (0, -1, True, "1", 0.7):
-        with pytest.raises(ValueError, match="is not offered"):
+    for bits in (0, -1, True, "1", 0.2):
+        with pytest.raises(ValueError, match=r"must be a number from 0\.25 to 2"):
             GSRQConfig(bits=bits)
-    with pytest.raises(TypeError, match="pass Codebooks to quantize_kv_ itself"):
-        GSRQConfig(codebooks=books)
 
 
 def test_bad_calibration_data_is_named(llama):

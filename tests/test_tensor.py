@@ -17,7 +17,7 @@ from torchgsrq.config import encoded_tokens
 
 
 def parts(*buffers: GSRQTensor) -> list[torch.Tensor]:
-    return [p.clone() for b in buffers for p in b.parts[:5]]
+    return [p.clone() for b in buffers for p in b.parts[: b.owned]]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -27,8 +27,8 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 def live(buffer: GSRQTensor) -> list[torch.Tensor]:
     """What a buffer means: codes of encoded slots, decoded contents, counters. Dead ring slots do not count."""
     coded = torch.arange(buffer.shape[2]) < buffer.encoded[:, None]
-    codes = buffer.codes * coded[:, None, :, None]
-    return [codes, buffer.dequantize(), buffer.start, buffer.length, buffer.encoded]
+    codes = [codes * coded[:, None, :, None] for codes in buffer.codes]
+    return [*codes, buffer.dequantize(), buffer.start, buffer.length, buffer.encoded]
 
 
 @given(
@@ -75,7 +75,7 @@ def test_a_padded_row_is_that_row_alone(length, pads, cut, recent, block, sinks)
         alone.index_copy_(2, torch.arange(own), x[row : row + 1, :, length - own :])
         coded = int(alone.encoded)
         assert int(batch.encoded[row]) == min(length, pad + coded)
-        assert torch.equal(batch.codes[row, :, pad : pad + coded], alone.codes[0, :, :coded])
+        assert torch.equal(batch.codes_0[row, :, pad : pad + coded], alone.codes_0[0, :, :coded])
         assert torch.equal(got[row, :, length - own : length], alone.dequantize()[0, :, :own])
 
 
@@ -198,7 +198,7 @@ def test_heads_repeat_lazily(how):
 
     wide_k, wide_v = repeat(key), repeat(value)
     assert isinstance(wide_k, GSRQTensor) and wide_k.shape == (2, 6, 64, 16)
-    assert wide_k.codes.data_ptr() == key.codes.data_ptr()
+    assert wide_k.codes_0.data_ptr() == key.codes_0.data_ptr()
     got = F.scaled_dot_product_attention(q, wide_k, wide_v)
     want = F.scaled_dot_product_attention(
         q, key.dequantize().repeat_interleave(3, 1), value.dequantize().repeat_interleave(3, 1)
@@ -273,7 +273,7 @@ def test_unsupported_ops_are_named():
 
 def test_codes_of_another_codebook_are_refused():
     codec = make_codec(2)
-    codes = torch.zeros(1, 2, 5, codec.num_codes + 1, dtype=torch.uint8)
+    codes = torch.zeros(1, 2, 5, codec.layout.codes + 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="another codebook"):
         torch.ops.torchgsrq.decode(
             codes, torch.zeros(1, 5, dtype=torch.long), codec.tensors, codec.integers, torch.float32

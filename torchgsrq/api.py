@@ -40,22 +40,23 @@ def quantize_kv_(
     Args:
         model: any transformers decoder that uses the attention interface, also if `torch.compile` or PEFT wrapped it.
         config: a `GSRQConfig`, or its fields as a dict.
-        codebooks: from `calibrate`, or the path of their file or folder. Of a higher rate, its first stages are used.
+        codebooks: from `calibrate`, or the path of their file or folder. Without a config, they say what it is.
         progress: show bars while calibrating.
 
     Raises:
         TypeError: not a transformers model, or a config or codebooks of another type.
         ValueError: an unsupported architecture, a model with no layer to quantize, a rate not offered for the
-            head_dim, codebooks of another model, or a model quantized already.
+            head_dim, codebooks of another model or for another config, or a model quantized already.
     """
-    config = GSRQConfig(**config) if isinstance(config, dict) else GSRQConfig() if config is None else config
-    if not isinstance(config, GSRQConfig):
-        raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig or a dict of its fields")
-    codebooks = config.codebooks if codebooks is None else codebooks
     if isinstance(codebooks, (str, os.PathLike)):
         codebooks = Codebooks.load(codebooks)
     if codebooks is not None and not isinstance(codebooks, Codebooks):
         raise TypeError(f"codebooks is a {type(codebooks).__name__}; expected Codebooks or the path of their file")
+    if config is None:
+        config = codebooks.metadata["config"] if codebooks and "config" in codebooks.metadata else GSRQConfig()
+    config = GSRQConfig(**config) if isinstance(config, dict) else config
+    if not isinstance(config, GSRQConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig or a dict of its fields")
     model = models.check_supported(model)
     name = type(model).__name__
     if state_of(model):
@@ -95,7 +96,7 @@ def quantize_kv_(
             "its quantized cache in one forward; read it token by token, with prefill='exact'"
         )
     if codebooks is None:
-        codebooks = cached_codebooks(model, config, progress, layers)
+        codebooks = cached_codebooks(model, [config], progress, layers)[0]
     books = _fitting(codebooks, layers, wanted, model, config)
     if all(p.device.type != "meta" for p in model.parameters()):  # else each cache layer brings its own to its device
         books = books.to(model.device)
@@ -219,7 +220,15 @@ def _span(bits: list[float]) -> str:
 def _fitting(
     books: Codebooks, layers: list[LayerInfo], wanted: list[LayerInfo], model: PreTrainedModel, config: GSRQConfig
 ) -> Codebooks:
-    """The given codebooks, checked against the model and cut to the config's layers and rate."""
+    """The given codebooks, checked against the model and the config, and cut to its layers."""
+    has = books.metadata.get("config", {})
+    for name in ("bits", "group_size", "recipe"):
+        want = getattr(config, name)
+        if has.get(name, want) != want:
+            raise ValueError(
+                f"the codebooks were made for {name}={has[name]!r}, the config asks for {want!r}: calibrate for it "
+                "(one reading makes codebooks for several configs), or leave the config to the codebooks"
+            )
     owner, mine = books.metadata.get("model"), models.fingerprint(model, layers)
     ranks, share = getattr(model, "tp_size", None) or 1, 1
     if ranks > 1 and owner is not None and owner["shape"] != mine["shape"]:  # made by one process, for all heads
@@ -243,23 +252,20 @@ def _fitting(
                     f"the model has {share * one.kv_heads} of {one.head_dim}"
                 )
     cut = Codebooks({info.index: books[info.index] for info in wanted}, books.metadata)
-    cut = cut.at(config.key_rate, config.value_rate)
-    asked = (config.key_rate + config.value_rate) / 2
-    if cut.bits < 0.9 * asked:
+    asked = config.bits
+    if not 0.9 <= cut.bits / asked <= 1.1:
         log.warning(
             "%s: the codebooks spread %g bits over heads of layers of which some are skipped; those left have %.3g. "
-            "Calibrate with skip_layers to give them all",
+            "Calibrate with skip_layers to deal them anew",
             type(model).__name__,
             asked,
             cut.bits,
         )
-    if share > 1:  # of what was lowered as a whole, so that all ranks say what one process says
+    if share > 1:
         mesh = getattr(model, "_device_mesh", None)
         if mesh is None:
             rank = torch.distributed.get_rank() % ranks
         else:  # from transformers 5.24 on, of several dimensions
             rank = mesh.get_local_rank("tp" if mesh.ndim > 1 else 0)
         cut = cut.shard(rank, ranks)
-    if config.recipe == "gsrq":  # the paper's is greedy; here the beam is the user's to choose
-        cut = cut.with_beam(config.beam_width)
     return cut

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("torchgsrq")
-BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)
-RATES = (4, 3, *BITS)  # what a head may be given, under a mean that is one of BITS
-LAYOUTS = ("quality", "fast")
+BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)  # that all heads can be given alike
+RATES = (4, 3, *BITS)  # what a head may be given, under a mean of any number
 SLIDINGS = ("keep", "quantize")
 PREFILLS = ("exact", "quantized")
 ALLOCATIONS = ("sensitivity", "uniform")
-RECIPES = ("gsrq", "gsrq-paper", "kmeans", "universal")
+RECIPES = ("gsrq", "gsrq-paper")
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,15 @@ class GSRQConfig:
     """How a model's KV cache is quantized.
 
     Args:
-        bits: mean bits per element of keys and values, one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
-        key_bits: mean bits per key element; defaults to ``bits``.
-        value_bits: mean bits per value element; defaults to ``bits``.
-        layout: ``"quality"`` (residual codes of whole heads) or ``"fast"`` (one code for each small group of elements:
-            small tables, hardly any cost to encode).
+        bits: mean bits per element of keys and values, from 0.25 to 2: any number where heads are given bits of their
+            own, else one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
+        group_size: elements of a vector that share a code, a multiple of 8; more where a rate has fewer codes than
+            that takes, fewer where it has more than 8 for each group. Larger groups cost more: tables, time to encode
+            and to attend (docs/choosing.md).
         allocation: how calibration spreads bits over the keys and the values of all KV heads. ``"sensitivity"`` gives
             more to those whose errors change more of what the model says, none more than 4 and none less than half of
-            the mean; where ``key_bits`` and ``value_bits`` differ, each is a mean of its own. ``"uniform"`` gives all
-            the same, as do recipes other than ``"gsrq"``. By default ``"sensitivity"``, or, with a warning,
-            ``"uniform"`` for a model without gradients.
-        frame: tokens per anchored frame; a key is coded in the coordinates of its frame. By default 512 with
-            ``layout="quality"`` and 1024 with ``"fast"``.
+            the mean. ``"uniform"`` gives all the same, as does ``recipe="gsrq-paper"``. By default ``"sensitivity"``,
+            or, with a warning, ``"uniform"`` for a model without gradients.
         sink_tokens: first real tokens of each row, kept in full precision.
         recent_tokens: newest tokens, kept in full precision.
         block_tokens: tokens that leave the recent window and are encoded together.
@@ -51,22 +47,15 @@ class GSRQConfig:
             ``"quantize"`` them too. Codes of all tokens are then held: less than the window in full precision up to
             contexts of 16 / bits times the window.
         skip_layers: indices of the layers that keep their full-precision cache.
-        recipe: ``"gsrq"`` (default), ``"gsrq-paper"``, ``"kmeans"``, or ``"universal"`` (no data).
-        beam: width of the encoder's beam search; by default (``None``) 4 with ``"quality"``, and 1, greedy, with
-            ``"fast"``, whose sweep over the stages makes up for nearly all of it.
-        seed: seed of calibration.
-        codebooks: path of a file of codebooks; ``None`` looks in the disk cache, then calibrates.
+        recipe: ``"gsrq"``, or ``"gsrq-paper"``, the paper's, with ``group_size=32``.
 
     Raises:
         ValueError: a field has a value that is not offered; the message says what is.
     """
 
     bits: float = 1
-    key_bits: float | None = None
-    value_bits: float | None = None
-    layout: str = "quality"
+    group_size: int = 8
     allocation: str | None = None
-    frame: int | None = None
     sink_tokens: int = 4
     recent_tokens: int = 128
     block_tokens: int = 32
@@ -74,27 +63,9 @@ class GSRQConfig:
     sliding: str = "keep"
     skip_layers: tuple[int, ...] = ()
     recipe: str = "gsrq"
-    beam: int | None = None
-    seed: int = 0
-    codebooks: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("bits", "key_bits", "value_bits"):
-            value = getattr(self, name)
-            if value is None and name != "bits":
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in BITS:
-                more = isinstance(value, (int, float)) and value > max(BITS)
-                raise ValueError(
-                    f"{name}={value!r} is not offered; choose one of {', '.join(map(str, BITS))}"
-                    + (
-                        ". This library is for 2 bits and fewer; for 4 or 8, transformers has QuantizedCache"
-                        if more
-                        else ""
-                    )
-                )
         for name, allowed in (
-            ("layout", LAYOUTS),
             ("allocation", ALLOCATIONS),
             ("prefill", PREFILLS),
             ("sliding", SLIDINGS),
@@ -104,61 +75,46 @@ class GSRQConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not offered; choose one of {', '.join(allowed)}")
         if self.allocation == "sensitivity" and self.recipe != "gsrq":
             raise ValueError(f"allocation='sensitivity' is for recipe='gsrq'; {self.recipe!r} gives all heads the same")
-        for name, least in (("frame", 1), ("sink_tokens", 0), ("recent_tokens", 0), ("block_tokens", 1), ("beam", 1)):
+        self._check_bits()
+        for name, least in (("group_size", 8), ("sink_tokens", 0), ("recent_tokens", 0), ("block_tokens", 1)):
             value = getattr(self, name)
-            if name in ("frame", "beam") and value is None:
-                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if self.group_size % 8:
+            raise ValueError(f"group_size={self.group_size} must be a multiple of 8")
+        if self.recipe == "gsrq-paper" and self.group_size != 32:
+            raise ValueError(f"group_size={self.group_size}: the groups of recipe='gsrq-paper' are of 32 elements")
         skipped = self.skip_layers
         layers = tuple(skipped) if isinstance(skipped, (tuple, list, set, frozenset, range)) else (None,)
         if any(not isinstance(i, int) or isinstance(i, bool) or i < 0 for i in layers):
             raise ValueError(f"skip_layers={self.skip_layers!r} must hold layer indices, integers of at least 0")
         object.__setattr__(self, "skip_layers", tuple(sorted(set(layers))))
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed={self.seed!r} must be an integer")
-        if self.codebooks is not None and not isinstance(self.codebooks, (str, os.PathLike)):
-            raise TypeError(
-                f"codebooks is a {type(self.codebooks).__name__}; in a config it is the path of a file "
-                "(pass Codebooks to quantize_kv_ itself)"
+
+    def _check_bits(self) -> None:
+        number = isinstance(self.bits, (int, float)) and not isinstance(self.bits, bool)
+        if number and self.bits > max(BITS):
+            raise ValueError(
+                f"bits={self.bits!r}: this library is for 2 bits and fewer; for 4 or 8, transformers has QuantizedCache"
             )
-
-    @property
-    def key_rate(self) -> float:
-        """Mean bits per key element."""
-        return self.bits if self.key_bits is None else self.key_bits
-
-    @property
-    def value_rate(self) -> float:
-        """Mean bits per value element."""
-        return self.bits if self.value_bits is None else self.value_bits
+        if not number or not self.bits >= min(BITS):
+            raise ValueError(f"bits={self.bits!r} must be a number from {min(BITS)} to {max(BITS)}")
+        if not self.spreads_bits:
+            check_uniform(self.bits)
 
     @property
     def spreads_bits(self) -> bool:
         """Whether heads get rates of their own."""
         return self.recipe == "gsrq" and self.allocation != "uniform"
 
-    @property
-    def key_frame(self) -> int:
-        """Tokens per anchored frame."""
-        return self.frame or (512 if self.layout == "quality" else 1024)
-
-    @property
-    def beam_width(self) -> int:
-        """Candidates of the encoder's search."""
-        return self.beam or (4 if self.layout == "quality" else 1)
-
     def codec_fields(self) -> dict[str, Any]:
         """The fields that decide what the codebooks are; the others only say how they are used."""
-        more = {"sliding": self.sliding} if self.sliding != "keep" else {}  # older files know no other
-        return more | {
-            "key_bits": float(self.key_rate),
-            "value_bits": float(self.value_rate),
-            "layout": self.layout,
+        return {
+            "bits": float(self.bits),
+            "group_size": self.group_size,
             "allocation": "sensitivity" if self.spreads_bits else "uniform",
-            "frame": self.key_frame,
+            "sliding": self.sliding,
+            "skip_layers": list(self.skip_layers),
             "recipe": self.recipe,
-            "seed": self.seed,
         }
 
     def codec_key(self) -> str:
@@ -167,7 +123,18 @@ class GSRQConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**asdict(self), "codebooks": None if self.codebooks is None else os.fspath(self.codebooks)}
+        return asdict(self)
+
+
+def check_uniform(bits: float) -> None:
+    """Refuse a rate that cannot be that of every head.
+
+    Raises:
+        ValueError: it is none of ``BITS``.
+    """
+    if bits not in BITS:
+        offered = ", ".join(map(str, BITS))
+        raise ValueError(f"bits={bits!r} is not offered where all heads have the same; choose one of {offered}")
 
 
 def encoded_tokens(length: int, recent_tokens: int, block_tokens: int) -> int:

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from torchgsrq import models, reference
+from torchgsrq import models, ops
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.attention import dense_attention, gsrq_attention
 from torchgsrq.cache import GSRQCache
@@ -27,6 +27,7 @@ from torchgsrq.config import GSRQConfig, encoded_tokens
 from torchgsrq.learning.statistics import unseen
 
 Candidate = tuple[GSRQConfig, Codebooks]
+_ROWS = 512  # of logits at a time
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,17 @@ class Comparison:
         self.same: list[Tensor] = []
 
     def add(self, ids: Tensor, full: Tensor, got: Tensor) -> None:
-        """One window: token ids ``[n]``, and log-probabilities ``[n, vocabulary]`` after each of them."""
-        full, got, targets = full[:-1], got[:-1], ids[1:, None]
-        self.kl.append(divergence(full, got).cpu())
-        self.same.append((full.argmax(-1) == got.argmax(-1)).float().cpu())
-        for kept, distribution in ((self.nll, got), (self.nll_full, full)):
-            kept.append(-distribution.gather(1, targets)[:, 0].cpu())
+        """One window: token ids ``[n]``, and logits ``[n, vocabulary]`` after each of them."""
+        found: list[list[Tensor]] = [[], [], [], []]
+        for rows in torch.arange(len(ids) - 1, device=ids.device).split(_ROWS):  # else a long text takes gigabytes
+            one, other = (x[rows].float().log_softmax(-1) for x in (full, got))
+            targets = ids[rows + 1, None]
+            facts = divergence(one, other), (one.argmax(-1) == other.argmax(-1)).float()
+            likely = (-x.gather(1, targets)[:, 0] for x in (other, one))
+            for kept, fact in zip(found, (*facts, *likely), strict=True):
+                kept.append(fact.cpu())
+        for whole, parts in zip((self.kl, self.same, self.nll, self.nll_full), found, strict=True):
+            whole.append(torch.cat(parts))
 
     def result(self) -> Quality:
         """Over all windows."""
@@ -122,13 +128,13 @@ def quality(
     comparisons = {name: Comparison() for name in candidates}
     for window in windows:
         ids = window.view(1, -1).to(model.device)
-        full = model(ids, use_cache=False).logits[0].float().log_softmax(-1)
+        full = model(ids, use_cache=False).logits[0]
         positions = torch.arange(ids.shape[1], device=ids.device)[None] + shift
         for name, (config, codebooks) in candidates.items():
             with quantized(model, for_measuring(config), codebooks):
                 out = model(ids, use_cache=True, position_ids=positions)
                 check_read_codes(models.returned_cache(out))
-                got = out.logits[0].float().log_softmax(-1)
+                got = out.logits[0]
             comparisons[name].add(ids[0], full, got)
     return {name: comparison.result() for name, comparison in comparisons.items()}
 
@@ -156,10 +162,11 @@ def true_bits(config: GSRQConfig, codebooks: Codebooks, tokens: int) -> float:
     window and codebooks."""
     coded = encoded_tokens(tokens, config.recent_tokens, config.block_tokens)
     window = config.sink_tokens + config.recent_tokens + config.block_tokens
-    size = elements = 0
+    size, elements = 0.0, 0
     for layer in codebooks.layers.values():
         for codec in layer:
-            size += coded * codec.token_bytes + 2 * window * codec.heads * codec.head_dim + codec.nbytes()
+            held = codec.heads * codec.head_dim
+            size += coded * held * codec.bits / 8 + 2 * window * held + codec.nbytes()
             elements += codec.heads * tokens * codec.head_dim
     return 8 * size / max(elements, 1)
 
@@ -177,13 +184,13 @@ def key_error(model: PreTrainedModel, window: Tensor, codebooks: Codebooks, shif
     def observer(module: Any, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> None:
         if module.layer_idx not in codebooks:
             return
-        codec = codebooks[module.layer_idx].key
-        decoded = reference.decode(reference.encode(k, positions, codec), positions, codec)
-        back = (positions.remainder(codec.frame) - positions)[:, None]
+        codecs = codebooks[module.layer_idx].key
+        decoded = ops.round_trip(k, positions, codecs)
+        back = (positions.remainder(codecs.frame) - positions)[:, None]
         found = []
-        for heads, run in codec.by_run():
+        for heads, codec in codecs.parts:
             turned = [
-                rotate(x[:, heads].float(), back, run.inv_freq, run.interleaved) @ run.transform.transpose(1, 2)
+                rotate(x[:, list(heads)].float(), back, codec.inv_freq, codec.interleaved) @ codec.transform.mT
                 for x in (k - decoded, k)
             ]
             # Sinks are kept in full precision, so the first token does not count.

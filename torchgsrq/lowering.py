@@ -20,13 +20,12 @@ def decode(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[in
 def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
     """`torchgsrq::encode` as a change to the codes' metric, which fuses with RoPE before it, and a search.
 
-    GPUs keep one op, whose kernel does both, and so do heads with layouts of their own, which it takes together.
+    GPUs keep the op, whose kernel does both.
     """
-    codec_ = Codec.from_flat(codec, layout)
-    if x.device.type != "cpu" or len(codec_.runs) > 1:
-        return torch.ops.torchgsrq.encode_at_once(x, position, codec, layout)
+    if x.device.type != "cpu":
+        return NotImplemented
     batch, heads, n, _ = x.shape
-    y = reference.to_metric(x, position, codec_)[:, : batch * n]
+    y = reference.to_metric(x, position, Codec.from_flat(codec, layout))[:, : batch * n]
     codes = torch.ops.torchgsrq.search(y, codec, layout)
     return codes.view(heads, batch, n, codes.shape[-1]).transpose(0, 1).contiguous()
 

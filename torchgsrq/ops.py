@@ -1,8 +1,8 @@
 """The ops as torch sees them: schemas, shapes for tracing, and their implementations.
 
-Ops on plain tensors carry a codec as ``Tensor[] codec, int[] layout`` (see `Codec.tensors` and
-`Codec.integers`) and a cache as ``Tensor[] kv, int[] layout`` (see `pack`). The ``kv_`` ops take
-`GSRQTensor`s and are what traced code calls, so that inner tensors are read only inside dispatch.
+Ops on plain tensors carry a codec, or those of a layer, as ``Tensor[] codec, int[] layout`` (see `Codec.tensors` and
+`Codecs.integers`) and a cache as ``Tensor[] kv, int[] layout`` (see `pack`). The ``kv_`` ops take `GSRQTensor`s and are
+what traced code calls, so that inner tensors are read only inside dispatch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from torchgsrq import lowering, reference
-from torchgsrq.codec import Codec
+from torchgsrq.codec import Codec, Codecs
+from torchgsrq.codec.codec import heads_of
 from torchgsrq.codec.kmeans import moments_by_code, nearest, sum_by_code
 from torchgsrq.kernels import cpu_library
 from torchgsrq.reference import Packed
@@ -28,11 +29,9 @@ _library = torch.library.Library("torchgsrq", "FRAGMENT")
 
 _SCHEMAS = {
     "encode": "(Tensor x, Tensor position, Tensor[] codec, int[] layout) -> Tensor",
-    "encode_at_once": "(Tensor x, Tensor position, Tensor[] codec, int[] layout) -> Tensor",
     "search": "(Tensor y, Tensor[] codec, int[] layout) -> Tensor",
     "decode": "(Tensor codes, Tensor position, Tensor[] codec, int[] layout, ScalarType dtype) -> Tensor",
-    "append_": "(Tensor(a!) codes, Tensor(b!) window, Tensor(c!) length, Tensor(d!) encoded, Tensor start, "
-    "Tensor[] codec, int[] layout, Tensor x, Tensor slots) -> ()",
+    "append_": "(Tensor(a!)[] kv, Tensor[] codec, int[] layout, Tensor x, Tensor slots) -> ()",
     "append_pair_": "(Tensor(a!)[] key, Tensor[] key_codec, int[] key_layout, Tensor(b!)[] value, "
     "Tensor[] value_codec, int[] value_layout, Tensor k, Tensor v, Tensor slots) -> ()",
     "tail": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> (Tensor, Tensor)",
@@ -53,9 +52,7 @@ _SCHEMAS = {
 }
 # What reads lengths on the host must stay outside captured CUDA graphs; the Triton kernels do not.
 _CAPTURABLE = (
-    ("encode", "encode_at_once", "decode", "append_", "append_pair_", "tail", "attention")
-    if importlib.util.find_spec("triton")
-    else ()
+    ("encode", "decode", "append_", "append_pair_", "tail", "attention") if importlib.util.find_spec("triton") else ()
 )
 _UNSAFE = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 for _name, _schema in _SCHEMAS.items():
@@ -63,33 +60,27 @@ for _name, _schema in _SCHEMAS.items():
 
 
 def pack(kv: list[Tensor], layout: list[int]) -> Packed:
-    """The parts of a cache from the flat form of the ops: ``codes, window, start, length, encoded, *codec``."""
-    codes, window, start, length, encoded, *codec = kv
+    """The parts of a cache from the flat form of the ops: ``window, start, length, encoded, *codes, *codec``."""
     sink_tokens, recent_tokens, block_tokens, *integers = layout
-    codec_ = Codec.from_flat(codec, integers)
-    return Packed(codes, window, start, length, encoded, codec_, sink_tokens, recent_tokens, block_tokens)
+    window, start, length, encoded, *rest = kv
+    parts = len(heads_of(integers))
+    codec = Codecs.from_flat(rest[parts:], integers)
+    return Packed(window, start, length, encoded, rest[:parts], codec, sink_tokens, recent_tokens, block_tokens)
 
 
 def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 (`Codec.codes_shape`)."""
-    _check_vectors(x, position, layout, values=not _capturing())
+    """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 ``[b, h, n, codes]``."""
     codec_ = Codec.from_flat(codec, layout)
-    if x.shape[1] != codec_.heads:
-        raise ValueError(f"x has shape {tuple(x.shape)}; this codec is for {codec_.heads} heads")
-    return (_kernel(x, "encode", codec_) or reference.encode)(x, position, codec_)
-
-
-def encode_at_once(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    """`encode`, where Inductor shall not take it apart (`lowering.encode`)."""
-    return encode(x, position, codec, layout)
+    _check_vectors(x, position, codec_, values=not _capturing())
+    return (_kernel(x, "encode", Codecs.of(codec_)) or reference.encode)(x, position, codec_)
 
 
 def search(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    """The second half of `encode`: float32 ``[h, n, dims]`` in the codes' metric to codes, uint8 ``[h, n, codes]``."""
+    """The second half of `encode`: float32 ``[h, n, d]`` in the codes' metric to codes, uint8 ``[h, n, codes]``."""
     codec_ = Codec.from_flat(codec, layout)
-    heads, dims = codec_.heads, codec_.layout.dims
-    if y.ndim != 3 or y.shape[::2] != (heads, dims) or y.dtype != torch.float32:
-        raise ValueError(f"y has shape {tuple(y.shape)} and is {y.dtype}; expected float32 [{heads}, n, {dims}]")
+    heads, dim = codec_.heads, codec_.head_dim
+    if y.ndim != 3 or y.shape[::2] != (heads, dim) or y.dtype != torch.float32:
+        raise ValueError(f"y has shape {tuple(y.shape)} and is {y.dtype}; expected float32 [{heads}, n, {dim}]")
     if not bool(torch.isfinite(y).all()):
         raise ValueError("x holds NaN or inf, which no codeword stands for")
     return reference.search(y, codec_)
@@ -98,32 +89,22 @@ def search(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
 def decode(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
     """Codes of `encode` at positions ``[b, n]`` to vectors of ``dtype``, ``[b, h, n, d]``."""
     codec_ = Codec.from_flat(codec, layout)
-    want = codec_.codes_shape(0, 0)
-    if codes.dtype != torch.uint8 or codes.ndim != 4 or codes.shape[1::2] != want[1::2]:
+    heads, bytes_ = codec_.heads, codec_.layout.codes
+    if codes.dtype != torch.uint8 or codes.ndim != 4 or codes.shape[1::2] != (heads, bytes_):
         raise ValueError(
-            f"codes are {codes.dtype} {tuple(codes.shape)}; this codec reads uint8 [batch, {want[1]}, n, {want[3]}]: "
+            f"codes are {codes.dtype} {tuple(codes.shape)}; this codec reads uint8 [batch, {heads}, n, {bytes_}]: "
             "they come from another codebook"
         )
     return reference.decode(codes, position, codec_, dtype)
 
 
-def append_(
-    codes: Tensor,
-    window: Tensor,
-    length: Tensor,
-    encoded: Tensor,
-    start: Tensor,
-    codec: list[Tensor],
-    layout: list[int],
-    x: Tensor,
-    slots: Tensor,
-) -> None:
-    """Append vectors ``[b, h, n, d]`` at slots ``[n]`` in place (`reference.append_`)."""
-    kv = [codes, window, start, length, encoded, *codec]
-    packed = pack(kv, layout)
+def append_(kv: list[Tensor], codec: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
+    """Append vectors ``[b, h, n, d]`` at slots ``[n]`` in place (`reference.append_`) to the parts of a cache
+    ``window, start, length, encoded, *codes``."""
+    packed = pack([*kv, *codec], layout)
     kernel = _kernel(x, "append_", packed.codec, caches=(packed,))
     if kernel:
-        check_append(kv, layout, x, slots)
+        check_append([*kv, *codec], layout, x, slots)
     (kernel or reference.append_)(packed, x, slots)
 
 
@@ -138,12 +119,12 @@ def append_pair_(
     v: Tensor,
     slots: Tensor,
 ) -> None:
-    """`append_` to the keys and values of a layer (``codes, window, start, length, encoded``), or to neither."""
+    """`append_` to the keys and values of a layer, or to neither."""
     pairs = ((key, key_codec, key_layout, k), (value, value_codec, value_layout, v))
     for kv, codec, layout, x in pairs:
         check_append([*kv, *codec], layout, x, slots)
-    for (codes, window, start, length, encoded), codec, layout, x in pairs:
-        append_(codes, window, length, encoded, start, codec, layout, x, slots)
+    for kv, codec, layout, x in pairs:
+        append_(kv, codec, layout, x, slots)
 
 
 def check_append(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
@@ -201,9 +182,11 @@ def attention(
     )
 
 
-def _check_vectors(x: Tensor, position: Tensor, layout: list[int], values: bool = True) -> None:
-    if x.ndim != 4 or x.shape[-1] != layout[0]:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected [batch, heads, n, head_dim={layout[0]}]")
+def _check_vectors(x: Tensor, position: Tensor, codec: Codec, values: bool = True) -> None:
+    if x.ndim != 4 or x.shape[1::2] != (codec.heads, codec.head_dim):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected [batch, heads={codec.heads}, n, head_dim={codec.head_dim}]"
+        )
     if position.shape != (x.shape[0], x.shape[2]):
         raise ValueError(f"position has shape {tuple(position.shape)}; expected {(x.shape[0], x.shape[2])}")
     if not x.is_floating_point():
@@ -214,9 +197,9 @@ def _check_vectors(x: Tensor, position: Tensor, layout: list[int], values: bool 
 
 def _check_query(q: Tensor, key: Packed, value: Packed, mask: Tensor | None, lengths: bool = True) -> None:
     heads, dim = key.codec.heads, key.codec.head_dim
-    if q.ndim != 4 or q.shape[-1] != dim or q.shape[1] % heads or q.shape[0] != key.codes.shape[0]:
+    if q.ndim != 4 or q.shape[-1] != dim or q.shape[1] % heads or q.shape[0] != key.window.shape[0]:
         raise ValueError(
-            f"query has shape {tuple(q.shape)}; this cache takes [batch={key.codes.shape[0]}, a multiple of {heads} "
+            f"query has shape {tuple(q.shape)}; this cache takes [batch={key.window.shape[0]}, a multiple of {heads} "
             f"heads, queries, head_dim={dim}]"
         )
     if not lengths:
@@ -252,13 +235,13 @@ def _triton() -> Any:
     return SimpleNamespace(attention=attention, encode=encode)
 
 
-def has_gpu_kernels(key: Codec, value: Codec) -> bool:
+def has_gpu_kernels(key: Codecs, value: Codecs) -> bool:
     """Whether caches with these codecs run on GPUs in Triton kernels, all the way."""
     kernels = _triton()
     return bool(kernels) and kernels.attention.supports(key, value) and all(map(kernels.encode.supports, (key, value)))
 
 
-def _kernel(x: Tensor, name: str, *codecs: Codec, caches: tuple[Packed, ...] = ()) -> Callable[..., Any] | None:
+def _kernel(x: Tensor, name: str, *codecs: Codecs, caches: tuple[Packed, ...] = ()) -> Callable[..., Any] | None:
     """The Triton function of an op, if ``x`` is on a GPU and the kernels read such codecs and caches.
 
     Raises:
@@ -272,10 +255,10 @@ def _kernel(x: Tensor, name: str, *codecs: Codec, caches: tuple[Packed, ...] = (
         return getattr(module, name)
     if _capturing():
         raise RuntimeError(
-            f"{name} runs in plain PyTorch for this codec (gains, frames that are no multiple of 16, more than 16 "
-            "residual stages, more than 64 heads, or keys with other runs of heads than values), for positions that do "
-            "not count up with the slots, or without triton, and cannot be captured in a CUDA graph: choose another "
-            "compile mode (in generate, disable_compile=True)"
+            f"{name} runs in plain PyTorch for this codec (frames that are no multiple of 16, more than 8 residual "
+            "stages, more than 64 heads, or keys whose heads share codecs otherwise than values), for positions that "
+            "do not count up with the slots, or without triton, and cannot be captured in a CUDA graph: choose "
+            "another compile mode (in generate, disable_compile=True)"
         )
     return None
 
@@ -293,7 +276,6 @@ def _subclass_only(*_: object) -> None:
 
 _FUNCTIONS = (
     encode,
-    encode_at_once,
     search,
     decode,
     append_,
@@ -310,7 +292,6 @@ _FUNCTIONS = (
 # These have a C++ kernel as well, in kernels/.
 _COMPILED = (
     "encode",
-    "encode_at_once",
     "search",
     "append_",
     "append_pair_",
@@ -370,28 +351,23 @@ for _key in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("torchgsrq::encode", lib=_library)
-@torch.library.register_fake("torchgsrq::encode_at_once", lib=_library)
 def _(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
     lowering.register()
-    return x.new_empty(Codec.from_flat(codec, layout).codes_shape(x.shape[0], x.shape[2]), dtype=torch.uint8)
+    return x.new_empty((*x.shape[:3], Codec.from_flat(codec, layout).layout.codes), dtype=torch.uint8)
 
 
 @torch.library.register_fake("torchgsrq::search", lib=_library)
 def _(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    return y.new_empty((*y.shape[:2], Codec.from_flat(codec, layout).num_codes), dtype=torch.uint8)
+    return y.new_empty((*y.shape[:2], Codec.from_flat(codec, layout).layout.codes), dtype=torch.uint8)
 
 
 @torch.library.register_fake("torchgsrq::decode", lib=_library)
 def _(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
     lowering.register()
-    return codes.new_empty((codes.shape[0], codec[0].shape[0], codes.shape[2], layout[0]), dtype=dtype)
+    return codes.new_empty((*codes.shape[:3], Codec.from_flat(codec, layout).head_dim), dtype=dtype)
 
 
 @torch.library.register_fake("torchgsrq::append_", lib=_library)
-def _(codes, window, length, encoded, start, codec, layout, x, slots) -> None:  # type: ignore[no-untyped-def]
-    return None
-
-
 @torch.library.register_fake("torchgsrq::append_pair_", lib=_library)
 def _(*_: object) -> None:
     return None
@@ -404,15 +380,15 @@ def _(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
 
 @torch.library.register_fake("torchgsrq::tail", lib=_library)
 def _(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    window, encoded = kv[1], kv[4]
+    window, encoded = kv[0], kv[3]
     shape = (*window.shape[:2], window.shape[2] - layout[0] + x.shape[2], window.shape[3])
     return window.new_empty(shape), torch.empty_like(encoded)
 
 
 @torch.library.register_fake("torchgsrq::dequantize", lib=_library)
 def _(kv: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
-    codes, window = kv[:2]
-    return codes.new_empty((*window.shape[:2], codes.shape[2], window.shape[3]), dtype=dtype)
+    window, codes = kv[0], kv[4]
+    return window.new_empty((*window.shape[:2], codes.shape[2], window.shape[3]), dtype=dtype)
 
 
 @torch.library.register_fake("torchgsrq::refuse_gradient", lib=_library)
@@ -425,7 +401,11 @@ def _(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def round_trip(x: Tensor, position: Tensor, codec: Codec) -> Tensor:
+def round_trip(x: Tensor, position: Tensor, codec: Codec | Codecs) -> Tensor:
     """Vectors ``[b, heads, n, head_dim]`` at positions ``[b, n]``, encoded and decoded, float32."""
-    flat = (codec.tensors, codec.integers)
-    return decode(encode(x, position, *flat), position, *flat, torch.float32)
+    codecs, found = Codecs.of(codec), []
+    for heads, one in codecs.parts:
+        flat = (one.tensors, one.integers)
+        codes = torch.ops.torchgsrq.encode(x[:, list(heads)], position, *flat)
+        found.append(torch.ops.torchgsrq.decode(codes, position, *flat, torch.float32))
+    return codecs.merged(found)

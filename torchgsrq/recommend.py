@@ -1,4 +1,4 @@
-"""Which setting? Bytes of a model's KV cache at each rate and layout, from its config alone."""
+"""Which setting? Bytes of a model's KV cache at each rate and group size, from its config alone."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig, PreTrainedConfig
 
-from torchgsrq.codec.layout import key_layout, rates, value_layout
-from torchgsrq.config import LAYOUTS, GSRQConfig
+from torchgsrq.codec.layout import CODEWORDS, Layout, rates
+from torchgsrq.config import GSRQConfig
 from torchgsrq.models import UNBOUNDED, kinds_of_layers
 
 _WORD = 2  # bytes of an element of bfloat16, in which windows and kept layers are
 RATES = (2.0, 1.0, 0.5)
+GROUPS = (8, 32)  # elements of a group
 SHAPES = {"1.5B": (28, 2, 128), "3B": (28, 8, 128), "8B": (32, 8, 128), "70B": (80, 8, 128)}  # layers, KV heads, width
 CONTEXTS = (8192, 32768, 131072)
 
@@ -21,14 +22,14 @@ class Setting:
     """What a setting takes.
 
     Attributes:
-        layout, bits: of the config.
+        group_size, bits: of the config.
         cache: bytes of one row's cache: codes, sinks, window, and layers that are kept.
         codebooks: bytes that all caches of the model share, if all heads have the same bits.
         longest: tokens that fit into the memory, or None without a limit.
         fits: whether the cache does.
     """
 
-    layout: str
+    group_size: int
     bits: float
     cache: int
     codebooks: int
@@ -79,7 +80,7 @@ def _kept(config: PreTrainedConfig, tokens: int) -> int:
 
 
 def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -> list[Setting]:
-    """Every layout and rate for contexts of ``tokens``, and whether they fit into ``memory`` bytes beside the weights.
+    """Every group size and rate for contexts of ``tokens``; whether they fit into ``memory`` bytes beside the weights.
 
     Raises:
         ValueError: no layer with full attention; a head_dim that no rate is offered for.
@@ -92,48 +93,43 @@ def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -
     if not offered:
         raise ValueError(f"no rate is offered for heads of {widths}")
     found = []
-    of_values = key_layout if getattr(config, "kv_lora_rank", None) else value_layout
-    for layout in LAYOUTS:
+    for group_size in GROUPS:
         for bits in offered:
-            one = GSRQConfig(bits=bits, layout=layout)
+            one = GSRQConfig(bits=bits, group_size=group_size)
             slots = one.sink_tokens + one.recent_tokens + one.block_tokens
             fixed = heads * sum(widths) * _WORD * slots * whole + _kept(config, tokens)
             each = int(heads * sum(widths) * bits / 8) * whole
-            tables = sum(
-                256 * x.codes * x.width * 2 + 4 * x.head_dim * (2 * x.dims + 1)
-                for x in (key_layout(widths[0], bits, layout), of_values(widths[1], bits, layout))
-            )
+            layouts = [Layout.of(width, bits, group_size) for width in widths]
+            tables = sum(CODEWORDS * x.codes * x.width * 2 + 4 * x.head_dim * (2 * x.head_dim + 1) for x in layouts)
             codebooks = heads * tables * whole
             longest = None if memory is None else max(0, (memory - fixed - codebooks) // each)
             cache = each * tokens + fixed
-            found.append(Setting(layout, bits, cache, codebooks, longest, longest is None or longest >= tokens))
+            found.append(Setting(group_size, bits, cache, codebooks, longest, longest is None or longest >= tokens))
     return found
 
 
-def choose(found: list[Setting], tokens: int, gpu: bool) -> Setting | None:
-    """The setting to begin with, of those that fit: the most bits, with ``"fast"`` on GPUs and for long contexts."""
-    layout = "fast" if gpu or tokens >= 8192 else "quality"
-    fitting = [s for s in found if s.fits and s.layout == layout]
-    return max(fitting, key=lambda s: s.bits, default=None)
+def choose(found: list[Setting]) -> Setting | None:
+    """The setting to begin with, of those that fit: the most bits, in the smallest groups."""
+    return max((s for s in found if s.fits), key=lambda s: (s.bits, -s.group_size), default=None)
 
 
 def markdown_tables() -> str:
     """What caches and codebooks take for `SHAPES`, decoders of these sizes, and `CONTEXTS`: two tables in Markdown."""
     names = [f"{bits:g} bit{'s' if bits > 1 else ''}" for bits in RATES]
     caches = [("model", "layers, KV heads, head_dim", "tokens", "bfloat16", *names)]
-    books = [("model", "layout", *names)]
+    books = [("model", "group size", *names)]
     for name, (layers, heads, dim) in SHAPES.items():
         config = LlamaConfig(
             num_hidden_layers=layers, num_attention_heads=heads, hidden_size=heads * dim, num_key_value_heads=heads
         )
         for tokens in CONTEXTS:
             plain = full_precision(config, tokens)
-            found = {s.bits: s.cache for s in settings(config, tokens) if s.layout == "fast"}  # same in both layouts
+            found = {s.bits: s.cache for s in settings(config, tokens) if s.group_size == GROUPS[0]}
             row = [f"{_mib(found[bits])} (1/{plain / found[bits]:.1f})" for bits in RATES]
             caches.append((name, f"{layers}, {heads}, {dim}", f"{tokens // 1024}k", _mib(plain), *row))
-        for layout in LAYOUTS:
-            tables = [_mib(s.codebooks) for s in settings(config, CONTEXTS[0]) if s.layout == layout]
-            books.append((name, layout, *tables))
+        for size in GROUPS:
+            tables = [_mib(s.codebooks) for s in settings(config, CONTEXTS[0]) if s.group_size == size]
+            books.append((name, str(size), *tables))
     return "\n\n".join(
         (
             "The cache of one row, in MiB, and its share of bfloat16:",

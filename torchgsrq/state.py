@@ -56,10 +56,6 @@ class State:
         about = models.text_config(model)
         cache = GSRQCache(self.codebooks, config or self.config, about, max_cache_len, template, rotaries, self.decodes)
         cache.unmovable = models.unmovable(self.layers)
-        for info in self.layers:
-            for one, codec in zip((info, info.value), self.codebooks.layers.get(info.index, ()), strict=False):
-                if one and one.inv_freq.numel() and not codec.inv_freq.numel():
-                    cache.unmovable = f"recipe={self.config.recipe!r} codes keys as RoPE has turned them"
         return cache
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,14 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from torchgsrq import ops, reference
-from torchgsrq.codec import Codec
+from torchgsrq.codec import Codec, Codecs
+from torchgsrq.codec.codec import TABLES, heads_of
 from torchgsrq.config import GSRQConfig
 
 aten = torch.ops.aten
 gsrq = torch.ops.torchgsrq
 
-PARTS = ("codes", "window", "start", "length", "encoded")
-TABLES = ("mean_vector", "transform", "inverse", "codebook", "inv_freq", "gains")
+PARTS = ("window", "start", "length", "encoded")
 
 
 class GSRQTensor(Tensor):
@@ -29,8 +30,6 @@ class GSRQTensor(Tensor):
     take part in attention. Tokens are written in order; writing at an earlier slot rewinds to it.
 
     Tensor Attributes:
-        codes: uint8 ``[batch, heads, capacity, codes]``, the encoded tokens (`Codec.codes_shape`, where heads have
-            layouts of their own).
         window: ``[batch, heads, sink_tokens + ring, head_dim]``: the first real tokens of each row, and a ring
             of the newest, in full precision.
         start: int32 ``[batch, 2]``: the slot of each row's position 0 (negative where positions begin above 0),
@@ -38,26 +37,31 @@ class GSRQTensor(Tensor):
             count up with the slots (padding in the middle, images): then also the position of every slot.
         length: int32 ``[]``, slots held.
         encoded: int32 ``[batch]``, the slots of each row, from the first on, that were turned into codes.
-        mean_vector, transform, inverse, codebook, inv_freq, gains: the codec's tables (`Codec`), shared.
+        codes_0, codes_1, ...: of each part of the codecs, uint8 ``[batch, heads of the part, capacity, codes]``, the
+            encoded tokens; ``codes`` is their list.
+        inv_freq, mean_0, transform_0, inverse_0, codebook_0, mean_1, ...: the tables of `Codecs`, shared.
 
     Non-Tensor Attributes:
-        integers: sink, recent and block tokens, then `Codec.integers`.
+        integers: sink, recent and block tokens, then `Codecs.integers`.
         head_repeat: times that each head is repeated in the logical shape (``repeat_interleave`` is lazy).
         read_only: a view; appending to it would leave the original behind.
         split_heads: the repeated heads have a dimension of their own, as between ``expand`` and ``reshape``.
+        names, owned: of the tensor attributes, and how many of them, the first, are not shared.
+        parts: the tensor attributes, in their order, as ops take them.
     """
 
-    codes: Tensor
     window: Tensor
     start: Tensor
     length: Tensor
     encoded: Tensor
-    codebook: Tensor
     inv_freq: Tensor
     integers: tuple[int, ...]
     head_repeat: int
     read_only: bool
     split_heads: bool
+    names: tuple[str, ...]
+    owned: int
+    parts: list[Tensor]
 
     @staticmethod
     def __new__(
@@ -69,15 +73,15 @@ class GSRQTensor(Tensor):
         split: bool = False,
     ) -> GSRQTensor:
         """Wrap the tensor attributes, in their order; users call `empty`."""
-        codes, window = tensors[:2]
-        batch, heads, capacity = codes.shape[0], window.shape[1], codes.shape[2]
-        size = (batch, heads, repeat, capacity, window.shape[-1])
-        if not split:
-            size = (batch, heads * repeat, capacity, window.shape[-1])  # type: ignore[assignment]
+        window, capacity = tensors[0], tensors[len(PARTS)].shape[2]
+        batch, heads, _, head_dim = window.shape
+        size = (batch, heads, repeat, capacity, head_dim) if split else (batch, heads * repeat, capacity, head_dim)
         self = Tensor._make_wrapper_subclass(cls, size, dtype=window.dtype, device=window.device)
-        for name, tensor in zip(PARTS + TABLES, tensors, strict=True):
-            setattr(self, name, tensor)
         self.integers, self.head_repeat, self.read_only, self.split_heads = tuple(layout), repeat, read_only, split
+        self.names, self.owned = _names(len(heads_of(self.integers[3:])))
+        self.parts = list(tensors)
+        for name, tensor in zip(self.names, tensors, strict=True):
+            setattr(self, name, tensor)
         return self
 
     @classmethod
@@ -88,7 +92,7 @@ class GSRQTensor(Tensor):
         capacity: int,
         head_dim: int,
         *,
-        codec: Codec,
+        codec: Codec | Codecs,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         config: GSRQConfig | None = None,
@@ -97,13 +101,14 @@ class GSRQTensor(Tensor):
         """An empty buffer.
 
         Args:
-            codec: ``codebooks[layer].key`` or ``.value``.
+            codec: ``codebooks[layer].key`` or ``.value``, or a codec of all heads.
             config: sink, recent and block tokens; the defaults of `GSRQConfig` without it.
             start: int ``[batch]``, left padding of each row, or in full, see the tensor attribute; zeros by default.
 
         Raises:
             ValueError: the codec is for another head_dim or number of heads, or a size is negative.
         """
+        codec = Codecs.of(codec)
         if (codec.heads, codec.head_dim) != (kv_heads, head_dim):
             raise ValueError(
                 f"codec is for {codec.heads} heads of {codec.head_dim}, not kv_heads={kv_heads} and head_dim={head_dim}"
@@ -112,16 +117,19 @@ class GSRQTensor(Tensor):
             raise ValueError(f"batch={batch} and capacity={capacity} must be at least 0")
         config = config or GSRQConfig()
         dtype = dtype or torch.get_default_dtype()
-        codes = torch.zeros(codec.codes_shape(batch, capacity), dtype=torch.uint8, device=device)
-        device = codes.device
-        codec = codec.to(device)
         ring = config.recent_tokens + config.block_tokens
+        window = torch.zeros(batch, kv_heads, config.sink_tokens + ring, head_dim, dtype=dtype, device=device)
+        device = window.device
+        codec = codec.to(device)
         tensors = [
-            codes,
-            torch.zeros(batch, kv_heads, config.sink_tokens + ring, head_dim, dtype=dtype, device=device),
+            window,
             torch.zeros(batch, 2, dtype=torch.int32, device=device),
             torch.zeros((), dtype=torch.int32, device=device),
             torch.zeros(batch, dtype=torch.int32, device=device),
+            *(
+                torch.zeros(batch, len(heads), capacity, part.layout.codes, dtype=torch.uint8, device=device)
+                for heads, part in codec.parts
+            ),
             *codec.tensors,
         ]
         if start is not None:
@@ -130,27 +138,27 @@ class GSRQTensor(Tensor):
                     f"start has shape {tuple(start.shape)}; expected [{batch}], [{batch}, 2] or [{batch}, 2 + capacity]"
                 )
             start = start if start.ndim == 2 else start[:, None].expand(-1, 2)
-            tensors[2] = start.to(device=device, dtype=torch.int32).clone()
+            tensors[1] = start.to(device=device, dtype=torch.int32).clone()
         layout = (config.sink_tokens, config.recent_tokens, config.block_tokens, *codec.integers)
         return cls(tensors, layout)
 
     # -- what torch asks of a wrapper subclass
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return [*PARTS, *TABLES], (self.integers, self.head_repeat, self.read_only, self.split_heads)
+        return list(self.names), (self.integers, self.head_repeat, self.read_only, self.split_heads)
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> GSRQTensor:
-        return cls([inner[name] for name in PARTS + TABLES], *meta)
+        return cls([inner[name] for name in _names(len(heads_of(meta[0][3:])))[0]], *meta)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        (_, units, _, unit), (_, heads, _, head_dim) = self.codes.shape, self.window.shape
-        bits = 8 * units * unit / (heads * head_dim)
+        held = sum(codes.shape[1] * codes.shape[3] for codes in self.codes)
+        bits = 8 * held / (self.window.shape[1] * self.window.shape[3])
         rate = f"{bits:g}" if isinstance(bits, float) else str(bits)  # torch prints what it traces, in symbols
         return f"GSRQTensor(shape={tuple(self.shape)}, bits={rate}, dtype={self.dtype}, device={self.device})"
 
     def _stable_hash_for_caching(self) -> str:
-        inner = [(name, tuple(getattr(self, name).shape), str(getattr(self, name).dtype)) for name in PARTS + TABLES]
+        inner = [(name, tuple(getattr(self, name).shape), str(getattr(self, name).dtype)) for name in self.names]
         return repr((type(self).__name__, str(self.device), inner, self.__tensor_flatten__()[1]))
 
     @classmethod
@@ -184,14 +192,14 @@ class GSRQTensor(Tensor):
         return out.repeat_interleave(self.head_repeat, 1) if self.head_repeat > 1 else out
 
     @property
-    def parts(self) -> list[Tensor]:
-        """The tensor attributes, as ops take them."""
-        return [getattr(self, name) for name in PARTS + TABLES]
+    def codes(self) -> list[Tensor]:
+        """The encoded tokens of every part of the codecs."""
+        return self.parts[len(PARTS) : self.owned]
 
     @property
-    def codec(self) -> Codec:
-        """The codec."""
-        return Codec.from_flat(self.parts[5:], list(self.integers[3:]))
+    def codec(self) -> Codecs:
+        """The codecs."""
+        return Codecs.from_flat(self.parts[self.owned :], list(self.integers[3:]))
 
     @property
     def packed(self) -> reference.Packed:
@@ -212,11 +220,13 @@ class GSRQTensor(Tensor):
 
     def grown(self, capacity: int) -> GSRQTensor:
         """A buffer of at least this capacity with the same tokens; its codes are moved, the rest is shared."""
-        if capacity <= self.codes.shape[2]:
+        more = capacity - self.codes[0].shape[2]
+        if more <= 0:
             return self
-        codes, window, start, *rest = self.parts
-        codes = self.codec.padded_codes(codes, capacity)
-        return _like(self, [codes, window, reference.fitted(start, capacity), *rest])
+        window, start, *rest = self.parts
+        codes = [F.pad(codes, (0, 0, 0, more)) for codes in self.codes]
+        others = [*rest[: len(PARTS) - 2], *codes, *self.parts[self.owned :]]
+        return _like(self, [window, reference.fitted(start, capacity), *others])
 
     def placed(self, start: Tensor) -> GSRQTensor:
         """The same buffer with another ``start``, of which it takes a copy, as a part or in place."""
@@ -224,8 +234,8 @@ class GSRQTensor(Tensor):
         if start.shape == self.start.shape:
             gsrq.kv_place_(self, start)
             return self
-        codes, window, _, *rest = self.parts
-        return _like(self, [codes, window, start.clone(), *rest])
+        window, _, *rest = self.parts
+        return _like(self, [window, start.clone(), *rest])
 
     def with_frequencies(self, inv_freq: Tensor) -> GSRQTensor:
         """The same buffer with the frame rotation of other RoPE frequencies."""
@@ -236,14 +246,14 @@ class GSRQTensor(Tensor):
 
     def held_on(self, device: torch.device | str) -> GSRQTensor:
         """The same buffer with what it owns on a device; the tables stay where they are, for offloading."""
-        return _like(self, [*(t.to(device) for t in self.parts[: len(PARTS)]), *self.parts[len(PARTS) :]])
+        return _like(self, [t.to(device) if i < self.owned else t for i, t in enumerate(self.parts)])
 
     def select_rows(self, rows: Tensor) -> GSRQTensor:
         """The rows of the batch at ``rows`` (indices, or a bool mask), any of them, in any order; a copy."""
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
-        codes, window, start, length, encoded, *tables = self.parts
-        *picked, coded = (t.index_select(0, rows.to(t.device)) for t in (codes, window, start, encoded))
-        return _like(self, [*picked, length.clone(), coded, *tables])
+        held = self.parts[: self.owned]
+        held = [t.index_select(0, rows.to(t.device)) if t.ndim else t.clone() for t in held]  # the length is of all
+        return _like(self, [*held, *self.parts[self.owned :]])
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
@@ -251,8 +261,16 @@ class GSRQTensor(Tensor):
         return sum(self.nbytes_by_part().values())
 
     def nbytes_by_part(self) -> dict[str, int]:
-        """Bytes of the storages that this buffer owns (not the shared tables), by part."""
-        return {name: getattr(self, name).untyped_storage().nbytes() for name in PARTS}
+        """Bytes of the storages that this buffer owns (not the shared tables), by part; codes together."""
+        found = {name: getattr(self, name).untyped_storage().nbytes() for name in PARTS}
+        return found | {"codes": sum(codes.untyped_storage().nbytes() for codes in self.codes)}
+
+
+@functools.cache
+def _names(parts: int) -> tuple[tuple[str, ...], int]:
+    """The names of a buffer's tensors, of codecs of so many parts, and how many of them it owns."""
+    owned = (*PARTS, *(f"codes_{i}" for i in range(parts)))
+    return (*owned, "inv_freq", *(f"{table}_{i}" for i in range(parts) for table in TABLES)), len(owned)
 
 
 def _made_in_graph(args: Any) -> bool:
@@ -277,15 +295,14 @@ def _like(x: GSRQTensor, tensors: list[Tensor], **changes: Any) -> GSRQTensor:
 def _append(kv: GSRQTensor, x: Tensor, slots: Tensor) -> None:
     if kv.read_only or kv.head_repeat > 1:
         raise ValueError("this GSRQTensor is a view; write to the buffer that it was made from")
-    codes, window, start, length, encoded, *tables = kv.parts
-    gsrq.append_(codes, window, length, encoded, start, tables, list(kv.integers), x, slots)
+    gsrq.append_(kv.parts[: kv.owned], kv.parts[kv.owned :], list(kv.integers), x, slots)
 
 
 def append_pair_(key: GSRQTensor, value: GSRQTensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Append to both buffers or to neither, in one call of one op: a decode step makes it in every layer."""
-    owned = len(PARTS)
-    (*kv, k_layout), (*other, v_layout) = ((x.parts[:owned], x.parts[owned:], list(x.integers)) for x in (key, value))
-    gsrq.append_pair_(*kv, k_layout, *other, v_layout, k, v, slots)
+    sides = ((x.parts, x.owned, list(x.integers)) for x in (key, value))
+    flat = [y for parts, owned, layout in sides for y in (parts[:owned], parts[owned:], layout)]
+    gsrq.append_pair_(*flat, k, v, slots)
 
 
 def _index_copy_(kv: GSRQTensor, dim: int, index: Tensor, source: Tensor) -> GSRQTensor:
@@ -306,13 +323,15 @@ def _index_put_(kv: GSRQTensor, indices: list[Tensor | None], values: Tensor, ac
 
 def _copy_(kv: GSRQTensor, source: Tensor, non_blocking: bool = False) -> GSRQTensor:
     if isinstance(source, GSRQTensor):
-        if source.integers != kv.integers or any(getattr(source, x).shape != getattr(kv, x).shape for x in PARTS):
+        pairs = list(zip(kv.parts, source.parts, strict=True)) if source.integers == kv.integers else []
+        owned, tables = pairs[: kv.owned], pairs[kv.owned :]
+        if not pairs or any(a.shape != b.shape for a, b in pairs):
             raise ValueError(f"cannot copy {source!r} into {kv!r}: their codecs or shapes differ")
-        same = source.codebook is kv.codebook or torch.compiler.is_compiling()
-        if not same and not torch.equal(source.codebook, kv.codebook):
+        same = torch.compiler.is_compiling() or all(a is b or torch.equal(a, b) for a, b in tables)
+        if not same:
             raise ValueError(f"cannot copy {source!r} into {kv!r}: their codebooks differ")
-        for name in PARTS:
-            getattr(kv, name).copy_(getattr(source, name), non_blocking)
+        for a, b in owned:
+            a.copy_(b, non_blocking)
     else:
         _append(kv, source.to(kv.dtype), torch.arange(source.shape[2], device=kv.device))
     return kv
@@ -323,8 +342,8 @@ def _place(kv: GSRQTensor, start: Tensor) -> None:
 
 
 def _zero_(kv: GSRQTensor) -> GSRQTensor:
-    for name in PARTS:
-        getattr(kv, name).zero_()
+    for tensor in kv.parts[: kv.owned]:
+        tensor.zero_()
     return kv
 
 
@@ -335,7 +354,7 @@ def _zero_(kv: GSRQTensor) -> GSRQTensor:
 def _clone(kv: GSRQTensor, memory_format: Any = None) -> GSRQTensor:
     if kv.split_heads:  # the middle of expand().reshape(): still a view, nothing to copy
         return kv
-    return _like(kv, [*(t.clone() for t in kv.parts[:5]), *kv.parts[5:]], read_only=False)
+    return _like(kv, [t.clone() if i < kv.owned else t for i, t in enumerate(kv.parts)], read_only=False)
 
 
 def _alias(kv: GSRQTensor) -> GSRQTensor:
@@ -347,8 +366,8 @@ def _to_copy(
 ) -> GSRQTensor:
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"a GSRQTensor holds floating values; dtype={dtype} is not one")
-    moved = [t.to(device=device, non_blocking=non_blocking, copy=i < 5) for i, t in enumerate(kv.parts)]
-    moved[1] = moved[1].to(dtype or kv.dtype)
+    moved = [t.to(device=device, non_blocking=non_blocking, copy=i < kv.owned) for i, t in enumerate(kv.parts)]
+    moved[0] = moved[0].to(dtype or kv.dtype)
     return _like(kv, moved)
 
 
@@ -370,14 +389,14 @@ def _slice(kv: GSRQTensor, dim: int = 0, start: int | None = None, end: int | No
     last = min(max(size if end is None else end + (size if end < 0 else 0), first), size)
     if (first, last, step) == (0, size, 1):
         return _alias(kv)
-    codes, window, begin, length, encoded, *tables = kv.parts
+    held, tables = kv.parts[: kv.owned], kv.parts[kv.owned :]
     dim = dim % kv.ndim
     if dim == 0 and step == 1:
-        *parts, coded = (t[first:last] for t in (codes, window, begin, encoded))
-        return _like(kv, [*parts, length, coded, *tables], read_only=True)
+        return _like(kv, [*(t[first:last] if t.ndim else t for t in held), *tables], read_only=True)
     if dim == kv.ndim - 2 and first == 0 and step == 1:
-        parts = [kv.packed.coded(0, last), window, begin, length.clamp(max=last), encoded.clamp(max=last)]
-        return _like(kv, [*parts, *tables], read_only=True)
+        window, begin, length, encoded, *codes = held
+        counters = [length.clamp(max=last), encoded.clamp(max=last)]
+        return _like(kv, [window, begin, *counters, *(c[:, :, :last] for c in codes), *tables], read_only=True)
     raise ValueError(
         f"slice [{start}:{end}:{step}] along dim {dim}: only rows of the batch and the first tokens can be cut out; "
         "call .dequantize() for anything else"
@@ -404,8 +423,8 @@ def _expand(kv: GSRQTensor, size: list[int], implicit: bool = False) -> GSRQTens
 def _view(kv: GSRQTensor, size: list[int]) -> GSRQTensor:
     if tuple(size) == tuple(kv.shape):
         return _alias(kv)
-    batch, heads, capacity = kv.codes.shape[0], kv.window.shape[1], kv.codes.shape[2]
-    if tuple(size) == (batch, heads * kv.head_repeat, capacity, kv.window.shape[-1]):
+    batch, heads, _, dim = kv.window.shape
+    if tuple(size) == (batch, heads * kv.head_repeat, kv.codes[0].shape[2], dim):
         return _like(kv, kv.parts, split=False, read_only=True)
     raise ValueError(f"cannot view {tuple(kv.shape)} as {list(size)}: only repeated heads can be merged")
 

@@ -7,7 +7,7 @@
 #
 # Run it with `python tutorials/1_generate.py`; it takes about a minute on two cores, most of it for codebooks, and
 # less the next time. The picture is written beside the script. What is printed here, and the picture, are from a
-# 2-core AMD EPYC (Zen 4, AVX-512), torch 2.13.0, 2026-11-27.
+# 2-core Intel Xeon (Sapphire Rapids), torch 2.13.0, 2026-11-30.
 
 # %%
 from pathlib import Path
@@ -65,11 +65,11 @@ print("1 bit:", go_on(prompt))
 
 # %% [markdown]
 # ```text
-# 1 bit: slicing*, and the rest of the list.)
+# 1 bit: slicing*, and *slicing*.)
 #
 # The syntax for assignment statements is:
 #
-#    assignment_stmt
+#    assignment_stmt ::
 # ```
 
 # %% [markdown]
@@ -100,7 +100,7 @@ print(f"bits per element: {report.bits_per_element_codes:.2f} of codes, {report.
 # counters                  0.00 MiB
 # total                    10.02 MiB
 # full_precision_bytes     90.00 MiB
-# codebooks                43.59 MiB
+# codebooks                12.92 MiB
 # bits per element: 0.94 of codes, 3.56 in all
 # ```
 #

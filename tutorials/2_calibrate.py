@@ -5,9 +5,9 @@
 # bits they have, decides how well the cache works later. Here you learn codebooks, look at how bits are dealt to
 # the heads, and measure what a lower rate and another text cost.
 #
-# Run it with `python tutorials/2_calibrate.py`; it takes about a minute on two cores, and half a minute more
-# without codebooks from another tutorial. What is printed here, and the picture, are from a 2-core AMD EPYC (Zen 4,
-# AVX-512), torch 2.13.0, 2026-11-27.
+# Run it with `python tutorials/2_calibrate.py`; it takes about two minutes on two cores, most of it to learn
+# codebooks. What is printed here, and the picture, are from a 2-core Intel Xeon (Sapphire
+# Rapids), torch 2.13.0, 2026-11-30.
 
 # %%
 from pathlib import Path
@@ -34,14 +34,17 @@ ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbo
 # books = calibrate(model, GSRQConfig(bits=1), data=texts, tokenizer=tokenizer)
 # ```
 #
-# Codebooks are saved to a file with a checksum, which names the model that they belong to. If the file is there
-# already, from another tutorial, we take it.
+# Several configs are learned from one reading, which costs little more than one. Here for 1 bit and half a bit; `bits`
+# may be any number from 0.25 to 2, since it is the mean over all heads. Codebooks are saved to a file with a checksum,
+# which names the model that they belong to, and [another tutorial](5_measure.py) takes them from there.
 
 # %%
-file = here / "smollm2.safetensors"
-if not file.exists():
-    calibrate(model, GSRQConfig(bits=1), data=[ids[-1024:]], tokens=1024).save(file)
-books = Codebooks.load(file)
+rates = (1, 0.5)
+files = [here / "smollm2.safetensors", here / "smollm2-half.safetensors"]
+learned = calibrate(model, [GSRQConfig(bits=rate) for rate in rates], data=[ids[-1024:]], tokens=1024)
+for some, file in zip(learned, files, strict=True):
+    some.save(file)
+books = Codebooks.load(files[0])
 
 # %% [markdown]
 # ## Which head gets how many bits
@@ -57,33 +60,30 @@ print("\n".join(books.describe().splitlines()[:8]), "\n...")
 # ```text
 # Codebooks(30 layers, 1 bits, source='data')
 # layer 0: keys 0.5 bits, values 0.5 bits, 0.2% of the cost
-# layer 1: keys 1, 0.75, 0.5 bits, values 0.5 bits, 0.7% of the cost
-# layer 2: keys 0.75, 2, 1.5 bits, values 0.5 bits, 2.2% of the cost
-# layer 3: keys 1, 2, 2 bits, values 0.5 bits, 3.3% of the cost
-# layer 4: keys 1.5, 1, 2 bits, values 0.5 bits, 1.8% of the cost
-# layer 5: keys 2, 1.5, 4 bits, values 0.5 bits, 12.6% of the cost
-# layer 6: keys 2, 2, 1.5 bits, values 0.5 bits, 2.7% of the cost
+# layer 1: keys 1, 1, 0.5 bits, values 0.5 bits, 0.8% of the cost
+# layer 2: keys 1, 2, 1.5 bits, values 0.5 bits, 2.6% of the cost
+# layer 3: keys 1, 2, 2 bits, values 0.5 bits, 3.9% of the cost
+# layer 4: keys 1, 1.5, 2 bits, values 0.5 bits, 1.7% of the cost
+# layer 5: keys 2, 1.5, 4 bits, values 0.5 bits, 14.2% of the cost
+# layer 6: keys 1.5, 2, 1.5 bits, values 0.5 bits, 2.5% of the cost
 # ...
 # ```
 #
 # With `GSRQConfig(allocation="uniform")` all heads get the same. That is quicker to learn, and is what models
 # without gradients get, those with quantized weights for example.
 #
-# The **layout** is decided here too. `layout="quality"`, the default, gives whole heads several residual codes;
-# `layout="fast"` gives each small group of elements one code: more is lost, and attention and encoding are faster.
-# [Which setting?](../docs/choosing.md) helps to choose.
+# How many elements share a code is decided here too: `group_size=8` by default. Larger groups lose less, and take
+# longer to encode and to attend to. [Which setting?](../docs/choosing.md) helps to choose.
 #
-# ## Lower rates come for free
-#
-# The stages of a code are nested, so `books.at(0.5)` needs nothing new: it keeps the first stages. Bits are dealt
-# to the heads anew. With `layout="fast"` rates are not nested: calibrate for each.
+# ## What a lower rate costs
 #
 # `quality` reads a text through the quantized cache and compares with full precision. We read 384 tokens that were
 # not learned from, and keep only 32 recent tokens exact, so that even this short text is mostly codes.
 
 # %%
-rates = (1, 0.75, 0.5)
-candidates = {f"{rate:g} bit": (GSRQConfig(bits=rate, recent_tokens=32), books.at(rate)) for rate in rates}
+candidates = {
+    f"{rate:g} bit": (GSRQConfig(bits=rate, recent_tokens=32), some) for rate, some in zip(rates, learned, strict=True)
+}
 
 # %% [markdown]
 # ## Own text against your text
@@ -105,11 +105,10 @@ for name, q in found.items():
 
 # %% [markdown]
 # ```text
-# 1 bit      KL 0.024 (0.013 to 0.036) nats, perplexity 17.97 of 18.27
-# 0.75 bit   KL 0.032 (0.017 to 0.050) nats, perplexity 17.91 of 18.27
-# 0.5 bit    KL 0.043 (0.022 to 0.068) nats, perplexity 18.08 of 18.27
-# own text   KL 0.114 (0.052 to 0.175) nats, perplexity 20.82 of 18.27
-# your text  KL 0.070 (0.033 to 0.115) nats, perplexity 18.84 of 18.27
+# 1 bit      KL 0.024 (0.013 to 0.033) nats, perplexity 18.07 of 18.27
+# 0.5 bit    KL 0.052 (0.029 to 0.072) nats, perplexity 18.20 of 18.27
+# own text   KL 0.090 (0.038 to 0.141) nats, perplexity 19.94 of 18.27
+# your text  KL 0.050 (0.024 to 0.078) nats, perplexity 19.18 of 18.27
 # ```
 #
 # A KL divergence of 0 would mean that the model says the same as in full precision. 384 tokens are few, so all of
@@ -129,15 +128,15 @@ left.axhline(books.bits, color="black", ls="--", lw=1, label="mean")
 left.set(xlabel="layer", ylabel="bits per element", title="Who gets the bits", ylim=(0, 4.8))
 left.legend(ncols=3, loc="upper left")
 kl = [found[name] for name in candidates]
-for i, (q, colour) in enumerate(zip(kl, (blue,) * 3 + (orange, green), strict=True)):
+for i, (q, colour) in enumerate(zip(kl, (blue,) * 2 + (orange, green), strict=True)):
     right.bar(i, q.kl, color=colour)
     right.errorbar(i, q.kl, [[q.kl - q.kl_low], [q.kl_high - q.kl]], color="black", capsize=3)
-right.set_xticks(range(len(kl)), ["1 bit", "0.75", "0.5", "own text\n1 bit", "your text\n1 bit"])
-right.axvspan(2.5, 4.5, color="#EEEEEE", zorder=0)
+right.set_xticks(range(len(kl)), ["1 bit", "0.5", "own text\n1 bit", "your text\n1 bit"])
+right.axvspan(1.5, 3.5, color="#EEEEEE", zorder=0)
 right.text(
-    3.5, 0.005 + max(q.kl_high for q in kl), "quick codebooks,\nthe same bits everywhere", ha="center", fontsize=8
+    2.5, 0.005 + max(q.kl_high for q in kl), "quick codebooks,\nthe same bits everywhere", ha="center", fontsize=8
 )
-right.set(xlim=(-0.5, 4.5), ylim=(0, 1.25 * max(q.kl_high for q in kl)))
+right.set(xlim=(-0.5, 3.5), ylim=(0, 1.25 * max(q.kl_high for q in kl)))
 right.set(ylabel="KL divergence, nats", title="What it costs (384 tokens)")
 figure.savefig(here / "2_calibrate.png", dpi=110)
 
@@ -149,5 +148,5 @@ figure.savefig(here / "2_calibrate.png", dpi=110)
 # Give the codebooks, or the path of their file, to `quantize_kv_`:
 #
 # ```python
-# quantize_kv_(model, GSRQConfig(bits=0.5), codebooks="smollm2.safetensors")
+# quantize_kv_(model, codebooks="smollm2.safetensors")
 # ```

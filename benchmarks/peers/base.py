@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from torchgsrq import Codec
+from torchgsrq.codec import Codecs
 from torchgsrq.codec.rope import rotate
 from torchgsrq.learning.statistics import Statistics, Vectors
 from torchgsrq.models import LayerInfo
@@ -93,7 +94,7 @@ def after_rope(k: Tensor, info: LayerInfo) -> Tensor:
     return rotate(k, torch.arange(k.shape[2], device=k.device), info.inv_freq, info.interleaved)
 
 
-def as_decoded(x: Tensor, codec: Codec, position: Tensor | None = None) -> Tensor:
+def as_decoded(x: Tensor, codec: Codec | Codecs, position: Tensor | None = None) -> Tensor:
     """Vectors ``[b, heads, n, d]`` after one of this project's codecs; positions ``[n]`` matter to keys in frames."""
     at = torch.zeros(x.shape[2], dtype=torch.long) if position is None else position
     return round_trip(x, at.expand(x.shape[0], -1), codec)

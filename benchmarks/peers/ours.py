@@ -22,16 +22,16 @@ PARTS = ("keys", "values")
 
 
 class GSRQ(Method):
-    """``recipe`` and ``layout`` as in `GSRQConfig`; ``parts`` may leave keys or values exact, to see what the others
-    cost."""
+    """A config's codecs; ``parts`` may leave keys or values exact, to see what the others cost."""
 
     def __init__(self, config: GSRQConfig, parts: tuple[str, ...] = PARTS, span: int = 8192) -> None:
         super().__init__()
-        label = {"gsrq": f"GSRQ {config.layout}", "gsrq-paper": "GSRQ, the paper's", "kmeans": "k-means"}
-        split = "" if config.key_bits is None else f" (keys {config.key_rate:g}, values {config.value_rate:g})"
         self.parts = parts
-        self.name, self.config, self.span = f"{label[config.recipe]} {config.bits:g} bit{split}", config, span
-        self.name += ", same bits everywhere" if config.recipe == "gsrq" and not config.spreads_bits else ""
+        self.config, self.span = config, span
+        self.name = f"GSRQ {config.bits:g} bit" if config.recipe == "gsrq" else f"GSRQ, the paper's {config.bits:g} bit"
+        if config.recipe == "gsrq":
+            self.name += "" if config.group_size == GSRQConfig.group_size else f", groups of {config.group_size}"
+            self.name += "" if config.spreads_bits else ", same bits everywhere"
         self.name += "" if parts == PARTS else f", {parts[0]} alone"
         self.costs: dict[int, Tensor] | None = None  # `sensitivity`, if the config spreads bits
         self.codecs: dict[int, LayerCodec] = {}
@@ -40,7 +40,7 @@ class GSRQ(Method):
         self.layers = {index: s.info for index, s in stats.items()}
         if not self.codecs:  # else learned already, for another window
             each = rates_of_heads(self.config, self.layers, None) if self.costs is None else self.rates(self.costs)
-            self.codecs.update((index, train(s, self.config, each[index], self.span)) for index, s in stats.items())
+            self.codecs.update((i, train(s, [(self.config, each[i])], self.span)[0]) for i, s in stats.items())
 
     def with_window(self, sinks: int, recent: int) -> GSRQ:
         """The same codecs, learned once for all, with other numbers of exact tokens."""
@@ -76,7 +76,7 @@ class GSRQByLayer(GSRQ):
 
     def rates(self, costs: dict[int, Tensor]) -> dict[int, list[tuple[float, float]]]:
         whole = {i: [tuple(cost.sum((1, 2)).tolist())] for i, cost in costs.items()}
-        offered = {i: [(rates(info.head_dim),) * 2] for i, info in self.layers.items()}
+        offered = {i: rates(info.head_dim) for i, info in self.layers.items()}
         sizes = {i: info.kv_heads * info.head_dim for i, info in self.layers.items()}
-        each = head_rates(whole, sizes, offered, self.config.key_rate, self.config.value_rate)
+        each = head_rates(whole, sizes, offered, self.config.bits)
         return {i: each[i] * info.kv_heads for i, info in self.layers.items()}

@@ -59,7 +59,7 @@ class Vectors(Method):
             x = x / self.token_scale(x[None])[0]
             scale = self.channel_scale(x, stats, is_key).clamp_min(1e-6)
             book = train_codebook(x / scale[:, None], weight / weight.mean(), layout)
-            made.append(Codec.build(layout, mean, torch.diag_embed(1 / scale), book, beam=1))
+            made.append(Codec.build(mean, torch.diag_embed(1 / scale), book))
         self.codecs[index] = made[0], made[1]
 
     def stored(self, x: Tensor, codec: Codec) -> Tensor:

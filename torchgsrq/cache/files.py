@@ -14,7 +14,7 @@ from torchgsrq.cache import kept
 from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.codec.files import checksum
 
-_FORMAT, _VERSION = "torchgsrq.cache", "3"
+_FORMAT, _VERSION = "torchgsrq.cache", "4"
 WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")
 
 

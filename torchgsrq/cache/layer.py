@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as hf_logging
 
 from torchgsrq import ops, reference
 from torchgsrq.attention import Incoming
-from torchgsrq.codec import Codec, LayerCodec
+from torchgsrq.codec import Codecs, LayerCodec
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import Rotary
 from torchgsrq.tensor import PARTS, GSRQTensor, append_pair_, without_gradient
@@ -337,8 +338,9 @@ class GSRQLayer(CacheLayerMixin):
         held, coded = int(self.keys.length), int(self.keys.encoded.max()) if self.batch_size else 0
         found = {} if self.rotary is None else {"keys.inv_freq": self.keys.inv_freq}
         for name, buffer in (("keys", self.keys), ("values", self.values)):
-            used = {"codes": buffer.packed.coded(0, coded), "start": buffer.start[:, : 3 + held]}
-            found |= {f"{name}.{part}": used.get(part, getattr(buffer, part)) for part in PARTS}
+            used = {"start": buffer.start[:, : 3 + held]}
+            used |= {f"codes_{i}": codes for i, codes in enumerate(buffer.packed.coded(0, coded))}
+            found |= {f"{name}.{part}": used.get(part, getattr(buffer, part)) for part in buffer.names[: buffer.owned]}
         return found
 
     def check_state(self, state: dict[str, Tensor], length: int, rows: int) -> str | None:
@@ -350,10 +352,11 @@ class GSRQLayer(CacheLayerMixin):
         if inv_freq is not None and (inv_freq.shape != self.codec.key.inv_freq.shape or not inv_freq.isfinite().all()):
             return f"has a keys.inv_freq of {list(inv_freq.shape)}"
         for name, codec in (("keys", self.codec.key), ("values", self.codec.value)):
-            want = {f"{name}.{part}" for part in PARTS}
+            several = [f"{name}.codes_{i}" for i in range(len(codec.parts))]
+            want = {*several, *(f"{name}.{part}" for part in PARTS)}
             if not want <= set(state):
                 return f"has no {', '.join(sorted(want - set(state)))}"
-            codes, window, start, held, encoded = (state[f"{name}.{part}"] for part in PARTS)
+            window, start, held, encoded = (state[f"{name}.{part}"] for part in PARTS)
             slots = c.sink_tokens + c.recent_tokens + c.block_tokens
             if held.shape != () or held.dtype != torch.int32:
                 return f"has a {name}.length that is no int32 number"
@@ -365,8 +368,10 @@ class GSRQLayer(CacheLayerMixin):
                     f"holds {int(held)} tokens in its {name}, {least} to {coded} of them in codes, where {length} are "
                     "said to be"
                 )
-            if codes.dtype != torch.uint8 or codes.shape != codec.codes_shape(rows, coded):
-                return f"has {name}.codes of {codes.dtype} {list(codes.shape)}"
+            for which, (heads, part) in zip(several, codec.parts, strict=True):
+                codes, shape = state[which], (rows, len(heads), coded, part.layout.codes)
+                if codes.dtype != torch.uint8 or codes.shape != shape:
+                    return f"has {which} of {codes.dtype} {list(codes.shape)}, not uint8 {list(shape)}"
             if not window.is_floating_point() or window.shape != (rows, codec.heads, slots, codec.head_dim):
                 return f"has a {name}.window of {window.dtype} {list(window.shape)}"
             if start.dtype != torch.int32 or start.shape not in ((rows, 2), (rows, 2 + length), (rows, 3 + length)):
@@ -384,11 +389,12 @@ class GSRQLayer(CacheLayerMixin):
         if "keys.inv_freq" in state:
             key = key.with_frequencies(state["keys.inv_freq"])
         for name, codec in (("keys", key), ("values", self.codec.value)):
-            codes, window, start, *counters = (state[f"{name}.{part}"].to(codec.mean.device) for part in PARTS)
-            codes = codec.padded_codes(codes, capacity)
+            window, start, length_, encoded = (state[f"{name}.{part}"].to(codec.inv_freq.device) for part in PARTS)
+            held = [state[f"{name}.codes_{i}"].to(window.device) for i in range(len(codec.parts))]
+            coded = [F.pad(codes, (0, 0, 0, capacity - codes.shape[2])) for codes in held]
             layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
-            rows = reference.fitted(start, capacity)
-            parts = [codes, window.to(dtype or window.dtype), rows, *counters, *codec.tensors]
+            window, start = window.to(dtype or window.dtype), reference.fitted(start, capacity)
+            parts = [window, start, length_, encoded, *coded, *codec.tensors]
             setattr(self, name, GSRQTensor(parts, layout))
         self._hold(self.keys, self.values)
         self.row_start = max(self.keys.start, self.values.start, key=lambda t: t.shape[1])
@@ -397,7 +403,7 @@ class GSRQLayer(CacheLayerMixin):
         self._set_length(length)
 
 
-def _start_of(codec: Codec, start: Tensor, capacity: int) -> Tensor:
+def _start_of(codec: Codecs, start: Tensor, capacity: int) -> Tensor:
     """What a buffer of this many slots is told of its rows; only what is in frames needs the positions of slots."""
     return reference.fitted(start, capacity) if codec.inv_freq.numel() else start[:, :2]
 

@@ -133,7 +133,7 @@ def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Te
 
     def turned(x: Tensor, slots: slice) -> Tensor:
         return (
-            rotate(x, shift[:, None, slots], kv.codec.inv_freq, kv.codec.interleaved)
+            rotate(x, shift[:, None, slots], kv.codec.inv_freq, kv.codec.first.interleaved)
             .to(buffer.dtype)
             .expand(rows, -1, -1, -1)
         )
@@ -142,7 +142,8 @@ def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Te
     # Codes are a row's first slots: where some follow, all before them become codes too.
     _encode_up_to(buffer, torch.where(coded > 0, held, due.clamp(max=held)))
     last = int(coded.max())
-    kv.put(held, piece.packed.coded(skip, skip + last), torch.ones_like(shift[:, :last], dtype=torch.bool))
+    for codes, moved in zip(kv.codes, piece.packed.coded(skip, skip + last), strict=True):
+        kv.put(codes, held, moved, torch.ones_like(shift[:, :last], dtype=torch.bool))
     first = int(coded.min())
     slots = torch.arange(first, more, device=buffer.device)
     exact = turned(piece.packed.recent(skip + first, skip + more), slice(first, more))
@@ -168,7 +169,8 @@ def _encode_up_to(buffer: GSRQTensor, slots: Tensor) -> None:
         return
     at = torch.arange(low, high, device=buffer.device)
     due = (at >= kv.encoded[:, None]) & (at < slots[:, None])
-    flat = (kv.codec.tensors, kv.codec.integers)
-    codes = torch.ops.torchgsrq.encode(kv.recent(low, high), kv.position(low, high), *flat)
-    kv.put(low, codes, due)
+    x, position = kv.recent(low, high), kv.position(low, high)
+    for codes, (heads, codec) in zip(kv.codes, kv.codec.parts, strict=True):
+        new = torch.ops.torchgsrq.encode(x[:, list(heads)], position, codec.tensors, codec.integers)
+        kv.put(codes, low, new, due)
     kv.encoded.copy_(torch.maximum(kv.encoded, slots.to(kv.encoded.dtype)))

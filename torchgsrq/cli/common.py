@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -45,8 +46,7 @@ TextFile = Annotated[Path | None, typer.Option("--text", help="a text file; the 
 Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element; may be repeated")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
 Seed = Annotated[int, typer.Option("--seed")]
-Layout = Annotated[str, typer.Option("--layout", help="quality or fast")]
-Frame = Annotated[int | None, typer.Option(min=1, help="tokens per anchored frame; 512 for quality, 1024 else")]
+GroupSize = Annotated[int, typer.Option("--group-size", help="elements that share a code, a multiple of 8")]
 Books = Annotated[
     Path | None, typer.Option("--codebooks", help="a file or folder of codebooks; else cached or calibrated")
 ]
@@ -86,19 +86,21 @@ def books_at(path: Path) -> Codebooks:
         raise typer.BadParameter(str(error), param_hint="--codebooks") from error
 
 
-def books_by_rate(llm: Any, configs: list[GSRQConfig], path: Path | None) -> dict[float, Codebooks]:
-    """Codebooks for the rate of each config: those of the highest, where others are nested in them; given, or of the
-    disk cache."""
-    most = max(configs, key=lambda c: c.bits)
-    books = books_at(path) if path else cached_codebooks(llm, most)
-    found: dict[float, Codebooks] = {}
+def rates_of(bits: list[float] | None, path: Path | None) -> list[float]:
+    """The rates that were asked for; else that of the given codebooks, or 1 bit."""
+    return bits or [books_at(path).metadata.get("config", {}).get("bits", 1.0) if path else 1.0]
+
+
+def with_books(llm: Any, configs: list[GSRQConfig], path: Path | None) -> list[tuple[GSRQConfig, Codebooks]]:
+    """Each config and its codebooks: those of the disk cache; or the given ones, with what they are made for."""
+    if path is None:
+        return list(zip(configs, cached_codebooks(llm, configs), strict=True))
+    books, found = books_at(path), []
+    made = books.metadata.get("config", {})
     for config in configs:
-        try:
-            found[config.bits] = books.at(config.bits)
-        except ValueError as error:  # a layout whose groups follow the rate, or a rate that is no prefix
-            if path:
-                raise typer.BadParameter(str(error), param_hint="--bits") from error
-            found[config.bits] = cached_codebooks(llm, config)
+        if made.get("bits", config.bits) != config.bits:
+            raise typer.BadParameter(f"the codebooks at {path} are of {made['bits']:g} bits", param_hint="--bits")
+        found.append((dataclasses.replace(config, **made), books))
     return found
 
 

@@ -16,17 +16,18 @@ from torchgsrq.cli.common import (
     WIDTH,
     Bits,
     Books,
+    GroupSize,
     Json,
-    Layout,
     Model,
     TextFile,
     app,
     bar,
-    books_by_rate,
     config_of,
     console,
     mib,
+    rates_of,
     read,
+    with_books,
 )
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, load_model
@@ -38,30 +39,31 @@ def demo(
     model: Model = None,
     bits: Bits = None,
     text: TextFile = None,
-    context: Annotated[int, typer.Option(min=2, help="tokens of the document to read")] = 2048,
+    context: Annotated[int, typer.Option(min=2, help="tokens of the document to read")] = 8000,
     new_tokens: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 32,
-    layout: Layout = "quality",
+    group_size: GroupSize = GSRQConfig.group_size,
     codebooks: Books = None,
     json_only: Json = False,
 ) -> None:
     """Read a document with a quantized KV cache, and compare with full precision."""
-    rates = bits or [1.0]
-    configs = [config_of(bits=b, layout=layout) for b in rates]
+    rates = rates_of(bits, codebooks)
+    configs = [config_of(bits=b, group_size=group_size) for b in rates]
     console.print(f"Loading {model or NAME} ...")
     llm, tokenizer = load_model(model)
     ids = token_ids(tokenizer, read(text))[None, : context + 1]
     context = ids.shape[1] - 1
     if context < 2 * configs[0].recent_tokens:
         raise typer.BadParameter(f"{context} tokens leave nothing to quantize", param_hint="--context")
-    nested = books_by_rate(llm, configs, codebooks)
+    candidates = with_books(llm, configs, codebooks)
+    configs = [config for config, _ in candidates]
 
     console.print(f"Reading {context} tokens in full precision and with each cache ...")
-    scores = measures.quality(llm, [ids[0]], {str(c.bits): (c, nested[c.bits]) for c in configs})
+    scores = measures.quality(llm, [ids[0]], {str(config.bits): (config, books) for config, books in candidates})
     speed_full, said_full, full_cache = measures.decode_speed(llm, ids, new_tokens)
     full_bytes = sum(t.untyped_storage().nbytes() for layer in full_cache.layers for t in (layer.keys, layer.values))
     results, said = [], []
-    for config in configs:
-        with measures.quantized(llm, config, nested[config.bits]):
+    for config, books in candidates:
+        with measures.quantized(llm, config, books):
             speed, words, cache = measures.decode_speed(llm, ids, new_tokens)
         measures.check_read_codes(cache)
         memory, score = cache.memory(), scores[str(config.bits)]

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from torchgsrq import evaluate as measures
 from torchgsrq.cli.common import (
-    Frame,
+    GroupSize,
     Json,
-    Layout,
     Model,
     Seed,
     Uniform,
@@ -46,16 +45,15 @@ def calibrate_command(
         int | None,
         typer.Option(min=FEWEST, help=f"how many to read; up to {TOKENS} of the text by default", show_default=False),
     ] = None,
-    layout: Layout = "quality",
-    frame: Frame = None,
-    recipe: Annotated[str, typer.Option(help="gsrq, gsrq-paper, kmeans or universal")] = "gsrq",
+    group_size: GroupSize = GSRQConfig.group_size,
+    recipe: Annotated[str, typer.Option(help="gsrq or gsrq-paper")] = "gsrq",
     uniform: Uniform = False,
     seed: Seed = 0,
     json_only: Json = False,
 ) -> None:
     """Learn a model's codebooks, measure them on text that was not read, and write them to a file or a folder."""
     allocation = "uniform" if uniform else None
-    config = config_of(bits=bits, layout=layout, frame=frame, recipe=recipe, allocation=allocation, seed=seed)
+    config = config_of(bits=bits, group_size=group_size, recipe=recipe, allocation=allocation)
     if output.suffix != ".safetensors" and output.is_file():
         raise typer.BadParameter(f"{output} is a file; name one that ends in .safetensors, or a folder")
     llm, tokenizer = load_model(model)
@@ -64,7 +62,8 @@ def calibrate_command(
     if text is not None and tokens is None:  # a window is for measuring, if enough are left to learn from
         tokens = min(TOKENS, max(OWN_TOKENS, ids.numel() - WINDOW))
     unread = ids if text is None else ids[tokens:]
-    books = calibrate(llm, config, None if text is None else [ids], tokenizer=tokenizer, tokens=tokens)
+    data = None if text is None else [ids]
+    books = calibrate(llm, config, data, tokenizer=tokenizer, tokens=tokens, seed=seed)
     if len(books):
         _measure(llm, config, books, unread, text.name if text else "the Python language reference")
     if output.suffix == ".safetensors":

@@ -20,25 +20,22 @@ from torchgsrq.cli.common import (
     WIDTH,
     Bits,
     Books,
-    Frame,
     Json,
-    Layout,
     Model,
     Seed,
     TextFile,
     Uniform,
     app,
     bar,
-    books_at,
-    books_by_rate,
     config_of,
     mib,
+    rates_of,
     read,
+    with_books,
 )
-from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
 from torchgsrq.embedded import NAME, load_model
-from torchgsrq.learning.calibrate import cached_codebooks, calibrate
+from torchgsrq.learning.calibrate import calibrate
 from torchgsrq.learning.text import FEWEST, TOKENS, token_ids
 
 
@@ -60,8 +57,9 @@ def evaluate_command(
             min=FEWEST, help=f"how many to read of --calibration; up to {TOKENS} by default", show_default=False
         ),
     ] = None,
-    layout: Layout = "quality",
-    frame: Frame = None,
+    group_size: Annotated[
+        list[int] | None, typer.Option(help="elements that share a code; may be repeated", show_default=False)
+    ] = None,
     uniform: Uniform = False,
     sinks: Annotated[int, typer.Option(min=0, help="sink tokens")] = GSRQConfig.sink_tokens,
     recent: Annotated[int, typer.Option(min=0, help="recent tokens")] = GSRQConfig.recent_tokens,
@@ -73,7 +71,7 @@ def evaluate_command(
     json_only: Json = False,
 ) -> None:
     """What quantized caches cost: perplexity, KL divergence, error of attention, and what they still find."""
-    rates = sorted(bits or [1.0], reverse=True)
+    rates = sorted(rates_of(bits, codebooks), reverse=True)
     llm, tokenizer = load_model(model)
     document_text = read(text)
     ids = token_ids(tokenizer, document_text)
@@ -81,36 +79,30 @@ def evaluate_command(
     if not starts:
         raise typer.BadParameter(f"the text has {ids.numel()} tokens, fewer than --context {context}")
 
-    def learned(config: GSRQConfig) -> Codebooks:
-        if calibration is None:
-            return cached_codebooks(llm, config)
-        return calibrate(llm, config, [read(calibration)], tokenizer=tokenizer, tokens=tokens)
-
-    candidates: dict[str, measures.Candidate] = {}
-    cuts = [ids[s : s + context] for s in starts]
-    for name in recipe or ["gsrq"]:
-        base = config_of(
-            bits=rates[0],
+    configs = [
+        config_of(
+            bits=rate,
+            group_size=size,
             recipe=name,
-            layout=layout,
-            frame=frame,
             allocation="uniform" if uniform else None,
             sink_tokens=sinks,
             recent_tokens=recent,
             block_tokens=block,
-            seed=seed,
         )
-        books = learned(base) if codebooks is None else books_at(codebooks)
-        for rate in rates:
-            config = dataclasses.replace(base, bits=rate)
-            nested = books
-            try:
-                nested = books.at(rate) if rate != rates[0] else books
-            except ValueError:  # a layout whose groups change with the rate
-                if codebooks is not None:
-                    raise
-                nested = learned(config)
-            candidates[f"{name} {rate:g}"] = (config, nested)
+        for name in recipe or ["gsrq"]
+        for size in ([32] if name == "gsrq-paper" else group_size or [GSRQConfig.group_size])
+        for rate in rates
+    ]
+    if codebooks is None and calibration is not None:
+        given = [read(calibration)]
+        learned = calibrate(llm, configs, given, tokenizer=tokenizer, tokens=tokens, seed=seed)
+        pairs = list(zip(configs, learned, strict=True))
+    else:
+        pairs = with_books(llm, configs, codebooks)
+    cuts = [ids[s : s + context] for s in starts]
+    candidates: dict[str, measures.Candidate] = {
+        f"{c.recipe} {c.group_size} {c.bits:g}": (c, books) for c, books in pairs
+    }
     found = measures.quality(llm, cuts, candidates, shift)
     answered: dict[str, dict[str, tasks.Score]] = {}
     if retrieval:
@@ -119,12 +111,12 @@ def evaluate_command(
         answered["sinks and window alone"] = tasks.retrieval(llm, tasks.cut_short(trials, sinks, recent))
     rows: list[dict[str, Any]] = []
     for name, (config, books) in candidates.items():
-        row = {"recipe": config.recipe, "bits": config.bits, **dataclasses.asdict(found[name])}
-        nested = books.at(config.bits)
-        row["key_error"] = measures.key_error(llm, cuts[0], nested, shift)
-        row["output_error"] = measures.output_error(llm, cuts[0], config, nested)
+        row: dict[str, Any] = {"recipe": config.recipe, "group_size": config.group_size, "bits": config.bits}
+        row |= dataclasses.asdict(found[name])
+        row["key_error"] = measures.key_error(llm, cuts[0], books, shift)
+        row["output_error"] = measures.output_error(llm, cuts[0], config, books)
         for tokens_held in (context, LONG):
-            row[f"true_bits_{tokens_held}"] = measures.true_bits(config, nested, tokens_held)
+            row[f"true_bits_{tokens_held}"] = measures.true_bits(config, books, tokens_held)
         rows.append(row)
         if retrieval:
             answered[name] = tasks.retrieval(llm, trials, (config, books))
@@ -133,8 +125,6 @@ def evaluate_command(
         "context": context,
         "windows": len(cuts),
         "shift": shift,
-        "layout": layout,
-        "frame": base.key_frame,
         "sinks": sinks,
         "recent": recent,
         "block": block,
@@ -145,19 +135,31 @@ def evaluate_command(
         print(json.dumps({**facts, "results": rows, "retrieval": found_by}))
         return
     table = Table(
-        title=f"{facts['model']}: {len(cuts)} windows of {context} tokens, positions + {shift}; layout {layout}, frame "
-        f"{facts['frame']}, {sinks} sinks, {recent} recent tokens, blocks of {block}",
+        title=f"{facts['model']}: {len(cuts)} windows of {context} tokens, positions + {shift}; "
+        f"{sinks} sinks, {recent} recent tokens, blocks of {block}",
         caption=measures.environment(),
     )
-    names = ("recipe", "bits", "at 128k, all", "perplexity", "KL, nats", "95%", "KL p99", "same token", "output error")
+    names = (
+        "recipe",
+        "group",
+        "bits",
+        "at 128k, all",
+        "perplexity",
+        "KL, nats",
+        "95%",
+        "KL p99",
+        "same token",
+        "output error",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "recipe" else "right")
     width = f"{8 * llm.dtype.itemsize}"
-    table.add_row("full precision", width, "16", f"{rows[0]['ppl_full']:.3f}", "0", "", "0", "100%", "0")
+    table.add_row("full precision", "", width, "16", f"{rows[0]['ppl_full']:.3f}", "0", "", "0", "100%", "0")
     for row in rows:
         outputs = row["output_error"].values()
         table.add_row(
             row["recipe"],
+            str(row["group_size"]),
             f"{row['bits']:g}",
             f"{row[f'true_bits_{LONG}']:.2f}",
             f"{row['ppl']:.3f}",
@@ -193,10 +195,9 @@ def memory(
     """KV bytes by part, with a cache filled to a context."""
     llm, _ = load_model(model)
     rows = []
-    configs = [config_of(bits=rate) for rate in bits or [1.0]]
-    nested = books_by_rate(llm, configs, codebooks)
-    for config in configs:
-        with measures.quantized(llm, config, nested[config.bits]):
+    configs = [config_of(bits=rate) for rate in rates_of(bits, codebooks)]
+    for config, books in with_books(llm, configs, codebooks):
+        with measures.quantized(llm, config, books):
             cache = new_cache(llm)
             for layer in cache.quantized_layers:
                 codec = layer.codec.key

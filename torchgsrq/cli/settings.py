@@ -6,7 +6,6 @@ import dataclasses
 import json
 from typing import Annotated
 
-import torch
 import transformers
 import typer
 from rich.console import Console
@@ -17,6 +16,7 @@ from torchgsrq.cli.common import (
     app,
     mib,
 )
+from torchgsrq.config import GSRQConfig
 from torchgsrq.recommend import choose, full_precision, markdown_tables, settings
 
 
@@ -28,7 +28,7 @@ def recommend(
     table: Annotated[bool, typer.Option("--table", help="print tables for models of usual sizes, as Markdown")] = False,
     json_only: Json = False,
 ) -> None:
-    """Which bits and layout: what each takes, what fits, and where to begin."""
+    """Which bits and group size: what each takes, what fits, and where to begin."""
     if table:
         print(markdown_tables())
         return
@@ -40,23 +40,22 @@ def recommend(
         plain = full_precision(about, context)
     except (OSError, ValueError, AttributeError) as error:
         raise typer.BadParameter(str(error), param_hint="--model") from error
-    chosen = choose(found, context, torch.cuda.is_available())
+    chosen = choose(found)
     if json_only:
         rows = [dataclasses.asdict(x) for x in found]
         print(json.dumps({"bf16": plain, "settings": rows, "chosen": chosen and dataclasses.asdict(chosen)}))
         return
     shown = Table(title=f"{model}: one row of {context} tokens, {mib(plain)} in bfloat16")
-    for name in ("layout", "bits", "cache", "of bfloat16", "codebooks", "longest context"):
-        shown.add_column(name, justify="left" if name == "layout" else "right")
+    for name in ("group size", "bits", "cache", "of bfloat16", "codebooks", "longest context"):
+        shown.add_column(name, justify="right")
     for x in found:
         longest = "" if x.longest is None else f"{x.longest:,}" + ("" if x.fits else ", too short")
         share = f"1/{plain / x.cache:.1f}"
-        row = (x.layout, f"{x.bits:g}", mib(x.cache), share, mib(x.codebooks), longest)
+        row = (str(x.group_size), f"{x.bits:g}", mib(x.cache), share, mib(x.codebooks), longest)
         shown.add_row(*row, style="bold" if x == chosen else None)
     Console(width=100).print(shown)
     if chosen is None:
         print("None of them fits. A shorter context, or more memory, would.")
         return
-    print(
-        f'Begin with GSRQConfig(bits={chosen.bits:g}, layout="{chosen.layout}"), and compare with torchgsrq evaluate.'
-    )
+    group = "" if chosen.group_size == GSRQConfig.group_size else f", group_size={chosen.group_size}"
+    print(f"Begin with GSRQConfig(bits={chosen.bits:g}{group}), and compare with torchgsrq evaluate.")

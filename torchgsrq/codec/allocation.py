@@ -54,27 +54,21 @@ def allocate(
 def head_rates(
     costs: Mapping[int, Sequence[tuple[float, float]]],
     dims: Mapping[int, int],
-    offered: Mapping[int, Sequence[tuple[Sequence[float], Sequence[float]]]],
-    key_bits: float,
-    value_bits: float,
+    offered: Mapping[int, Sequence[float]],
+    bits: float,
 ) -> dict[int, list[tuple[float, float]]]:
-    """Rates of the keys and values of every layer's heads; one mean over both if they are asked to have the same.
+    """Rates of the keys and values of every layer's heads, under one mean.
 
-    None is lower than half of its mean, if that is offered: a head that calibration text does not need may be needed by
+    None is lower than half of it, if that is offered: a head that calibration text does not need may be needed by
     another text.
 
     Args:
-        costs, offered: as in `allocate`, by layer and head, for keys and for values.
-        dims: elements of a vector, by layer.
+        costs: as in `allocate`, by layer and head, for keys and for values.
+        dims: elements of a vector, by layer. offered: rates, by layer.
     """
-    asked = (key_bits, value_bits)
     units = [(layer, head, kind) for layer, some in costs.items() for head in range(len(some)) for kind in (0, 1)]
-    pools = [units] if key_bits == value_bits else [units[0::2], units[1::2]]
-    found: dict[tuple[int, int, int], float] = {}
-    for pool in pools:
-        bits = asked[pool[0][2]]
-        choice = {(i, h, kind): offered[i][h][kind] for i, h, kind in pool}
-        choice = {unit: [r for r in rates if r >= bits / 2] or [max(rates)] for unit, rates in choice.items()}
-        each = {(i, h, kind): costs[i][h][kind] for i, h, kind in pool}
-        found |= allocate(each, {unit: dims[unit[0]] for unit in pool}, choice, bits)
+    enough = {layer: [r for r in rates if r >= bits / 2] or [max(rates)] for layer, rates in offered.items()}
+    each = {(layer, head, kind): costs[layer][head][kind] for layer, head, kind in units}
+    sizes, choice = {unit: dims[unit[0]] for unit in units}, {unit: enough[unit[0]] for unit in units}
+    found = allocate(each, sizes, choice, bits)
     return {i: [(found[i, h, 0], found[i, h, 1]) for h in range(len(some))] for i, some in costs.items()}

@@ -12,11 +12,7 @@ from typing import Any
 import torch
 
 from torchgsrq.codec import files, hub
-from torchgsrq.codec.allocation import head_rates
-from torchgsrq.codec.codec import Codec, LayerCodec
-from torchgsrq.codec.kmeans import train_codebook
-from torchgsrq.codec.layout import CODEWORDS, Layout, num_codes
-from torchgsrq.config import GSRQConfig
+from torchgsrq.codec.codec import Codec, Codecs, LayerCodec
 
 
 class Codebooks:
@@ -60,90 +56,19 @@ class Codebooks:
         sizes = [(c.heads * c.head_dim, c.bits) for layer in self.layers.values() for c in layer]
         return sum(size * bits for size, bits in sizes) / max(sum(size for size, _ in sizes), 1)
 
-    @classmethod
-    def universal(cls, config: GSRQConfig, num_layers: int, num_kv_heads: int, head_dim: int) -> Codebooks:
-        """Codebooks that need no model and no data: an 8-bit gain and residual stages for the sphere.
-
-        One byte of a vector's rate is its norm, in steps of 1/8 octave. A rough fallback: it knows
-        neither the mean of the keys nor what attention does with them.
-
-        Raises:
-            ValueError: the rate is no whole number of bytes, or leaves none for the shape.
-        """
-        codecs = {}
-        for bits in {config.key_rate, config.value_rate}:
-            codes = num_codes(head_dim, bits) - 1
-            if codes < 1:
-                raise ValueError(f"bits={bits} leaves no byte for the shape of a vector of head_dim={head_dim}")
-            x = torch.randn(
-                1, 8192, head_dim, dtype=torch.float32, generator=torch.Generator().manual_seed(config.seed)
-            )
-            x = x / x.norm(dim=-1, keepdim=True)
-            layout = Layout(head_dim, 1, codes)
-            codebook = train_codebook(
-                x, torch.ones(1, 8192, dtype=torch.float32), layout, seed=config.seed, iterations=5
-            )
-            gains = torch.exp2((torch.arange(CODEWORDS, dtype=torch.float32) - 128) / 8)
-            eye = torch.eye(head_dim, dtype=torch.float32).repeat(num_kv_heads, 1, 1)
-            mean = torch.zeros(num_kv_heads, head_dim, dtype=torch.float32)
-            codebook = codebook.repeat(num_kv_heads, 1, 1, 1)
-            codecs[bits] = Codec.build(layout, mean, eye, codebook, inverse=eye, gains=gains, beam=config.beam_width)
-        layer = LayerCodec(codecs[config.key_rate], codecs[config.value_rate])
-        metadata = {"config": config.codec_fields(), "model": None, "source": "none", "tokens": 0}
-        return cls(dict.fromkeys(range(num_layers), layer), metadata)
-
     @cached_property
     def digest(self) -> str:
-        """A hash of all tables: codes of a cache mean something with these codebooks alone. How the encoder searches
-        (beam and eta) changes nothing in what codes mean."""
+        """A hash of all tables: codes of a cache mean something with these codebooks alone. How the encoder minds
+        errors (eta) changes nothing in what codes mean."""
         found = hashlib.sha256()
         for i, layer in self.layers.items():
-            for codec in layer:
-                found.update(f"{i}{codec.runs}{codec.interleaved}{codec.frame}".encode())
-                for tensor in codec.tensors:
+            for codecs in layer:
+                facts = [heads for heads, _ in codecs.parts], codecs.first.interleaved, codecs.frame
+                found.update(f"{i}{facts}".encode())
+                for tensor in codecs.tensors:
+                    found.update(f"{list(tensor.shape)}".encode())
                     found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
-
-    def at(self, bits: float, value_bits: float | None = None) -> Codebooks:
-        """The same codebooks at a lower rate; residual stages are nested (see `Codec.at`).
-
-        Where heads have rates of their own, the mean is at most ``bits``, and is spread over them anew.
-
-        Raises:
-            ValueError: the rate is higher, or not nested in every codec.
-        """
-        value_bits = bits if value_bits is None else value_bits
-        if "sensitivity" in self.metadata and self.layers:
-            each = self._spread(bits, value_bits)
-            layers = {i: _at(layer, each[i]) for i, layer in self.layers.items()}
-        else:
-            if any(len(codec.runs) > 1 for layer in self.layers.values() for codec in layer):
-                raise ValueError("these codebooks do not say what errors of their heads cost: calibrate at that rate")
-            layers = {i: LayerCodec(c.key.at(bits), c.value.at(value_bits)) for i, c in self.layers.items()}
-        config = {**self.metadata.get("config", {}), "key_bits": float(bits), "value_bits": float(value_bits)}
-        metadata = {**self.metadata, "config": config}
-        if config != self.metadata.get("config"):
-            metadata.pop("measured", None)  # at the other rate
-        return Codebooks(layers, metadata)
-
-    def _spread(self, key_bits: float, value_bits: float) -> dict[int, list[tuple[float, float]]]:
-        """Rates of the keys and values of every layer's heads at a lower mean."""
-        have = self.metadata["config"]["key_bits"], self.metadata["config"]["value_bits"]
-        if key_bits > have[0] or value_bits > have[1]:
-            raise ValueError(
-                f"bits={max(key_bits, value_bits)} is more than these codebooks were calibrated for ({have[0]:g} for "
-                f"keys, {have[1]:g} for values): calibrate at that rate"
-            )
-        costs = {i: self.metadata["sensitivity"][str(i)] for i in self.layers}
-        dims = {i: c.key.head_dim for i, c in self.layers.items()}
-        offered = {
-            i: [(k.nested_rates(), v.nested_rates()) for k, v in zip(*(c.by_head() for c in layer), strict=True)]
-            for i, layer in self.layers.items()
-        }
-        try:
-            return head_rates(costs, dims, offered, key_bits, value_bits)
-        except ValueError as error:
-            raise ValueError(f"{error}: calibrate at that rate") from error
 
     def describe(self) -> str:
         """A line for every layer: bits per element of its keys and of its values, of each head where they differ; and,
@@ -157,27 +82,20 @@ class Codebooks:
         ]
         return "\n".join((repr(self), *lines))
 
-    def with_beam(self, beam: int) -> Codebooks:
-        """The same codebooks, encoding with another width of the beam search."""
-        if all(codec.beam == beam for layer in self.layers.values() for codec in layer):
-            return self
-        layers = {i: LayerCodec(*(c.replaced(beam=beam) for c in layer)) for i, layer in self.layers.items()}
-        return Codebooks(layers, self.metadata)
-
     def shard(self, rank: int, ranks: int) -> Codebooks:
         """Those of one rank of a tensor-parallel model, which has an equal part of every layer's KV heads.
 
-        Each head keeps its bits: for a lower rate, take it (`at`) of all heads, and then a part.
+        Each head keeps its bits.
 
         Raises:
             ValueError: the heads of a layer cannot be dealt equally.
         """
 
-        def part(codec: Codec) -> list[Codec]:
-            if codec.heads % ranks or not 0 <= rank < ranks:
-                raise ValueError(f"{codec.heads} KV heads cannot be dealt to rank={rank} of ranks={ranks}")
-            each = codec.heads // ranks
-            return codec.by_head()[rank * each : (rank + 1) * each]
+        def part(codecs: Codecs) -> list[Codec]:
+            if codecs.heads % ranks or not 0 <= rank < ranks:
+                raise ValueError(f"{codecs.heads} KV heads cannot be dealt to rank={rank} of ranks={ranks}")
+            each = codecs.heads // ranks
+            return codecs.by_head()[rank * each : (rank + 1) * each]
 
         layers = {i: LayerCodec.of_heads(part(c.key), part(c.value)) for i, c in self.layers.items()}
         metadata = {k: v for k, v in self.metadata.items() if k != "measured"}
@@ -250,17 +168,7 @@ class Codebooks:
         return hub.push(self.save_pretrained, repo_id, private, token, commit_message)
 
 
-def _at(layer: LayerCodec, rates: list[tuple[float, float]]) -> LayerCodec:
-    """A layer's codecs with these rates of the keys and of the values of each head."""
-    if rates == list(zip(layer.key.head_bits, layer.value.head_bits, strict=True)):
-        return layer
-    keys, values = (codec.by_head() for codec in layer)
-    return LayerCodec.of_heads(
-        [codec.at(bits) for codec, (bits, _) in zip(keys, rates, strict=True)],
-        [codec.at(bits) for codec, (_, bits) in zip(values, rates, strict=True)],
-    )
-
-
-def _by_head(codec: Codec) -> str:
+def _by_head(codecs: Codecs) -> str:
     """Bits per element, of each head where they differ."""
-    return f"{codec.bits:g}" if len(set(codec.head_bits)) == 1 else ", ".join(f"{bits:g}" for bits in codec.head_bits)
+    each = codecs.head_bits
+    return f"{codecs.bits:g}" if len(set(each)) == 1 else ", ".join(f"{bits:g}" for bits in each)

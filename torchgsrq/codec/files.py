@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import threading
 from typing import Any
@@ -15,30 +14,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchgsrq.codec.codec import Codec, LayerCodec
-from torchgsrq.codec.layout import Layout, Run
+from torchgsrq.codec.codec import TABLES, Codec, Codecs, LayerCodec
+from torchgsrq.codec.layout import CODEWORDS
 
 FORMAT = "torchgsrq.codebooks"
-VERSION = 5
-_PARTS = ("mean", "transform", "inverse", "codebook", "inv_freq", "gains")
-_FIELDS = ("frame", "interleaved", "beam", "eta")
+VERSION = 6
+_FIELDS = ("interleaved", "eta", "frame")
 
 
 def write(layers: dict[int, LayerCodec], metadata: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write codebooks to a safetensors file."""
     tensors: dict[str, Tensor] = {}
     codecs: dict[str, dict[str, Any]] = {}
-    written: dict[int, str] = {}
     for i, layer in layers.items():
-        for kind, codec in layer._asdict().items():
+        for kind, side in layer._asdict().items():
             name = f"{i}.{kind}"
-            if id(codec) in written:  # layers may share one
-                codecs[name] = {"same_as": written[id(codec)]}
-                continue
-            written[id(codec)] = name
-            tensors |= {f"{name}.{part}": getattr(codec, part).clone().contiguous() for part in _PARTS}
-            fields = {field: getattr(codec, field) for field in _FIELDS}
-            codecs[name] = {"runs": [_facts(run) for run in codec.runs], **fields}
+            tensors[f"{name}.inv_freq"] = side.inv_freq
+            for j, (_, codec) in enumerate(side.parts):
+                tensors |= {f"{name}.{j}.{table}": getattr(codec, table) for table in TABLES}
+            fields = {field: getattr(side.first, field) for field in _FIELDS}
+            codecs[name] = {"heads": [heads for heads, _ in side.parts], **fields}
+    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     texts = {"codecs": json.dumps(codecs), "metadata": json.dumps(metadata)}
     meta = {"format": FORMAT, "version": str(VERSION), **texts, "checksum": checksum(tensors, *texts.values())}
     save_whole(tensors, meta, path)
@@ -93,45 +89,40 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str,
 
 
 def _layers(codecs: dict[str, dict[str, Any]], held: dict[str, Tensor], name: str) -> dict[int, LayerCodec]:
-    found: dict[int, dict[str, Codec]] = {}
+    found: dict[int, dict[str, Codecs]] = {}
     for key, facts in codecs.items():
         index, kind = key.split(".")
-        if "same_as" in facts:
-            other, which = facts["same_as"].split(".")
-            found.setdefault(int(index), {})[kind] = found[int(other)][which]
-            continue
-        tables = {part: held[f"{key}.{part}"] for part in _PARTS}
-        dim = tables["mean"].shape[-1]
+        fields, inv_freq = {field: facts[field] for field in _FIELDS}, held[f"{key}.inv_freq"]
+        parts = []
+        for j, heads in enumerate(facts["heads"]):
+            tables = {table: held[f"{key}.{j}.{table}"] for table in TABLES}
+            _check_tables(len(heads), {**tables, "inv_freq": inv_freq}, f"{name} is damaged: the tables of {key}")
+            given: dict[str, Any] = {**tables, **fields}
+            parts.append((tuple(heads), Codec(inv_freq=inv_freq, **given)))
         try:
-            runs = tuple(Run(tuple(x["heads"]), Layout(dim, x["groups"], x["codes"], x["dims"])) for x in facts["runs"])
+            found.setdefault(int(index), {})[kind] = Codecs(tuple(parts))
         except ValueError as error:
-            raise ValueError(f"{name} is damaged: the runs of {key} make no sense: {error}") from error
-        _check_tables(runs, tables, f"{name} is damaged: the tables of {key}")
-        given: dict[str, Any] = {**tables, **{field: facts[field] for field in _FIELDS}}
-        found.setdefault(int(index), {})[kind] = Codec(runs, **given)
+            raise ValueError(f"{name} is damaged: {key}: {error}") from error
     layers = {i: LayerCodec(c["key"], c["value"]) for i, c in sorted(found.items())}
     for i, layer in layers.items():
-        of_keys, of_values = ([run.heads for run in codec.runs] for codec in layer)
+        of_keys, of_values = ([heads for heads, _ in side.parts] for side in layer)
         if of_keys != of_values and max(len(of_keys), len(of_values)) > 1:
             raise ValueError(
-                f"{name} is damaged: keys and values of layer {i} have other runs of heads, {of_keys} and {of_values}"
+                f"{name} is damaged: heads of layer {i} that share a codec are {of_keys} for keys and {of_values} for "
+                "values"
             )
     return layers
 
 
-def _facts(run: Run) -> dict[str, Any]:
-    return {"heads": run.heads, "groups": run.layout.groups, "codes": run.layout.codes, "dims": run.layout.dims}
-
-
-def _check_tables(runs: tuple[Run, ...], tables: dict[str, Tensor], what: str) -> None:
-    """Refuse tables that are not those of these runs."""
-    heads = [head for run in runs for head in run.heads]
-    want: dict[str, tuple[int, ...]] = {"mean": (len(heads), runs[0].layout.head_dim), **runs[0].shapes}
-    if len(runs) > 1:  # flattened
-        want |= {name: (sum(math.prod(run.shapes[name]) for run in runs),) for name in runs[0].shapes}
-    if sorted(heads) != list(range(len(heads))) or any(tables[name].shape != shape for name, shape in want.items()):
+def _check_tables(heads: int, tables: dict[str, Tensor], what: str) -> None:
+    """Refuse tables that do not fit together."""
+    book, dim = tables["codebook"], tables["mean"].shape[-1]
+    square = (heads, dim, dim)
+    shapes = [tables[name].shape for name in ("mean", "transform", "inverse")]
+    fits = book.ndim == 4 and book.shape[0] == heads and book.shape[2] == CODEWORDS and dim % book.shape[3] == 0
+    if shapes != [(heads, dim), square, square] or not fits or book.shape[1] * book.shape[3] < dim:
         raise ValueError(f"{what} do not fit together")
-    wrong = [x for x in _PARTS if tables[x].dtype != (torch.float16 if x == "codebook" else torch.float32)]
+    wrong = [x for x, t in tables.items() if t.dtype != (torch.float16 if x == "codebook" else torch.float32)]
     if wrong:
         raise ValueError(f"{what} are not all float32, with codewords of float16: {', '.join(wrong)}")
 
@@ -142,7 +133,7 @@ def _makes_sense(metadata: dict[str, Any], layers: dict[int, LayerCodec]) -> boo
     return costs is None or (
         all(len(costs[str(i)]) == layer.key.heads for i, layer in layers.items())
         and all(len(pair) == 2 and min(pair) >= 0 for i in layers for pair in costs[str(i)])
-        and all(asked[kind] > 0 for kind in ("key_bits", "value_bits"))  # type: ignore[index]
+        and asked["bits"] > 0  # type: ignore[index]
     )
 
 

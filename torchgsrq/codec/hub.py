@@ -52,8 +52,8 @@ def card(layers: dict[int, LayerCodec], metadata: dict[str, Any], bits: float, d
     head = ["---", "library_name: torchgsrq", *([f"base_model: {base}"] if base else []), "tags: [kv-cache]", "---"]
     facts = {
         "model": f"{base or 'of class'} ({owner.get('class', 'any')}, shape {owner.get('shape', 'any')})",
-        "bits per element": f"{bits:.3g} (keys {config.get('key_bits')}, values {config.get('value_bits')})",
-        "layout, recipe": f"{config.get('layout')}, {config.get('recipe')}",
+        "bits per element": f"{bits:.3g}",
+        "group size, recipe": f"{config.get('group_size')}, {config.get('recipe')}",
         "learned from": f"{metadata.get('source')}, {metadata.get('tokens')} tokens",
         "size": f"{sum(c.nbytes() for layer in layers.values() for c in layer) / 2**20:.1f} MiB",
     }
@@ -66,11 +66,9 @@ def card(layers: dict[int, LayerCodec], metadata: dict[str, Any], bits: float, d
         )
     use = [
         "```python",
-        "from torchgsrq import Codebooks, GSRQConfig, quantize_kv_",
+        "from torchgsrq import Codebooks, quantize_kv_",
         "",
-        f"config = GSRQConfig(key_bits={config.get('key_bits')}, value_bits={config.get('value_bits')}, "
-        f"layout={config.get('layout')!r})",
-        'quantize_kv_(model, config, codebooks=Codebooks.from_pretrained("this repository"))',
+        'quantize_kv_(model, codebooks=Codebooks.from_pretrained("this repository"))',
         "```",
     ]
     rows = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items())]

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from torchgsrq.codec.layout import CODEWORDS, Layout
 
 _ops = torch.ops.torchgsrq  # compiled where they can be; `nearest` and the sums below say what they mean
-METHODS = ("kmeans", "kmeans-spherical", "gskm", "gskm-public")
+METHODS = ("kmeans", "gskm")
+_PART, _EARLY, _ENOUGH = 3, 5, 48  # the first 5 rounds read every third vector, if those are 16 a codeword
 _ROWS = 1024  # rows of a distance block: stays in cache, and a larger one is slower on CPU
 
 
@@ -32,22 +33,19 @@ def cluster(
 ) -> Tensor:
     """Cluster vectors into codewords, independently for every entry of the batch.
 
-    All methods assign by least squared distance, which for a gain-shape codeword ``g u`` is
+    Both methods assign by least squared distance, which for a gain-shape codeword ``g u`` is
     ``argmax 2 g (x . u) - g^2`` (arXiv 2607.01065); they differ in start and update:
 
     - ``"kmeans"``: starts from weighted samples; a codeword becomes the weighted mean.
-    - ``"kmeans-spherical"``: the same update, started from spherical k-means.
-    - ``"gskm"``: the paper's. Shape: normalised weighted mean of the normalised inputs. Gain:
-      weighted mean projection of the inputs on that shape.
-    - ``"gskm-public"``: the authors' published code. Gains are rounded to bfloat16 and at least
-      1e-4; shape: normalised sum of the inputs; gain: mean projection on the previous shape.
+    - ``"gskm"``: the paper's. Starts from spherical k-means. Shape: normalised weighted mean of the normalised inputs.
+      Gain: weighted mean projection of the inputs on that shape.
 
     Args:
         x: ``[batch, n, width]``, any floating dtype.
         weight: ``[batch, n]``, non-negative; ones if absent.
         codewords: codewords per batch entry.
         method: one of ``METHODS``.
-        iterations: rounds of assignment and update (after 20 spherical rounds where it starts so).
+        iterations: rounds of assignment and update (after 20 spherical ones for ``"gskm"``).
         seed: makes the result reproducible.
         progress: show a bar.
 
@@ -70,37 +68,50 @@ def cluster(
         return torch.nn.functional.pad(x, (0, 0, 0, codewords - x.shape[1]))
 
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    centers = _samples(x, weight, codewords, generator)
+    centers = samples(x, weight, codewords, generator)
+    if method == "kmeans":
+        return rounds(x, weight, centers, lambda x, weight, code, mean, _: mean, iterations, generator, progress)
     norms = x.norm(dim=-1, keepdim=True)
     unit = x / norms.clamp_min(1e-12)
-    if method != "kmeans":
-        centers = _spherical(unit, norms, weight, centers, generator)
-    weights = weight.unsqueeze(-1)
-    weighted, weighted_unit = x * weights, unit * weights if method == "gskm" else None
-    shape = torch.nn.functional.normalize(centers, dim=-1)
-    gain = centers.norm(dim=-1, keepdim=True)
-    for _ in tqdm(range(iterations), desc=method, disable=not progress, leave=False):
-        if method == "gskm-public":
-            gain = gain.bfloat16().float().clamp_min(1e-4)
-            centers = gain * shape
-        code, _ = _ops.nearest(x, centers)
-        mass = _ops.sum_by_code(weights, code, codewords)
-        mean = _ops.sum_by_code(weighted, code, codewords) / mass.clamp_min(1e-30)
-        previous = shape
-        if method.startswith("gskm"):
-            towards = mean if weighted_unit is None else _ops.sum_by_code(weighted_unit, code, codewords)
-            shape = torch.nn.functional.normalize(towards, dim=-1)
-            gain = (mean * (shape if method == "gskm" else previous)).sum(-1, keepdim=True)
-            centers = gain * shape
-        else:
-            centers = mean
+
+    def gain_shape(x: Tensor, weight: Tensor, code: Tensor, mean: Tensor, _: Tensor) -> Tensor:
+        towards = torch.nn.functional.normalize(x, dim=-1) * weight
+        shape = torch.nn.functional.normalize(_ops.sum_by_code(towards, code, codewords), dim=-1)
+        return (mean * shape).sum(-1, keepdim=True) * shape
+
+    centers = spherical(unit, norms, weight, centers, generator)
+    return rounds(x, weight, centers, gain_shape, iterations, generator, progress)
+
+
+def rounds(
+    x: Tensor,
+    weight: Tensor,
+    centers: Tensor,
+    update: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
+    iterations: int,
+    generator: torch.Generator,
+    progress: bool = False,
+) -> Tensor:
+    """Rounds of assignment and update, from ``centers [batch, codewords, width]`` on.
+
+    Args:
+        x, weight: see `cluster`.
+        update: vectors, their weights ``[batch, n, 1]`` and codes ``[batch, n]``, the weighted mean of the vectors of
+            each code, and the present centers, to new ones.
+    """
+    count, weights = centers.shape[1], weight.unsqueeze(-1)
+    weighted = x * weights
+    part = _PART if x.shape[1] >= _ENOUGH * count else 1
+    for i in tqdm(range(iterations), desc="clustering", disable=not progress, leave=False):
+        step = part if i < _EARLY else 1
+        given, some, sums = (t[:, ::step].contiguous() for t in (x, weights, weighted))
+        code, _ = _ops.nearest(given, centers)
+        mass = _ops.sum_by_code(some, code, count)
+        mean = _ops.sum_by_code(sums, code, count) / mass.clamp_min(1e-30)
+        centers = update(given, some, code, mean, centers)
         empty = mass.squeeze(-1) <= 0
         if empty.any():
-            centers = _reseeded(x, weight, code, centers, empty, generator)
-            shape = torch.nn.functional.normalize(centers, dim=-1)
-            gain = centers.norm(dim=-1, keepdim=True)
-    if method == "gskm-public":
-        centers = gain.bfloat16().float().clamp_min(1e-4) * shape
+            centers = _reseeded(given, some.squeeze(-1), code, centers, empty, generator)
     return centers
 
 
@@ -147,7 +158,7 @@ def moments_by_code(x: Tensor, weight: Tensor, code: Tensor, codewords: int) -> 
     return total.unflatten(-1, (width, width))
 
 
-def _samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """``count`` vectors per batch entry, drawn by weight; those without any only when the others are used up."""
     odds = weight.double().cpu().clamp_min(0)
     most = odds.amax(1, keepdim=True)
@@ -163,12 +174,12 @@ def _reseeded(
     # Not the errors of `nearest`: where most vectors are codewords themselves, those are the rounding of |x|^2, which
     # differs by implementation and, summed over many equal vectors, outweighs the few that have no codeword yet.
     error = (x - centers.gather(1, code.unsqueeze(-1).expand_as(x))).square_().sum(-1)
-    drawn = _samples(x, weight * error, int(empty.sum(1).max()), generator)
+    drawn = samples(x, weight * error, int(empty.sum(1).max()), generator)
     which = (empty.cumsum(1) - 1).clamp_min(0)  # the likeliest are drawn first, and no draw is wasted
     return torch.where(empty.unsqueeze(-1), drawn.gather(1, which.unsqueeze(-1).expand_as(centers)), centers)
 
 
-def _spherical(unit: Tensor, norms: Tensor, weight: Tensor, centers: Tensor, generator: torch.Generator) -> Tensor:
+def spherical(unit: Tensor, norms: Tensor, weight: Tensor, centers: Tensor, generator: torch.Generator) -> Tensor:
     """Spherical k-means on the unit vectors, 20 rounds; each codeword gets its mean norm as gain."""
     count = centers.shape[1]
     shape = torch.nn.functional.normalize(centers, dim=-1)
@@ -194,7 +205,7 @@ def train_codebook(
     seed: int = 0,
     fit: Callable[[Layout, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Residual stages of 256 codewords, nested: the first m codes are the codebook of the lower rate.
+    """Residual stages of 256 codewords, each learned on what those before it leave.
 
     Every stage after a group's first keeps a zero codeword, so that one more stage never makes the
     greedy error worse.
@@ -232,6 +243,8 @@ def train_codebook(
         if fit:
             out[:, first:past] = fit(replace(layout, codes=past), out[:, :past])
             words = out[:, first:past].flatten(0, 1)
+        if stage + 1 == layout.stages:
+            break
         code, _ = _ops.nearest(part, words)
         part = part - words.gather(1, code.unsqueeze(-1).expand_as(part))
         residual[:, :groups] = part.unflatten(0, (heads, groups))
@@ -243,36 +256,39 @@ def fit_to_loss(
     weight: Tensor,
     layout: Layout,
     codebook: Tensor,
-    encode: Callable[[Tensor], Tensor],
+    encode: Callable[[Tensor, Tensor], Tensor],
     eta: int,
-    rounds: int = 4,
+    iterations: int = 4,
 ) -> Tensor:
-    """The last stage's codewords, for the loss that the encoder minimises (`reference.beam_search`): rounds of encoding
-    all vectors and giving each codeword the least weighted loss. Earlier stages stay, so stages are nested.
+    """The last stage's codewords, for the loss that the encoder minimises (`reference.search_group`): rounds of
+    encoding vectors and giving each codeword the least weighted loss. Earlier stages stay.
 
     Args:
-        y: ``[heads, n, layout.dims]``. weight: ``[heads, n]``. layout: of the stages so far.
+        y: ``[heads, n, head_dim]``. weight: ``[heads, n]``. layout: of the stages so far.
         codebook: ``[heads, layout.codes, 256, layout.width]``.
-        encode: codewords to the codes of ``y``, uint8 ``[heads, n, layout.codes]``.
+        encode: vectors and codewords to codes, uint8 ``[heads, n, layout.codes]``.
         eta: weight of an error along the vector.
 
     Returns:
         The last stage, float32 rounded to float16, ``[heads, groups, 256, layout.width]``.
     """
     last, groups = layout.stages - 1, layout.groups_in(layout.stages - 1)
-    whole = y.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3)[:, :groups]  # [h, g, n, w]
-    unit = torch.nn.functional.normalize(whole, dim=-1).flatten(0, 1)
-    weight = weight[:, None].expand(-1, groups, -1).flatten(0, 1)
     tables = codebook.clone()
-    for _ in range(rounds):
-        codes = encode(tables).long().transpose(1, 2)  # [h, codes, n]
+    part = _PART if y.shape[1] >= _ENOUGH * tables.shape[2] else 1
+    for i in range(iterations):
+        step = part if i + 1 < iterations else 1
+        some = y[:, ::step].contiguous()
+        whole = some.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3)[:, :groups]  # [h, g, n, w]
+        unit = torch.nn.functional.normalize(whole, dim=-1).flatten(0, 1)
+        counted = weight[:, None, ::step].expand(-1, groups, -1).flatten(0, 1)
+        codes = encode(some, tables).long().transpose(1, 2)  # [h, codes, n]
         target = whole
         for first in range(0, last * layout.groups, layout.groups):
             index = codes[:, first : first + groups, :, None].expand_as(whole)
             target = target - tables[:, first : first + groups].gather(2, index)
         words = tables[:, last * layout.groups :]
         code = codes[:, last * layout.groups :].flatten(0, 1)
-        found = _least_loss(target.flatten(0, 1), unit, weight, code, words.flatten(0, 1), eta)
+        found = _least_loss(target.flatten(0, 1), unit, counted, code, words.flatten(0, 1), eta)
         if last:
             found[:, 0] = 0
         words.copy_(found.half().float().view_as(words))

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
-from typing import Any
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -18,22 +19,24 @@ from torchgsrq import models
 from torchgsrq.codec import Codebooks, LayerCodec
 from torchgsrq.codec.allocation import head_rates
 from torchgsrq.codec.files import VERSION
-from torchgsrq.codec.layout import key_layout, rates, value_layout
-from torchgsrq.config import GSRQConfig, cache_folder
+from torchgsrq.codec.layout import Layout, rates
+from torchgsrq.config import GSRQConfig, cache_folder, check_uniform
+from torchgsrq.kernels import compiler, cpu_library
 from torchgsrq.learning import text
 from torchgsrq.learning.sensitivity import by_head, sensitivity
 from torchgsrq.learning.statistics import Statistics, chunks, collect_cached, collect_statistics, share
 from torchgsrq.learning.text import OWN_TOKENS, TOKENS
 from torchgsrq.learning.train import train, train_cached
 from torchgsrq.models import LayerInfo
+from torchgsrq.ops import use_kernels
 
 log = logging.getLogger("torchgsrq")
 
 WINDOW = 1024  # tokens of a calibration sequence
-_RECIPE = 5  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
+_RECIPE = 6  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
 
 
-@torch.no_grad()
+@overload
 def calibrate(
     model: PreTrainedModel,
     config: GSRQConfig | None = None,
@@ -41,14 +44,40 @@ def calibrate(
     *,
     tokenizer: Any = None,
     tokens: int | None = None,
+    seed: int = 0,
     max_memory: int = 2 << 30,
     progress: bool = True,
-) -> Codebooks:
+) -> Codebooks: ...
+@overload
+def calibrate(
+    model: PreTrainedModel,
+    config: Sequence[GSRQConfig],
+    data: Iterable[Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    max_memory: int = 2 << 30,
+    progress: bool = True,
+) -> list[Codebooks]: ...
+@torch.no_grad()
+def calibrate(
+    model: PreTrainedModel,
+    config: GSRQConfig | Sequence[GSRQConfig] | None = None,
+    data: Iterable[Any] | None = None,
+    *,
+    tokenizer: Any = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    max_memory: int = 2 << 30,
+    progress: bool = True,
+) -> Codebooks | list[Codebooks]:
     """Learn a model's codebooks.
 
     Args:
         model: a transformers decoder, not quantized.
-        config: rates, layout, frame, recipe and seed are used.
+        config: bits, group size, allocation and recipe are used, and which layers are quantized. Several, for
+            codebooks of each from one reading: ``calibrate(model, [GSRQConfig(bits=1), GSRQConfig(bits=0.5)])``.
         data: text of the kind that the model will read: strings, token tensors, or batches. What it lacks of 16384
             tokens, or of ``tokens``, the model writes itself, which costs quality (docs/quality.md).
         tokenizer: for strings, and for lists that the model looks things up in (`text.recall_windows`); the one of
@@ -56,66 +85,101 @@ def calibrate(
         tokens: how many to read, the first of the data, then the model's own; by default up to 32768 of the data. Half
             as much again is made of them, in whole windows of 1024: nothing of fewer than 2048. More take longer to
             read, not to cluster.
+        seed: of all that is drawn.
         max_memory: bytes of vectors held at a time; more layers than fit are calibrated in several passes.
         progress: show bars.
 
     Returns:
-        Codebooks for every full-attention layer not in ``config.skip_layers``.
+        Codebooks for every full-attention layer not in ``config.skip_layers``; a list of them for several configs.
 
     Raises:
         TypeError, ValueError: the model, the rate for its head_dim, or the data do not fit; says why.
     """
-    config = config or GSRQConfig()
+    several = isinstance(config, (list, tuple))
+    configs: list[Any] = list(config) if isinstance(config, (list, tuple)) else [config or GSRQConfig()]
     model = models.check_supported(model)
-    if not isinstance(config, GSRQConfig):
-        raise TypeError(f"config is a {type(config).__name__}; expected a GSRQConfig")
+    for one in configs:
+        if not isinstance(one, GSRQConfig):
+            raise TypeError(f"config is a {type(one).__name__}; expected a GSRQConfig or a list of them")
     if tokens is not None and tokens < text.FEWEST:
         raise ValueError(f"tokens={tokens}; calibration needs at least {text.FEWEST}, better {TOKENS}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ValueError(f"seed={seed!r} must be an integer")
     if getattr(getattr(model, "_gsrq", None), "active", False):
         raise ValueError(f"{type(model).__name__} is quantized; call dequantize_kv_ first, then calibrate")
     with models.plain_precision(model), models.evaluating(model):
-        return _calibrate(model, config, data, tokenizer, tokens, max_memory, progress)
+        found = _calibrate(model, configs, data, tokenizer, tokens, seed, max_memory, progress)
+    return found if several else found[0]
 
 
 def _calibrate(
     model: PreTrainedModel,
-    config: GSRQConfig,
+    configs: list[GSRQConfig],
     data: Iterable[Any] | None,
     tokenizer: Any,
     tokens: int | None,
+    seed: int,
     max_memory: int,
     progress: bool,
-) -> Codebooks:
+) -> list[Codebooks]:
     found = models.inspect_layers(model)
-    layers = {info.index: info for info in found if quantizes(info, config)}
-    facts: dict[str, Any] = {"config": config.codec_fields(), "model": models.fingerprint(model, found)}
-    if model.name_or_path and not os.path.exists(model.name_or_path):
-        facts["name"] = model.name_or_path  # of a hub
-    if not layers:
-        return Codebooks({}, {**facts, "source": "none", "tokens": 0})
-    for info in layers.values():
-        key_layout(info.head_dim, config.key_rate, config.layout)
-        of_values = key_layout if info.value else value_layout
-        of_values((info.value or info).head_dim, config.value_rate, config.layout)
     by_cache = models.are_decoded(found)
+    about: dict[str, Any] = {"model": models.fingerprint(model, found)}
+    if model.name_or_path and not os.path.exists(model.name_or_path):
+        about["name"] = model.name_or_path  # of a hub
+    for config in configs:
+        _check(model, config, found, by_cache)
+    layers = {info.index: info for info in found if any(quantizes(info, config) for config in configs)}
+    facts = [{**about, "config": config.codec_fields(), "seed": seed} for config in configs]
+    if not layers:
+        return [Codebooks({}, {**some, "source": "none", "tokens": 0}) for some in facts]
+    with _compiling():
+        windows, source = calibration_windows(model, data, tokenizer, tokens, seed, progress)
+    costs = None
+    if not by_cache and any(config.spreads_bits for config in configs):
+        costs = _costs(model, configs, layers, windows, max_memory, progress)
+    each = []
+    for config, some in zip(configs, facts, strict=True):
+        mine = {i: info for i, info in layers.items() if quantizes(info, config)}
+        spread = {i: costs[i] for i in mine} if costs and config.spreads_bits else None
+        if spread:
+            some["sensitivity"] = {str(index): x for index, x in spread.items()}
+        each.append(rates_of_heads(config, mine, spread))
+    trained = _train_layers(model, configs, each, layers, windows, seed, max_memory, progress)
+    told = {"source": source, "tokens": windows.numel()}
+    return [Codebooks(books, {**some, **told}) for books, some in zip(trained, facts, strict=True)]
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Compile the CPU kernels, if they are not there yet, while the model writes; neither takes all of a machine."""
+    thread = threading.Thread(target=cpu_library)
+    wanted = not use_kernels.cache_info().currsize and bool(compiler())
+    if wanted:
+        thread.start()
+    try:
+        yield
+    finally:
+        if wanted:
+            thread.join()
+
+
+def _check(model: PreTrainedModel, config: GSRQConfig, found: list[LayerInfo], by_cache: bool) -> None:
+    """Refuse a config that this model cannot have."""
     if by_cache and (config.recipe != "gsrq" or config.allocation == "sensitivity"):
         raise ValueError(
             f"attention of {type(model).__name__} is not handed what it caches; that takes recipe='gsrq' with the same "
             f"bits in all heads, not recipe={config.recipe!r} with allocation={config.allocation!r}"
         )
-    if config.recipe == "universal":
-        shapes = {(info.kv_heads, info.head_dim) for info in layers.values()}
-        made = {shape: Codebooks.universal(config, 1, *shape)[0] for shape in shapes}
-        books = {i: made[info.kv_heads, info.head_dim] for i, info in layers.items()}
-        return Codebooks(books, {**facts, "source": "none", "tokens": 0})
-    windows, source = calibration_windows(model, data, tokenizer, tokens, config.seed, progress)
-    spread = config.spreads_bits and not by_cache
-    costs = _costs(model, config, layers, windows, max_memory, progress) if spread else None
-    if costs:
-        facts["sensitivity"] = {str(index): some for index, some in costs.items()}
-    each = rates_of_heads(config, layers, costs)
-    trained = _train_layers(model, config, each, layers, windows, max_memory, progress)
-    return Codebooks(trained, {**facts, "source": source, "tokens": windows.numel()})
+    dims = {x.head_dim for info in found if quantizes(info, config) for x in (info, info.value) if x}
+    if by_cache or not config.spreads_bits:
+        check_uniform(config.bits)
+        for dim in dims:
+            Layout.of(dim, config.bits, config.group_size)
+    for dim in dims:
+        if not rates(dim) or min(rates(dim)) > config.bits:
+            allowed = ", ".join(map(str, rates(dim))) or "none"
+            raise ValueError(f"bits={config.bits} is not offered for head_dim={dim}; its heads can have {allowed}")
 
 
 @torch.no_grad()
@@ -127,20 +191,22 @@ def calibrate_qkv(
     interleaved: bool = False,
     scale: float | None = None,
     span: int = 8192,
+    seed: int = 0,
 ) -> Codebooks:
     """Learn the codebooks of a decoder of your own from what its attention is given, layer by layer.
 
-    All heads get the same bits; use `Codebooks.at` for lower rates and `GSRQTensor.empty` for buffers.
+    All heads get the same bits; `GSRQTensor.empty` makes buffers.
 
     Args:
         layers: for each layer queries ``[windows, q_heads, tokens, head_dim]``, keys and values ``[windows, kv_heads,
             tokens, head_dim]``, floating, after RoPE, of windows of text that begin at position 0; 16k tokens in all
             or more. Taken one after the other, so a generator may make them.
-        config: rates, layout, frame, recipe and seed are used.
+        config: bits, group size and recipe are used.
         inv_freq: ``[pairs]``, RoPE frequencies, of all layers; none without RoPE.
         interleaved: RoPE turns elements ``2i`` and ``2i + 1`` together, instead of ``i`` and ``i + pairs``.
         scale: of scores, ``head_dim ** -0.5`` by default.
         span: how far apart a query and a key can be.
+        seed: of all that is drawn.
 
     Raises:
         ValueError: no layers, shapes that do not fit together, NaN or inf, a rate that is not offered for the
@@ -149,8 +215,7 @@ def calibrate_qkv(
     config = config or GSRQConfig()
     if config.allocation == "sensitivity":
         raise ValueError('allocation="sensitivity" takes gradients of a model; here all heads get the same bits')
-    if config.recipe == "universal":
-        raise ValueError('recipe="universal" learns nothing: use Codebooks.universal')
+    check_uniform(config.bits)
     freq = torch.zeros(0) if inv_freq is None else inv_freq.detach().float()
     rope = models.NO_ROPE if inv_freq is None else "interleaved" if interleaved else "half-split"
     trained, tokens = {}, 0
@@ -161,11 +226,12 @@ def calibrate_qkv(
         factor = k.shape[3] ** -0.5 if scale is None else scale
         for window in zip(q.split(1), k.split(1), v.split(1), strict=True):  # scores of one are held at a time
             stats.add(*window, factor, softcap=0.0, sink_logits=None)
-        trained[i] = train(stats, config, [(config.key_rate, config.value_rate)] * k.shape[1], span)
+        trained[i] = train(stats, [(config, [(config.bits, config.bits)] * k.shape[1])], span, seed)[0]
         tokens = k.shape[0] * k.shape[2]
     if not trained:
         raise ValueError("layers is empty (an iterator gives its items once); expected (q, k, v) for each layer")
-    return Codebooks(trained, {"config": config.codec_fields(), "model": None, "source": "data", "tokens": tokens})
+    fields = {**config.codec_fields(), "allocation": "uniform"}
+    return Codebooks(trained, {"config": fields, "model": None, "seed": seed, "source": "data", "tokens": tokens})
 
 
 def _checked_qkv(layer: int, given: tuple[Tensor, ...], inv_freq: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +258,7 @@ def _checked_qkv(layer: int, given: tuple[Tensor, ...], inv_freq: Tensor) -> tup
 
 def _costs(
     model: PreTrainedModel,
-    config: GSRQConfig,
+    configs: list[GSRQConfig],
     layers: dict[int, LayerInfo],
     windows: Tensor,
     max_memory: int,
@@ -202,8 +268,10 @@ def _costs(
     try:
         return by_head(sensitivity(model, layers.values(), windows, max_memory, progress))
     except (ValueError, torch.OutOfMemoryError) as error:
-        if config.allocation == "sensitivity":
+        if any(config.allocation == "sensitivity" for config in configs):
             raise
+        for config in configs:
+            check_uniform(config.bits)
         log.warning("all heads get the same bits: %s", error)
         return None
 
@@ -214,10 +282,9 @@ def rates_of_heads(
     """Bits per element of the keys and values of every layer's heads; the same everywhere without ``costs``
     (`sensitivity.by_head`)."""
     if costs is None:
-        return {i: [(config.key_rate, config.value_rate)] * info.kv_heads for i, info in layers.items()}
+        return {i: [(config.bits, config.bits)] * info.kv_heads for i, info in layers.items()}
     dims = {i: info.head_dim for i, info in layers.items()}
-    offered = {i: [(rates(info.head_dim),) * 2] * info.kv_heads for i, info in layers.items()}
-    return head_rates(costs, dims, offered, config.key_rate, config.value_rate)
+    return head_rates(costs, dims, {i: rates(dim) for i, dim in dims.items()}, config.bits)
 
 
 def calibration_windows(
@@ -263,39 +330,55 @@ def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
 
 def _train_layers(
     model: PreTrainedModel,
-    config: GSRQConfig,
-    each: dict[int, list[tuple[float, float]]],
+    configs: list[GSRQConfig],
+    each: list[dict[int, list[tuple[float, float]]]],
     layers: dict[int, LayerInfo],
     windows: Tensor,
+    seed: int,
     max_memory: int,
     progress: bool,
-) -> dict[int, LayerCodec]:
-    trained: dict[int, LayerCodec] = {}
+) -> list[dict[int, LayerCodec]]:
+    """The codecs of all layers for each config, with these bits of its heads."""
+    trained: list[dict[int, LayerCodec]] = [{} for _ in configs]
     by_cache = models.are_decoded(layers.values())
     for chunk in chunks(list(layers.values()), windows, max_memory):
-        if by_cache:
-            cached = collect_cached(model, chunk, windows, progress)
-            for index in tqdm(list(cached), desc="training codebooks", disable=not progress):
-                trained[index] = train_cached(cached.pop(index), config, each[index][0])
-            continue
-        stats = collect_statistics(model, chunk, windows, progress)
+        stats: dict[int, Any] = (collect_cached if by_cache else collect_statistics)(model, chunk, windows, progress)
         for index in tqdm(list(stats), desc="training codebooks", disable=not progress):
-            trained[index] = train(stats.pop(index), config, each[index], models.rope_span(model))
+            held, which = stats.pop(index), [i for i, bits in enumerate(each) if index in bits]
+            if by_cache:
+                found = [train_cached(held, configs[i], seed) for i in which]
+            else:
+                found = train(held, [(configs[i], each[i][index]) for i in which], models.rope_span(model), seed)
+            for i, codec in zip(which, found, strict=True):
+                trained[i][index] = codec
     return trained
 
 
 def cached_codebooks(
-    model: PreTrainedModel, config: GSRQConfig, progress: bool = True, layers: list[LayerInfo] | None = None
-) -> Codebooks:
-    """The codebooks of the disk cache for this model and config, calibrated first if there are none.
+    model: PreTrainedModel, configs: Sequence[GSRQConfig], progress: bool = True, layers: list[LayerInfo] | None = None
+) -> list[Codebooks]:
+    """The codebooks of the disk cache for this model and each config; those that are not there are calibrated together.
 
     A file that cannot be read is replaced, and one that cannot be written costs a warning.
     """
     owner = models.fingerprint(model, layers or models.inspect_layers(model))
-    skipped = "-skip" + "_".join(map(str, config.skip_layers)) if config.skip_layers else ""
-    stem = f"{owner['shape']}-{config.codec_key()}{skipped}-v{VERSION}.{_RECIPE}"
+    found = {config: books for config in configs if (books := _kept(config, owner)) is not None}
+    missing = [config for config in dict.fromkeys(configs) if config not in found]
+    if missing:
+        for config, books in zip(missing, calibrate(model, missing, progress=progress), strict=True):
+            found[config] = books
+            _keep(books, config, owner)
+    return [found[config] for config in configs]
+
+
+def _stem(config: GSRQConfig, owner: dict[str, Any]) -> str:
+    return f"{owner['shape']}-{config.codec_key()}-v{VERSION}.{_RECIPE}"
+
+
+def _kept(config: GSRQConfig, owner: dict[str, Any]) -> Codebooks | None:
+    """The codebooks of the disk cache for a model's fingerprint, if there are any."""
     with contextlib.suppress(OSError):  # without a folder there are none
-        for path in sorted(cache_folder().glob(f"{stem}-*.safetensors")):
+        for path in sorted(cache_folder().glob(f"{_stem(config, owner)}-*.safetensors")):
             try:
                 books = Codebooks.load(path)
                 if models.same_model(books.metadata["model"], owner):
@@ -305,10 +388,14 @@ def cached_codebooks(
                 log.warning("the codebooks cached at %s cannot be used and are learned again: %s", path, error)
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-    books = calibrate(model, config, progress=progress)
+    return None
+
+
+def _keep(books: Codebooks, config: GSRQConfig, owner: dict[str, Any]) -> None:
+    """Put codebooks into the disk cache, or warn."""
     which = hashlib.sha256(repr(owner["samples"]).encode()).hexdigest()[:12]
     try:
-        path = cache_folder() / f"{stem}-{which}.safetensors"
+        path = cache_folder() / f"{_stem(config, owner)}-{which}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         books.save(path)
         log.info("codebooks cached at %s", path)
@@ -318,4 +405,3 @@ def cached_codebooks(
             "to a folder that can be written to, or calibrate once, save them, and pass codebooks=",
             error,
         )
-    return books

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from torchgsrq import models, ops
-from torchgsrq.codec import Codec, LayerCodec
+from torchgsrq.codec import Codecs, LayerCodec
 from torchgsrq.codec.layout import rates
 from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.statistics import FAR, chunks, collect_statistics, unseen
@@ -68,7 +68,7 @@ def sensitivity(
             offered = rates(info.head_dim)
             bits: float = 1 if 1 in offered else offered[-1]
             same = [(bits, bits)] * info.kv_heads
-            codecs[info.index] = train(stats.pop(info.index), GSRQConfig(layout="fast"), same, span)
+            codecs[info.index] = train(stats.pop(info.index), [(GSRQConfig(), same)], span)[0]
     costs = {info.index: torch.zeros(2, info.kv_heads, info.kv_heads, dtype=torch.float64) for info in layers}
     with models.refusing(f"a backward pass of {name}, by which heads are given their bits, failed", instead):
         for seed, window in enumerate(tqdm(read, desc="weighing heads", disable=not progress)):
@@ -145,7 +145,7 @@ def _observer(
     return observer
 
 
-def _decoded(x: Tensor, codec: Codec) -> Tensor:
+def _decoded(x: Tensor, codec: Codecs) -> Tensor:
     """Vectors ``[heads, n, d]`` of the positions 0 to n after a round trip."""
     return ops.round_trip(x[None], torch.arange(x.shape[1], device=x.device)[None], codec)[0]
 

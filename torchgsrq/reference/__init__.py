@@ -11,7 +11,7 @@ from torchgsrq.reference.attention import (
     histogram_values,
     table_scores,
 )
-from torchgsrq.reference.coding import beam_search, codeword_sum, decode, encode, mean_at, search, to_metric
+from torchgsrq.reference.coding import codeword_sum, decode, encode, mean_at, search, search_group, to_metric
 from torchgsrq.reference.storage import Packed, append_, check_append, coded_slots, dequantize, fitted, positions, tail
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Packed",
     "append_",
     "attention",
-    "beam_search",
     "check_append",
     "coded_slots",
     "codeword_sum",
@@ -36,6 +35,7 @@ __all__ = [
     "mean_at",
     "positions",
     "search",
+    "search_group",
     "table_scores",
     "tail",
     "to_metric",

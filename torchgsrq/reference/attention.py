@@ -10,7 +10,7 @@ from torch import Tensor
 from torchgsrq.codec import Codec
 from torchgsrq.codec.layout import CODEWORDS
 from torchgsrq.codec.rope import rotate
-from torchgsrq.reference.coding import decode, mean_at
+from torchgsrq.reference.coding import mean_at
 from torchgsrq.reference.storage import DECODE_BLOCK, Packed, coded_slots
 
 _TABLE_BLOCK = 4096  # slots scored by look-up at a time
@@ -67,7 +67,7 @@ def attention(
     length = int(key.length)
     qf = (q.float() * scale).reshape(batch, heads, rows, head_dim)
     if form is None:
-        framed = key.codec.frame > 1 or not key.codec.inv_freq.numel()
+        framed = key.codec.frame > 1 or not key.codec.inv_freq.numel()  # frames of one token would not pay
         form = "tables" if rows <= _TABLE_ROWS and framed else "decode"
     newest = torch.arange(queries, device=q.device) + (length - queries if causal != UPPER_LEFT else 0)
     seen = _Softmax(qf, group, mask, newest if causal else None, softcap)
@@ -84,14 +84,11 @@ def attention(
         last = min(first + step, coded)
         slots = torch.arange(first, last, device=q.device)[None]
         allowed = (slots[:, None] < boundary[..., None]) & not_a_sink(slots)[:, None]
-        k_codes, v_codes = key.coded(first, last), value.coded(first, last)
-        k_position, v_position = key.position(first, last), value.position(first, last)
         if form == "tables":
-            scores = table_scores(qf, k_codes, k_position, key.codec)
-            seen.absorb(scores, slots, allowed, lambda p, c=v_codes: histogram_values(p, c, value.codec))  # type: ignore[misc]
+            scores = cache_scores(qf, key, first, last)
+            seen.absorb(scores, slots, allowed, lambda p, a=first, b=last: cache_values(p, value, a, b))  # type: ignore[misc]
         else:
-            k, v = decode(k_codes, k_position, key.codec), decode(v_codes, v_position, value.codec)
-            seen.absorb_plain(k, v, slots, allowed)
+            seen.absorb_plain(key.decoded(first, last), value.decoded(first, last), slots, allowed)
 
     exact_from = key.encoded if tails is None else tail_start
     assert exact_from is not None
@@ -192,6 +189,20 @@ def _mask_columns(mask: Tensor, slots: Tensor, heads: int, group: int) -> Tensor
     return mask.unflatten(1, (heads, group)) if mask.shape[1] > 1 else mask.unsqueeze(1)
 
 
+def cache_scores(qf: Tensor, key: Packed, first: int, last: int) -> Tensor:
+    """`table_scores` of queries ``[batch, heads, rows, head_dim]`` and slots ``[first, last)``."""
+    position, parts = key.position(first, last), zip(key.coded(first, last), key.codec.parts, strict=True)
+    return key.codec.merged(
+        [table_scores(qf[:, list(heads)], codes, position, codec) for codes, (heads, codec) in parts]
+    )
+
+
+def cache_values(p: Tensor, value: Packed, first: int, last: int) -> Tensor:
+    """`histogram_values` of probabilities ``[batch, heads, rows, n]`` and slots ``[first, last)``."""
+    parts = zip(value.coded(first, last), value.codec.parts, strict=True)
+    return value.codec.merged([histogram_values(p[:, list(heads)], codes, codec) for codes, (heads, codec) in parts])
+
+
 def table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> Tensor:
     """``q . k`` by look-up: for each frame, a table of ``q . codeword`` for every code.
 
@@ -205,29 +216,21 @@ def table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> T
     Returns:
         float32 ``[batch, heads, rows, n]``.
     """
-    runs = zip(codec.by_run(), codec.split_codes(codes), strict=True)
-    return codec.merged([_table_scores(qf[:, heads], some, position, run) for (heads, run), some in runs])
-
-
-def _table_scores(qf: Tensor, codes: Tensor, position: Tensor, codec: Codec) -> Tensor:
     batch, heads, rows, _ = qf.shape
     layout, n = codec.layout, codes.shape[2]
     frame = position // codec.frame if codec.inv_freq.numel() else torch.zeros_like(position)
     lowest = int(frame.min())
     starts = torch.arange(lowest, int(frame.max()) + 1, device=qf.device) * codec.frame
     turned = rotate(qf.unsqueeze(3), -starts, codec.inv_freq, codec.interleaved)
-    turned = turned.expand(-1, -1, -1, starts.numel(), -1)  # [b, h, rows, frames, d]
+    turned = turned.expand(-1, -1, -1, starts.numel(), -1)  # [b, h, r, frames, d]
     slices = torch.einsum("bhrfd,hde->bhrfe", turned, codec.inverse).unflatten(-1, (layout.groups, layout.width))
 
     frame = (frame - lowest)[:, None, None]
     scores = torch.zeros(batch, heads, rows, n, dtype=torch.float32, device=qf.device)
-    gains = codec.gains.numel()
     for m in range(layout.codes):
         table = torch.einsum("bhrfw,hcw->bhrfc", slices[..., m % layout.groups, :], codec.codebook[:, m].float())
-        index = frame * CODEWORDS + codes[:, :, None, :, m + bool(gains)].int()
+        index = frame * CODEWORDS + codes[:, :, None, :, m].int()
         scores += table.flatten(3).gather(3, index.long().expand(-1, -1, rows, -1))
-    if gains:
-        scores *= codec.gains[codes[..., 0].int()].unsqueeze(2)
     return scores + qf @ mean_at(position, codec).transpose(-1, -2)
 
 
@@ -242,20 +245,13 @@ def histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
     Returns:
         float32 ``[batch, heads, rows, head_dim]``.
     """
-    runs = zip(codec.by_run(), codec.split_codes(codes), strict=True)
-    return codec.merged([_histogram_values(p[:, heads], some, run) for (heads, run), some in runs])
-
-
-def _histogram_values(p: Tensor, codes: Tensor, codec: Codec) -> Tensor:
     batch, heads, rows, _ = p.shape
     layout = codec.layout
-    gains = codec.gains.numel()
-    weight = p * codec.gains[codes[..., 0].int()].unsqueeze(2) if gains else p
     y = torch.zeros(batch, heads, rows, layout.groups, layout.width, dtype=torch.float32, device=p.device)
     for m in range(layout.codes):
-        index = codes[:, :, None, :, m + bool(gains)].long().expand(-1, -1, rows, -1)
+        index = codes[:, :, None, :, m].long().expand(-1, -1, rows, -1)
         bins = torch.zeros(batch, heads, rows, CODEWORDS, dtype=torch.float32, device=p.device).scatter_add_(
-            3, index, weight
+            3, index, p
         )
         y[..., m % layout.groups, :] += bins @ codec.codebook[:, m].float()
     return y.flatten(-2) @ codec.inverse.transpose(1, 2) + p.sum(-1, keepdim=True) * codec.mean.unsqueeze(1)

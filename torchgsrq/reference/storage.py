@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchgsrq.codec import Codec
+from torchgsrq.codec import Codecs
 from torchgsrq.reference.coding import decode, encode
 
 DECODE_BLOCK = 512  # slots dequantized at a time
@@ -43,17 +43,22 @@ def coded_slots(first: Tensor, length: int, recent_tokens: int, block_tokens: in
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """The parts of one `GSRQTensor`, and the codec they belong to (tensor.py documents them)."""
+    """The parts of one `GSRQTensor`, and the codecs they belong to (tensor.py documents them)."""
 
-    codes: Tensor
     window: Tensor
     start: Tensor
     length: Tensor
     encoded: Tensor
-    codec: Codec
+    codes: list[Tensor]
+    codec: Codecs
     sink_tokens: int
     recent_tokens: int
     block_tokens: int
+
+    @property
+    def capacity(self) -> int:
+        """Slots."""
+        return self.codes[0].shape[2]
 
     @property
     def ring(self) -> int:
@@ -74,15 +79,21 @@ class Packed:
         slots = torch.arange(first, last, device=self.window.device)
         return self.window[:, :, self.sink_tokens + slots.remainder(self.ring)]
 
-    def coded(self, first: int, last: int) -> Tensor:
-        """Codes of slots ``[first, last)``, as `decode` takes them."""
-        return self.codec.join_codes([codes[:, :, first:last] for codes in self.codec.split_codes(self.codes)])
+    def coded(self, first: int, last: int) -> list[Tensor]:
+        """Codes of slots ``[first, last)``, of every part of the codecs."""
+        return [codes[:, :, first:last] for codes in self.codes]
 
-    def put(self, first: int, codes: Tensor, due: Tensor) -> None:
+    def decoded(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Vectors of slots ``[first, last)``, ``[batch, heads, last - first, head_dim]``."""
+        position = self.position(first, last)
+        some = zip(self.coded(first, last), self.codec.parts, strict=True)
+        return self.codec.merged([decode(codes, position, codec, dtype) for codes, (_, codec) in some])
+
+    @staticmethod
+    def put(held: Tensor, first: int, codes: Tensor, due: Tensor) -> None:
         """Write codes of the slots from ``first`` on, those of which are ``due``, bool ``[batch, slots]``."""
-        for held, new in zip(self.codec.split_codes(self.codes), self.codec.split_codes(codes), strict=True):
-            some = held[:, :, first : first + new.shape[2]]
-            some.copy_(torch.where(due[:, None, :, None], new, some))
+        some = held[:, :, first : first + codes.shape[2]]
+        some.copy_(torch.where(due[:, None, :, None], codes, some))
 
     def position(self, first: int, last: int) -> Tensor:
         """Positions of slots ``[first, last)`` in each row, ``[batch, last - first]``."""
@@ -99,7 +110,7 @@ def check_append(kv: Packed, x: Tensor, slots: Tensor, values: bool = True) -> N
         ValueError: wrong shape or dtype, slots that leave a hole, are not consecutive or pass the
             capacity, or NaN/inf.
     """
-    batch, heads, capacity = kv.codes.shape[0], kv.codec.heads, kv.codes.shape[2]
+    batch, heads, capacity = kv.window.shape[0], kv.codec.heads, kv.capacity
     n = x.shape[2] if x.ndim == 4 else -1
     if x.shape != (batch, heads, n, kv.codec.head_dim):
         raise ValueError(
@@ -147,7 +158,9 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
     if bool((now > was).any()):
         due = torch.cat((kv.recent(low, min(first, high)), x[:, :, : max(0, high - first)]), 2)
         at = torch.arange(low, high, device=x.device)
-        kv.put(low, encode(due, kv.position(low, high), kv.codec), (at >= was[:, None]) & (at < now[:, None]))
+        position, mine = kv.position(low, high), (at >= was[:, None]) & (at < now[:, None])
+        for codes, (some, codec) in zip(kv.codes, kv.codec.parts, strict=True):
+            kv.put(codes, low, encode(due[:, list(some)], position, codec), mine)
     kept = torch.arange(max(int(now.min()), first), first + n, device=x.device)
     kv.window[:, :, kv.sink_tokens + kept.remainder(kv.ring)] = x[:, :, kept - first]
     if kv.sink_tokens:
@@ -176,13 +189,13 @@ def tail(kv: Packed, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(kv: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """Everything held, ``[batch, heads, capacity, head_dim]``: codes decoded, sinks and window exact, zeros past
     the length."""
-    batch, heads, capacity = kv.codes.shape[0], kv.codec.heads, kv.codes.shape[2]
+    batch, heads, capacity = kv.window.shape[0], kv.codec.heads, kv.capacity
     length = int(kv.length)
     low, coded = (int(kv.encoded.min()), int(kv.encoded.max())) if batch else (length, 0)
     out = kv.window.new_zeros(batch, heads, capacity, kv.codec.head_dim, dtype=dtype or kv.window.dtype)
     for first in range(0, coded, DECODE_BLOCK):
         last = min(first + DECODE_BLOCK, coded)
-        out[:, :, first:last] = decode(kv.coded(first, last), kv.position(first, last), kv.codec, out.dtype)
+        out[:, :, first:last] = kv.decoded(first, last, out.dtype)
     exact = torch.arange(low, length, device=out.device) >= kv.encoded[:, None]
     out[:, :, low:length] = torch.where(exact[:, None, :, None], kv.recent(low, length), out[:, :, low:length])
     for i, slots in enumerate(kv.sink_slots().T):

@@ -1,0 +1,278 @@
+"""The tables of README and docs that are made of measured results: written into the pages, and checked by a test.
+
+    python benchmarks/tables.py
+
+A page has a table between two comments, ``<!-- results: NAME -->`` and ``<!-- end -->``; `TABLES` says what NAME is
+made of, a file of ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+_MARKED = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of results."""
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _methods(name: str, of: Callable[[str, dict[str, Any]], bool] = lambda name, row: True) -> list[Any]:
+    """Names and rows of a file of `compare.py`, by bits."""
+    rows = [(method, row) for method, row in read(name)["methods"].items() if of(method, row)]
+    return sorted(rows, key=lambda pair: -pair[1]["bits_without_codebooks"])
+
+
+def _found(row: dict[str, Any]) -> str:
+    return " / ".join(f"{task['found']:.0%}" for task in row["tasks"].values())
+
+
+def _answers(row: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {task['answers']}" for name, task in row["tasks"].items())
+
+
+def _kl(row: dict[str, Any], digits: int = 3) -> str:
+    if row["kl"] < 1e-6:
+        return "0"
+    return f"{row['kl']:.{digits}f} ({row['kl_low']:.{digits}f}-{row['kl_high']:.{digits}f})"
+
+
+def compared(name: str) -> str:
+    """All methods, with everything that was measured."""
+    rows = _methods(name)
+    head = ["method", "bits", "with codebooks", "perplexity", "KL (95%)", "KL p99", "same token"]
+    return markdown(
+        [*head, f"found: {_answers(rows[0][1])}", "nats"],
+        (
+            (
+                method,
+                f"{row['bits_without_codebooks']:.2f}",
+                f"{row['bits']:.2f}",
+                f"{row['ppl']:.2f}",
+                _kl(row),
+                f"{row['kl_p99']:.2f}",
+                f"{row['agreement']:.0%}",
+                _found(row),
+                f"{row['answer_nll']:.2f}",
+            )
+            for method, row in rows
+        ),
+    )
+
+
+def longer(name: str) -> str:
+    """All methods on longer texts."""
+    rows = _methods(name)
+    head = ["method", "bits", "perplexity", "KL (95%)", f"found: {_answers(rows[0][1])}", "nats"]
+    return markdown(
+        [*head, "KL where answers come"],
+        (
+            (
+                method,
+                f"{row['bits_without_codebooks']:.2f}",
+                f"{row['ppl']:.2f}",
+                _kl(row),
+                _found(row),
+                f"{row['answer_nll']:.2f}",
+                f"{max(row['answer_kl'], 0):.3f}",
+            )
+            for method, row in rows
+        ),
+    )
+
+
+def groups(name: str) -> str:
+    """Quality by group size."""
+
+    def size(method: str) -> int:
+        found = re.search(r"groups of (\d+)", method)
+        return int(found[1]) if found else 8
+
+    ours = _methods(
+        name, lambda method, row: row["family"] in ("gsrq", "groups") and row["bits_without_codebooks"] < 1.1
+    )
+    by_size = {size(method): {} for method, _ in ours}
+    for method, row in ours:
+        by_size[size(method)][round(row["bits_without_codebooks"], 2)] = row
+    speed = read("speed")["rows"]
+    lines = []
+    for one, rows in sorted(by_size.items()):
+        row = rows[1.0]
+        attended = [
+            f"{x['over_sdpa']:.1f}"
+            for x in speed
+            if x.get("what") == f"gsrq groups of {one}, 1" and (x["model"], x["context"]) == ("SmolLM2-135M", 32768)
+        ]
+        encoded = [f"{x['encode_share']:.0%}" for x in speed if x["section"] == "prefill" and x["group_size"] == one]
+        quality = (_kl(row), f"{row['found']:.0%}, {row['answer_nll']:.2f}", f"{row['bits']:.2f}")
+        lines.append((str(one), *quality, *(attended or ["not measured"]), *(encoded or ["not measured"])))
+    head = ["group size", "KL (95%)", "answers found, nats", "bits with codebooks, at 128k tokens"]
+    return markdown([*head, "attention at 32k, times SDPA", "encoding, share of a prefill"], lines)
+
+
+def windows(name: str) -> str:
+    """One codec with other numbers of exact tokens."""
+    rows = []
+    for method, row in read(name)["methods"].items():
+        exact = re.search(r"(\d+ \+ \d+) exact", method)
+        if exact:
+            rows.append(
+                (exact[1], f"{row['ppl']:.2f}", _kl(row, 4), f"{row['agreement']:.0%}", f"{row['answer_kl']:.3f}")
+            )
+    full = next(iter(read(name)["methods"].values()))["ppl_full"]
+    head = ["sinks + recent tokens", "perplexity", "KL (95%)", "same token", "KL where answers come"]
+    return markdown(head, [("full precision", f"{full:.2f}", "0", "100%", "0"), *rows])
+
+
+def attention(name: str) -> str:
+    """Decode attention of one layer, times the fastest SDPA of the same run."""
+    rows = [row for row in read(name)["rows"] if row["section"] == "attention"]
+    contexts = sorted({row["context"] for row in rows})
+    shown = ("gsrq", "flex_attention", "matmuls")
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for what in dict.fromkeys(row["what"] for row in rows if row["what"].startswith(shown)):
+            found = {row["context"]: row["over_sdpa"] for row in rows if (row["model"], row["what"]) == (model, what)}
+            lines.append((model, what, *(f"{found[x]:.1f}" for x in contexts)))
+    return markdown(["shapes of", "what", *(f"{x // 1024}k" for x in contexts)], lines)
+
+
+def generate(name: str) -> str:
+    """Milliseconds per token of a whole model, and times its full precision of the same run."""
+    rows = [row for row in read(name)["rows"] if row["section"] == "generate"]
+    contexts = sorted({row["context"] for row in rows})
+    lines = []
+    for what in dict.fromkeys(row["what"] for row in rows):
+        found = {row["context"]: row for row in rows if row["what"] == what}
+        cells = (
+            f"{found[x]['ms_per_token']:.0f} ({found[x]['over_full']:.2f})" if x in found else "" for x in contexts
+        )
+        lines.append((what, *cells))
+    return markdown(["cache", *(f"{x // 1024}k" if x >= 1024 else str(x) for x in contexts)], lines)
+
+
+def prefill(name: str) -> str:
+    """What encoding adds to a prefill of 2048 tokens, and appending to a decode step."""
+    rows = [row for row in read(name)["rows"] if row["section"] == "prefill"]
+    return markdown(
+        [
+            "group size",
+            "full precision",
+            "with encoding",
+            "all vectors encoded by themselves",
+            "share",
+            "appending, a token",
+        ],
+        (
+            (
+                str(row["group_size"]),
+                f"{row['full_s']:.2f} s",
+                f"{row['gsrq_s']:.2f} s",
+                f"{row['encode_s']:.3f} s",
+                f"{row['encode_share']:.1%}",
+                f"{row['append_ms_per_token']:.2f} ms",
+            )
+            for row in rows
+        ),
+    )
+
+
+def overview() -> str:
+    """The README's: quality, attention of one layer and `generate` at 32k tokens."""
+    methods, speed = read("compare")["methods"], read("speed")["rows"]
+
+    def faster(section: str, what: str, field: str) -> str:
+        found = [
+            row[field]
+            for row in speed
+            if (row["section"], row.get("what"), row.get("context")) == (section, what, 32768)
+            and row.get("model", "SmolLM2-135M") == "SmolLM2-135M"
+        ]
+        return f"{found[0]:.1f}" if found else ""
+
+    labels = {f"GSRQ {bits} bit": (f"{bits} bit" + ("s" if bits == "2" else ""), bits) for bits in ("2", "1", "0.5")}
+    others = {
+        "QuantizedCache, quanto int4": "transformers' `QuantizedCache`, quanto int4 (4.5 bits)",
+        "KIVI 2 bit": "KIVI, 3.0 bits (our reading)",
+        "GSRQ, the paper's 1 bit": "the paper's GSRQ, 1 bit (our reading)",
+    }
+    lines = []
+    for name in ("full precision", *labels, *others):
+        row = methods[name]
+        label, bits = labels.get(name, (others.get(name, name), ""))
+        quality = (f"{row['ppl']:.2f}", f"{max(row['kl'], 0):.3f}", f"{row['found']:.0%}")
+        times = ("1", "1") if name == "full precision" else ("", "")
+        if bits:
+            of_model = faster("generate", "gsrq groups of 8", "over_full") if bits == "1" else ""
+            times = (faster("attention", f"gsrq groups of 8, {bits}", "over_sdpa"), of_model)
+        lines.append((label, *quality, *times))
+    return markdown(["", "perplexity", "KL, nats", "answers found", "attention", "`generate`"], lines)
+
+
+def bits(name: str) -> str:
+    """What bits cost."""
+    methods = read(name)["methods"]
+    shown = {
+        "full precision": "full precision",
+        "GSRQ 2 bit": "2 bits",
+        "GSRQ 1 bit": "1 bit",
+        "GSRQ 0.5 bit": "0.5 bit",
+    }
+    rows = ((label, methods[method]) for method, label in shown.items())
+    head = ["", "perplexity", "KL divergence, nats", "answers found"]
+    return markdown(
+        head, ((label, f"{r['ppl']:.2f}", f"{max(r['kl'], 0):.3f}", f"{r['found']:.0%}") for label, r in rows)
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "overview": overview,
+    "compare": lambda: compared("compare"),
+    "bits": lambda: bits("compare"),
+    "groups": lambda: groups("compare"),
+    "longer-2k": lambda: longer("smollm2-2k"),
+    "longer-4k": lambda: longer("smollm2-4k"),
+    "windows": lambda: windows("windows"),
+    "qwen": lambda: compared("qwen"),
+    "attention": lambda: attention("speed"),
+    "generate": lambda: generate("speed"),
+    "prefill": lambda: prefill("speed"),
+}
+
+
+def filled(page: str) -> str:
+    """A page with its tables as the results have them now.
+
+    Raises:
+        KeyError: it names a table that there is not.
+    """
+    return _MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[4]}", page)
+
+
+def main() -> None:
+    """The command."""
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if (made := filled(page)) != page:
+            path.write_text(made, encoding="utf-8")
+            print(f"written: {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
