@@ -109,8 +109,8 @@ class Bench:
 
     @torch.no_grad()
     def read(self, window: Tensor) -> Tensor:
-        """Log-probabilities after every token of a window."""
-        return self.model(window[None], use_cache=False).logits[0].float().log_softmax(-1)
+        """Logits after every token of a window."""
+        return self.model(window[None], use_cache=False).logits[0]
 
     def answers(self) -> dict[str, list[list[Tensor]]]:
         """Log-probabilities of every question's answer, by task and text."""

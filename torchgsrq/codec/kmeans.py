@@ -275,23 +275,23 @@ def fit_to_loss(
     last, groups = layout.stages - 1, layout.groups_in(layout.stages - 1)
     tables = codebook.clone()
     part = _PART if y.shape[1] >= _ENOUGH * tables.shape[2] else 1
-    for i in range(iterations):
-        step = part if i + 1 < iterations else 1
+    for step, times in ((part, iterations - 1), (1, 1)):
         some = y[:, ::step].contiguous()
         whole = some.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3)[:, :groups]  # [h, g, n, w]
         unit = torch.nn.functional.normalize(whole, dim=-1).flatten(0, 1)
         counted = weight[:, None, ::step].expand(-1, groups, -1).flatten(0, 1)
-        codes = encode(some, tables).long().transpose(1, 2)  # [h, codes, n]
-        target = whole
-        for first in range(0, last * layout.groups, layout.groups):
-            index = codes[:, first : first + groups, :, None].expand_as(whole)
-            target = target - tables[:, first : first + groups].gather(2, index)
-        words = tables[:, last * layout.groups :]
-        code = codes[:, last * layout.groups :].flatten(0, 1)
-        found = _least_loss(target.flatten(0, 1), unit, counted, code, words.flatten(0, 1), eta)
-        if last:
-            found[:, 0] = 0
-        words.copy_(found.half().float().view_as(words))
+        for _ in range(times):
+            codes = encode(some, tables).long().transpose(1, 2)  # [h, codes, n]
+            target = whole
+            for first in range(0, last * layout.groups, layout.groups):
+                index = codes[:, first : first + groups, :, None].expand_as(whole)
+                target = target - tables[:, first : first + groups].gather(2, index)
+            words = tables[:, last * layout.groups :]
+            code = codes[:, last * layout.groups :].flatten(0, 1)
+            found = _least_loss(target.flatten(0, 1), unit, counted, code, words.flatten(0, 1), eta)
+            if last:
+                found[:, 0] = 0
+            words.copy_(found.half().float().view_as(words))
     return tables[:, last * layout.groups :]
 
 
