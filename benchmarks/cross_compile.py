@@ -28,7 +28,8 @@ from unittest import mock
 import torch
 from common import random_codecs
 
-from torchgsrq import GSRQConfig, GSRQTensor, reference
+from torchgsrq import GSRQConfig, GSRQTensor
+from torchgsrq.codec import packed
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32"}
 DTYPES |= {torch.int64: "i64"}
@@ -84,12 +85,13 @@ def variants() -> Iterator[tuple[str, str, Callable[[], None]]]:
     q = torch.zeros(2, 9, queries, dim, dtype=torch.bfloat16)
     additive = {"mask": torch.zeros(1, 1, queries, 1024, dtype=torch.bfloat16), "sink_logits": torch.zeros(9)}
     tail = torch.zeros(2, heads, config.recent_tokens + config.block_tokens + queries, dim, dtype=torch.bfloat16)
-    tails = {"tails": (tail, tail), "tail_start": torch.zeros((), dtype=torch.int32), "causal": reference.LAST_ALIGNED}
+    tails = {"key_tail": tail, "value_tail": tail, "tail_start": torch.zeros((), dtype=torch.int32)}
+    tails |= {"causal": packed.LAST_ALIGNED}
     calls = {
         "bool mask": {"mask": torch.zeros(2, 1, queries, 1024, dtype=torch.bool)},
-        "additive mask, soft cap, sink logits": {**additive, "softcap": 3.0, "causal": reference.UPPER_LEFT},
-        "exact tail": {**tails, "view": reference.EXACT_TAIL},
-        "streaming": {**tails, "view": reference.STREAMING},
+        "additive mask, soft cap, sink logits": {**additive, "softcap": 3.0, "causal": packed.UPPER_LEFT},
+        "exact tail": {**tails, "view": packed.EXACT_TAIL},
+        "streaming": {**tails, "view": packed.STREAMING},
     }
     for name, codec in codecs.items():
         pair = [GSRQTensor.empty(2, heads, 1024, dim, codec=c, dtype=q.dtype, config=config).packed for c in (codec, v)]
@@ -99,13 +101,11 @@ def variants() -> Iterator[tuple[str, str, Callable[[], None]]]:
         yield "encode", f"64 {name} encode", functools.partial(encode.encode, x, position, codec)
 
 
-def attend(q: torch.Tensor, cache: list[reference.Packed], p: Any, **facts: Any) -> None:
+def attend(q: torch.Tensor, cache: list[packed.Packed], p: Any, **facts: Any) -> None:
     """Attention of queries on a cache of keys and values, with a plan."""
     from torchgsrq.kernels import attention
 
-    plain = {"mask": None, "sink_logits": None, "tails": None, "tail_start": None}
-    plain |= {"scale": 0.1, "causal": reference.NOT_CAUSAL, "softcap": 0.0, "view": reference.WINDOW}
-    attention.attention(q, *cache, plan_=p, **{**plain, **facts})
+    attention.attention(q, *cache, packed.Options(**{"scale": 0.1, **facts}), plan_=p)
 
 
 class Recorder:

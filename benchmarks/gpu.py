@@ -36,8 +36,10 @@ from torch import Tensor
 from torchgsrq.kernels import attention as kernel
 from torchgsrq.kernels import encode as encoder
 
-from torchgsrq import GSRQConfig, evaluate, models, new_cache, quantize_kv_, reference
+from torchgsrq import GSRQConfig, models, new_cache, quantize_kv_, reference
 from torchgsrq.codec import Codecs
+from torchgsrq.codec.packed import LAST_ALIGNED, Options
+from torchgsrq.measure import evaluate
 
 SECTIONS = ("check", "attention", "encode", "model", "capacity")
 BUDGET = 450.0  # seconds; rows that would begin later are left out, and said to be
@@ -125,16 +127,14 @@ class Bench:
         key, value = random_cache(2, heads, dim, length, config, dtype, self.device, codecs)
         for kv in (key, value):
             kv.start.copy_(torch.tensor([[0, 0], [37, 37]]))
-        plain = {"scale": dim**-0.5, "causal": reference.LAST_ALIGNED}
-        full = dict.fromkeys(("mask", "sink_logits", "tails", "tail_start"))
-        full |= {**plain, "softcap": 0.0, "view": reference.WINDOW}
+        options = Options(scale=dim**-0.5, causal=LAST_ALIGNED)
         half, count = dtype != torch.float32, kernel.processors(self.device)
         for queries in (1, 5):
             q = torch.randn(2, heads * group, queries, dim, device=self.device, dtype=dtype)
-            want = reference.attention(q, key.packed, value.packed, **plain).double()
+            want = reference.attention(q, key.packed, value.packed, options).double()
             rows = group * queries
             p = kernel.plan(codecs[0], rows, length, 2 * heads, count, half)
-            got = kernel.attention(q, key.packed, value.packed, **full, plan_=p)
+            got = kernel.attention(q, key.packed, value.packed, options, plan_=p)
             yield f"attention {dtype}".replace("torch.", ""), float((got.double() - want).norm() / want.norm())
         x = torch.randn(2, heads, 40, dim, device=self.device, dtype=dtype)
         position = torch.arange(40, device=self.device).expand(2, -1)
@@ -258,10 +258,8 @@ class Bench:
 
     def attend_all(self, q: Tensor, caches: Any, plan: kernel.Plan) -> None:
         """A decode step of every layer."""
-        none = dict.fromkeys(("mask", "sink_logits", "tails", "tail_start"))
-        none |= {"scale": q.shape[-1] ** -0.5, "causal": 0, "softcap": 0.0, "view": reference.WINDOW}
         for key, value in caches:
-            kernel.attention(q, key.packed, value.packed, **none, plan_=plan)
+            kernel.attention(q, key.packed, value.packed, Options(scale=q.shape[-1] ** -0.5), plan_=plan)
 
     def layers_for(self, size: int) -> int:
         """Layers that take turns, so that the L2 holds none of them."""

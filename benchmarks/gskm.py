@@ -1,7 +1,7 @@
 """What gain-shape k-means gives on real keys and values, beside plain k-means: one codebook of 256 words, in sample and
 held out.
 
-    python benchmarks/gskm.py --text wikitext2-valid.txt --held-out wikitext2-test.txt --picture docs/gskm.png
+    python benchmarks/gskm.py --text wikitext2-valid.txt --held-out wikitext2-test.txt --picture docs/research/gskm.png
 
 The paper (arXiv 2607.01065) claims a lower cosine error and distortion for GSKM. Measured for each head, and for the
 heads of a layer joined to one vector; un-rotated keys and values of every sixth layer.
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from torchgsrq.codec.kmeans import cluster, nearest, rounds, samples, spherical
-from torchgsrq.embedded import NAME, load_model
-from torchgsrq.evaluate import environment
 from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.learning.text import cut, token_ids
+from torchgsrq.measure.embedded import NAME, load_model
+from torchgsrq.measure.evaluate import environment
 from torchgsrq.models import inspect_layers
 
 matplotlib.use("Agg")

@@ -1,10 +1,11 @@
-"""Pictures of what was measured (`tables.py` makes the tables).
+"""Pictures of what was measured (`tables.py` makes the tables), and of memory by context.
 
-    python benchmarks/plot.py benchmarks/results/compare.json docs/compare.png
-    python benchmarks/plot.py benchmarks/results/speed.json docs/speed.png
+    python benchmarks/plot.py benchmarks/results/compare.json docs/results/compare.png
+    python benchmarks/plot.py benchmarks/results/speed.json docs/results/speed.png
+    python benchmarks/plot.py docs/memory.png
 
-The first: bits against KL divergence and against retrieval, a line for each method. The second: speed against context,
-from what ``cpu.py --section attention --json`` and ``cpu.py --section generate --json`` wrote.
+The first: bits against KL divergence, a line for each of a few methods. The second: speed against context, from what
+``cpu.py --section attention --json`` and ``cpu.py --section generate --json`` wrote. The third is computed.
 """
 
 from __future__ import annotations
@@ -18,33 +19,30 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from transformers import LlamaConfig
+
+from torchgsrq.measure.recommend import SHAPES, full_precision, settings
 
 # Okabe and Ito's colours, which the colour-blind tell apart; and a marker each.
 STYLES = {
     "gsrq": ("GSRQ", "#D55E00", "o"),
-    "uniform": ("GSRQ, same bits everywhere", "#D55E00", "+"),
-    "gsrq-paper": ("GSRQ, the paper's", "#0072B2", "v"),
-    "vqllm": ("VQLLM", "#009E73", "D"),
-    "cq": ("CQ", "#CC79A7", "P"),
-    "tasq": ("TaSQ-like", "#000000", "*"),
-    "nsnquant": ("NSNQuant", "#7F7F7F", "X"),
-    "kvquant": ("KVQuant", "#B59F3B", "<"),
-    "turboquant": ("TurboQuant", "#8C6BB1", ">"),
+    "gsrq-paper": ("GSRQ, the paper's recipe", "#0072B2", "v"),
+    "quanto": ("QuantizedCache, quanto", "#666666", "s"),
     "kivi": ("KIVI", "#A6761D", "p"),
-    "quanto": ("QuantizedCache, quanto", "#666666", "1"),
-    "hqq": ("QuantizedCache, hqq", "#999999", "2"),
-    "streaming": ("StreamingLLM", "#BBBBBB", "h"),
+    "kvquant": ("KVQuant", "#009E73", "D"),
 }
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="what compare.py wrote, or cpu.py, one or both sections")
+    parser.add_argument("results", type=Path, nargs="*", help="what compare.py wrote, or cpu.py, one or both sections")
     parser.add_argument("picture", type=Path, help="PNG file to write")
     args = parser.parse_args()
     read = [json.loads(path.read_text()) for path in args.results]
-    if "methods" in read[0]:
+    if not read:
+        memory(args.picture)
+    elif "methods" in read[0]:
         quality(read[0]["methods"], args.picture)
     else:
         speed([row for results in read for row in results["rows"]], args.picture)
@@ -71,10 +69,11 @@ def speed(rows: list[dict[str, Any]], picture: Path) -> None:
             if own:
                 xy = [r["context"] for r in own], [r[field] for r in own]
                 axis.plot(*xy, label=label, color=colour, marker=marker, linewidth=2 if "gsrq" in name else 1.2)
+    figure.suptitle("decode speed on a CPU, higher is faster")
     axes[0].set(title="attention of one layer, heads of 64, 1 thread", ylabel="times the fastest SDPA")
     axes[1].set(title="generate, SmolLM2-135M, 2 threads", ylabel="times DynamicCache")
     for axis in axes:
-        axis.axhline(1, color="black", linestyle=":", linewidth=1)
+        axis.axhline(1, color="black", linestyle=":", linewidth=1, label="full precision")
         axis.set(xscale="log", xlabel="tokens held", ylim=(0, None))
         ticks = sorted({x for line in axis.get_lines()[:-1] for x in line.get_xdata()})
         axis.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else f"{x}" for x in ticks])
@@ -85,28 +84,49 @@ def speed(rows: list[dict[str, Any]], picture: Path) -> None:
 
 
 def quality(results: dict[str, dict[str, Any]], picture: Path) -> None:
-    """Bits against KL divergence and against retrieval."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.6), layout="constrained")
+    """Bits against KL divergence, with 95% intervals."""
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for family, (label, colour, marker) in STYLES.items():
         rows: list[dict[str, Any]] = sorted(
-            (r for r in results.values() if r["family"] == family), key=lambda r: r["bits_without_codebooks"]
+            (r for name, r in results.items() if r["family"] == family and "groups" not in name),
+            key=lambda r: r["bits_without_codebooks"],
         )
         if not rows:
             continue
-        bits = [r["bits_without_codebooks"] for r in rows]
-        for axis, what in zip(axes, ("kl", "found"), strict=True):
-            style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 2 if "gsrq" in family else 1.2}
-            axis.plot(bits, [r[what] * (100 if what == "found" else 1) for r in rows], label=label, **style)
-    full = next((r for r in results.values() if r["family"] == "full"), None)
-    if full:
-        axes[1].axhline(100 * full["found"], color="black", linestyle=":", linewidth=1)
-        axes[1].text(0.3, 100 * full["found"] + 1, "full precision", fontsize=8)
-    axes[0].set(yscale="log", ylabel="KL divergence, nats (lower is better)")
-    axes[1].set(ylabel="answers found, % (higher is better)")
-    for axis in axes:
-        axis.set(xlabel="bits per element of a 128k cache, codebooks apart", xlim=(0.15, 4.8))
-        axis.grid(alpha=0.3, which="both")
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+        bits, kl = ([r[what] for r in rows] for what in ("bits", "kl"))
+        around = [[abs(r["kl"] - r[end]) for r in rows] for end in ("kl_low", "kl_high")]
+        style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 2 if family == "gsrq" else 1.2}
+        axis.errorbar(bits, kl, around, label=label, capsize=3, **style)
+    axis.set(yscale="log", ylabel="KL divergence, nats (lower is better)", xlim=(0, 4.8))
+    axis.set(xlabel="bits per element, all counted, of a cache of 128k tokens", title="SmolLM2-135M, WikiText-2")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=9)
+    figure.savefig(picture, dpi=110)
+
+
+def memory(picture: Path) -> None:
+    """The KV cache of one sequence of an 8B model by context, with its codebooks."""
+    layers, heads, dim = SHAPES["8B"]
+    config = LlamaConfig(
+        num_hidden_layers=layers, num_attention_heads=heads, hidden_size=heads * dim, num_key_value_heads=heads
+    )
+    contexts = [2**i for i in range(10, 18)]
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    full = [full_precision(config, n) / 2**20 for n in contexts]
+    axis.plot(contexts, full, label="bfloat16", color="black", marker="s", linewidth=1.2)
+    for bits, colour, marker in ((2.0, "#0072B2", "v"), (1.0, "#E69F00", "o"), (0.5, "#009E73", "D")):
+        found = [next(s for s in settings(config, n) if s.bits == bits and s.group_size == 8) for n in contexts]
+        sizes = [(s.cache + s.codebooks) / 2**20 for s in found]
+        label = f"{bits:g} bit{'s' if bits > 1 else ''}, with codebooks"
+        axis.plot(contexts, sizes, label=label, color=colour, marker=marker, linewidth=2)
+    axis.set(xscale="log", yscale="log", xlabel="tokens held", ylabel="MiB")
+    axis.set(title="KV cache of one sequence, 8B model (32 layers, 8 KV heads of 128)")
+    axis.set_xticks(contexts, [f"{n // 1024}k" for n in contexts])
+    ticks = [100, 1000, 10000]
+    axis.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
     figure.savefig(picture, dpi=110)
 
 

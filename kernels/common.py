@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from torchgsrq.codec import Codec
-from torchgsrq.reference import Packed
+from torchgsrq.codec.packed import Packed
 
 TWO_PI = tl.constexpr(6.283185307179586)
 

@@ -151,8 +151,8 @@ bool all_finite(const Tensor& x) {
   });
 }
 
-Tensor encode(const Tensor& x_, const Tensor& position_, at::TensorList tensors, at::IntArrayRef layout) {
-  const Codec c(tensors, layout);
+Tensor encode(const Tensor& x_, const Tensor& position_, at::TensorList tensors, at::IntArrayRef integers) {
+  const Codec c(tensors, integers);
   TORCH_CHECK_VALUE(
       x_.dim() == 4 && x_.size(1) == c.heads && x_.size(3) == c.dim, "x has shape ", x_.sizes(),
       "; expected [batch, heads=", c.heads, ", n, head_dim=", c.dim, "]");
@@ -185,8 +185,8 @@ Tensor encode(const Tensor& x_, const Tensor& position_, at::TensorList tensors,
 }
 
 // The second half of encode, for graphs that do the first, the change to the metric, with what comes before it.
-Tensor search(const Tensor& y_, at::TensorList tensors, at::IntArrayRef layout) {
-  const Codec c(tensors, layout);
+Tensor search(const Tensor& y_, at::TensorList tensors, at::IntArrayRef integers) {
+  const Codec c(tensors, integers);
   const auto t = tables_of(c);
   TORCH_CHECK_VALUE(
       y_.dim() == 3 && y_.size(0) == c.heads && y_.size(2) == c.dim && y_.scalar_type() == at::kFloat, "y has shape ",
@@ -208,40 +208,47 @@ Tensor search(const Tensor& y_, at::TensorList tensors, at::IntArrayRef layout) 
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Refuses what append_ cannot write; gives the first slot.
-int64_t check_append(const Packed& kv, const Tensor& x, const Tensor& slots) {
+// The rows of a batch that hold NaN or inf, in words.
+std::string rows_with_infinite(const Tensor& x) {
+  std::string rows;
+  for (int64_t b = 0; b < x.size(0); ++b)
+    if (!all_finite(x[b].contiguous())) rows += (rows.empty() ? "" : ", ") + std::to_string(b);
+  return rows;
+}
+
+// Refuses what append_ cannot write, after the words `side`; gives the first slot.
+int64_t check_append(const Packed& kv, const Tensor& x, const Tensor& slots, const char* side = "") {
   const int64_t n = x.dim() == 4 ? x.size(2) : -1, heads = kv.codec.heads, dim = kv.codec.dim;
   TORCH_CHECK_VALUE(
-      x.dim() == 4 && x.size(0) == kv.batch() && x.size(1) == heads && x.size(3) == dim, "x has shape ", x.sizes(),
+      x.dim() == 4 && x.size(0) == kv.batch() && x.size(1) == heads && x.size(3) == dim, side, "x has shape ", x.sizes(),
       "; this cache takes [", kv.batch(), ", ", heads, ", n, ", dim, "] (batch, KV heads, tokens, head_dim)");
   TORCH_CHECK_VALUE(
-      x.scalar_type() == kv.window.scalar_type(), "x is ", name_of(x.scalar_type()), "; this cache holds ",
+      x.scalar_type() == kv.window.scalar_type(), side, "x is ", name_of(x.scalar_type()), "; this cache holds ",
       name_of(kv.window.scalar_type()));
   TORCH_CHECK_VALUE(
-      slots.dim() == 1 && slots.size(0) == n, "slots has shape ", slots.sizes(), "; expected [", n, "], one slot per token");
+      slots.dim() == 1 && slots.size(0) == n, side, "slots has shape ", slots.sizes(), "; expected [", n,
+      "], one slot per token");
   const int64_t held = *kv.length.const_data_ptr<int32_t>();
   if (n == 0) return held;
   const Tensor at = slots.to(at::kLong).contiguous();
   const int64_t first = at.const_data_ptr<int64_t>()[0];
   for (int64_t i = 0; i < n; ++i)
     TORCH_CHECK_VALUE(
-        at.const_data_ptr<int64_t>()[i] == first + i, "slots=", slots.slice(0, 0, 8).toString(),
+        at.const_data_ptr<int64_t>()[i] == first + i, side, "slots=", slots.slice(0, 0, 8).toString(),
         " are not consecutive; a quantized cache is written in order");
   TORCH_CHECK_VALUE(
-      0 <= first && first <= held, "slots start at ", first, ", but the cache holds ", held,
+      0 <= first && first <= held, side, "slots start at ", first, ", but the cache holds ", held,
       " tokens: that would leave a hole");
   TORCH_CHECK_VALUE(
-      first + n <= kv.capacity(), "slots up to ", first + n - 1, " do not fit a capacity of ", kv.capacity(), " tokens");
-  TORCH_CHECK_VALUE(all_finite(x.contiguous()), "x holds NaN or inf; nothing was written");
+      first + n <= kv.capacity(), side, "slots up to ", first + n - 1, " do not fit a capacity of ", kv.capacity(),
+      " tokens");
+  TORCH_CHECK_VALUE(
+      all_finite(x.contiguous()), side, "x holds NaN or inf in row(s) ", rows_with_infinite(x), "; nothing was written");
   return first;
 }
 
-void check_append_op(at::TensorList kv, at::IntArrayRef layout, const Tensor& x, const Tensor& slots) {
-  check_append(Packed(kv, layout), x, slots);
-}
-
-void append(Packed& kv, const Tensor& x_, const Tensor& slots) {
-  const int64_t first = check_append(kv, x_, slots);
+// Appends what check_append let pass, and which begins at slot `first`.
+void append(Packed& kv, const Tensor& x_, int64_t first) {
   const int64_t batch = x_.size(0), heads = x_.size(1), n = x_.size(2), sinks = kv.sinks, ring = kv.ring, dim = kv.codec.dim;
   if (n == 0 || batch == 0) return;
   const Tensor x = x_.contiguous();
@@ -299,19 +306,35 @@ void append(Packed& kv, const Tensor& x_, const Tensor& slots) {
 }
 
 void append_op(
-    at::TensorList owned, at::TensorList tables, at::IntArrayRef layout, const Tensor& x, const Tensor& slots) {
-  Packed kv(owned, tables, layout);
-  append(kv, x, slots);
+    at::TensorList owned, at::TensorList tables, at::IntArrayRef integers, const Tensor& x, const Tensor& slots) {
+  Packed kv(owned, tables, integers);
+  append(kv, x, check_append(kv, x, slots));
 }
 
-// To the keys and values of a layer, or to neither.
-void append_pair(
-    at::TensorList key, at::TensorList key_codec, at::IntArrayRef key_layout, at::TensorList value,
-    at::TensorList value_codec, at::IntArrayRef value_layout, const Tensor& k, const Tensor& v, const Tensor& slots) {
-  Packed keys(key, key_codec, key_layout), values(value, value_codec, value_layout);
-  check_append(values, v, slots);
-  append(keys, k, slots);
-  append(values, v, slots);
+// What is held in full precision before `first`, and the new vectors: entry i is slot first - ring + i.
+Tensor tail(const Packed& kv, const Tensor& x, int64_t first) {
+  const Tensor at = at::arange(first - kv.ring, first, at::kLong).remainder_(kv.ring).add_(kv.sinks);
+  return at::cat({kv.window.index_select(2, at), x}, 2);
+}
+
+// To the keys and values of a layer, or to neither; gives what new queries may see exactly, if asked for.
+std::tuple<Tensor, Tensor, Tensor> append_pair(
+    at::TensorList key, at::TensorList key_codec, at::IntArrayRef key_integers, at::TensorList value,
+    at::TensorList value_codec, at::IntArrayRef value_integers, const Tensor& k, const Tensor& v, const Tensor& slots,
+    bool tails) {
+  Packed keys(key, key_codec, key_integers), values(value, value_codec, value_integers);
+  const int64_t first = check_append(keys, k, slots, "keys: "), first_value = check_append(values, v, slots, "values: ");
+  Tensor key_tail, value_tail, start;
+  if (tails) {
+    key_tail = tail(keys, k, first), value_tail = tail(values, v, first_value);
+    start = keys.encoded.clamp_max(first);
+  } else {
+    key_tail = at::empty({0}, k.options()), value_tail = at::empty({0}, v.options());
+    start = at::empty({0}, keys.encoded.options());
+  }
+  append(keys, k, first);
+  append(values, v, first_value);
+  return {key_tail, value_tail, start};
 }
 
 }  // namespace
@@ -321,7 +344,6 @@ TORCH_LIBRARY_IMPL(torchgsrq, CPU, m) {
   m.impl("search", search);
   m.impl("append_", append_op);
   m.impl("append_pair_", append_pair);
-  m.impl("check_append", check_append_op);
 }
 
 }  // namespace gsrq

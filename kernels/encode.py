@@ -11,19 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from torchgsrq.codec import Codec, Codecs
-from torchgsrq.reference import Packed
-from torchgsrq.reference.coding import SWEEPS
+from torchgsrq.codec.layout import STAGES, SWEEPS
+from torchgsrq.codec.packed import Packed
 
 from .common import MOST_HEADS, Shape, bits_of, coded_slots, floor_div, layer_head, turn, window
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TILE = 32  # vectors of a program, the rows of one product
-_STAGES = 8  # of a group, whose codes a program keeps in the bytes of a number
 
 
 def supports(codecs: Codecs) -> bool:
     """Whether these kernels encode with such codecs; the reference does with the others."""
-    return codecs.heads <= MOST_HEADS and all(codec.layout.stages <= _STAGES for _, codec in codecs.parts)
+    # A program keeps the codes of all stages of a group in the bytes of a number.
+    return codecs.heads <= MOST_HEADS and all(codec.layout.stages <= STAGES for _, codec in codecs.parts)
 
 
 @triton.jit

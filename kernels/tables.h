@@ -53,16 +53,16 @@ struct Codecs {
     for (int64_t at = 3; at < size; at += 1 + integers[at]) {
       const int64_t part = parts.size(), n = integers[at];
       TORCH_CHECK_VALUE(
-          n > 0 && at + n < size && 4 * part + 5 <= static_cast<int64_t>(tensors.size()), "layout is no codec's: ", integers);
+          n > 0 && at + n < size && 4 * part + 5 <= static_cast<int64_t>(tensors.size()), "integers is no codec's: ", integers);
       parts.emplace_back(tensors, integers, 1 + 4 * part);
-      TORCH_CHECK_VALUE(parts.back().heads == n, "layout names ", n, " heads of a codec of ", parts.back().heads);
+      TORCH_CHECK_VALUE(parts.back().heads == n, "integers names ", n, " heads of a codec of ", parts.back().heads);
       for (int64_t i = 0; i < n; ++i) {
         const int64_t head = integers[at + 1 + i];
-        TORCH_CHECK_VALUE(0 <= head && head < heads && of_head[head].first < 0, "layout is no codec's: ", integers);
+        TORCH_CHECK_VALUE(0 <= head && head < heads && of_head[head].first < 0, "integers is no codec's: ", integers);
         of_head[head] = {part, i};
       }
     }
-    TORCH_CHECK_VALUE(heads > 0, "layout is no codec's: ", integers);
+    TORCH_CHECK_VALUE(heads > 0, "integers is no codec's: ", integers);
     dim = parts[0].dim;
   }
   Codecs(const Codecs&) = delete;
@@ -95,11 +95,11 @@ struct Packed {
   Codecs codec;
   int64_t sinks, recent, block, ring;
 
-  Packed(at::TensorList kv, at::IntArrayRef layout) : Packed(kv, kv.slice(4 + parts_of(layout)), layout) {}
-  Packed(at::TensorList owned, at::TensorList tables, at::IntArrayRef layout)
+  Packed(at::TensorList kv, at::IntArrayRef integers) : Packed(kv, kv.slice(4 + parts_of(integers)), integers) {}
+  Packed(at::TensorList owned, at::TensorList tables, at::IntArrayRef integers)
       : window(owned[0]), start(owned[1]), length(owned[2]), encoded(owned[3]),
-        codes(owned.begin() + 4, owned.begin() + 4 + parts_of(layout)), codec(tables, layout.slice(3)),
-        sinks(layout[0]), recent(layout[1]), block(layout[2]), ring(window.size(2) - layout[0]) {
+        codes(owned.begin() + 4, owned.begin() + 4 + parts_of(integers)), codec(tables, integers.slice(3)),
+        sinks(integers[0]), recent(integers[1]), block(integers[2]), ring(window.size(2) - integers[0]) {
     const int64_t batch = window.size(0);
     for (size_t i = 0; i < codes.size(); ++i) {
       const Codec& c = codec.parts[i];
@@ -123,9 +123,9 @@ struct Packed {
   }
 
  private:
-  static int64_t parts_of(at::IntArrayRef layout) {
+  static int64_t parts_of(at::IntArrayRef integers) {
     int64_t parts = 0;
-    for (int64_t at = 6; at < static_cast<int64_t>(layout.size()); at += 1 + layout[at]) ++parts;
+    for (int64_t at = 6; at < static_cast<int64_t>(integers.size()); at += 1 + integers[at]) ++parts;
     return parts;
   }
 };

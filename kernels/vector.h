@@ -134,6 +134,12 @@ inline Vec load(const at::Half* p) {
 inline void add_to(float* out, const at::Half* in, int64_t n) {
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) (load(out + i) + load(in + i)).store(out + i);
+#if defined(CPU_CAPABILITY_AVX512)
+  for (; i + 8 <= n; i += 8) {  // a group of the default
+    const __m256 more = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
+    _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), more));
+  }
+#endif
   for (; i < n; ++i) out[i] += static_cast<float>(in[i]);
 }
 
@@ -204,10 +210,6 @@ inline float reduce_sum(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
 
-inline float reduce_min(const Vec& x) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::minimum(a, b); }, x);
-}
-
 // Any n.
 inline float squared_norm(const float* x, int64_t n) {
   Vec sum(0.f);
@@ -219,20 +221,6 @@ inline float squared_norm(const float* x, int64_t n) {
   float total = reduce_sum(sum);
   for (; i < n; ++i) total += x[i] * x[i];
   return total;
-}
-
-// Rows padded to whole vectors.
-inline float dot(const float* a, const float* b, int64_t n) {
-  Vec sum(0.f);
-  for (int64_t i = 0; i < n; i += kWidth) sum = at::vec::fmadd(load(a + i), load(b + i), sum);
-  return reduce_sum(sum);
-}
-
-// out[c][r] = in[r][c]
-inline void transpose(float* out, int64_t ldo, const float* in, int64_t ldi, int64_t rows, int64_t columns) {
-  for (int64_t c0 = 0; c0 < columns; c0 += 16)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = c0; c < std::min(columns, c0 + 16); ++c) out[c * ldo + r] = in[r * ldi + c];
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,27 @@ torch.set_num_threads(1)  # the tensors are tiny, and threads of parallel test p
 settings.register_profile(
     "default", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
-settings.load_profile("default")
+settings.register_profile("few", settings.get_profile("default"), max_examples=4)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Each test goes to the process that is free; those of the embedded model, which share what takes minutes to make,
+    to one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            together = nodeid.startswith(("tests/test_embedded.py", "tests/test_tutorials.py"))
+            return "embedded" if together else nodeid
+
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, so that no process is left with a long one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def make_codec(
@@ -67,6 +87,14 @@ def make_codec(
         interleaved=interleaved,
         eta=eta,
     )
+
+
+def close(got: torch.Tensor, want: torch.Tensor, rel: float) -> None:
+    """Element by element: no error above ``rel`` times the largest element of its vector (the last dimension)."""
+    assert got.shape == want.shape
+    size = want.double().abs().amax(-1, keepdim=True)
+    worst = ((got.double() - want.double()).abs() / size.clamp_min(1e-30)).max() if want.numel() else 0
+    assert worst <= rel, f"relative error {worst:.2e}"
 
 
 def by_turns(one: Codec, two: Codec) -> Codecs:

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from tests.conftest import SMALL, cached, tiny_books
 from tests.oracle import Oracle, watch
 from torchgsrq import models, new_cache
-from torchgsrq.evaluate import quantized
+from torchgsrq.measure.evaluate import quantized
 
 # Sizes of tiny models, by the names that configs have for them.
 _SIZES: dict[str, Any] = {

@@ -68,11 +68,11 @@ def test_a_layer_that_says_nothing_costs_nothing():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
     wants = {name: p.requires_grad for name, p in model.named_parameters()}
     layers = models.inspect_layers(model)
-    costs = sensitivity(model, layers, TOKENS, progress=False)
+    costs = sensitivity(model, layers, TOKENS)
     assert not costs[1].any() and costs[0].diagonal(dim1=1, dim2=2).min() > 0
     assert {name: p.requires_grad for name, p in model.named_parameters()} == wants
     assert all(p.grad is None for p in model.parameters())
-    assert not sensitivity(model.model, layers, TOKENS, progress=False)[1].any()  # without a head
+    assert not sensitivity(model.model, layers, TOKENS)[1].any()  # without a head
 
 
 def test_a_drawn_tokens_slope_is_that_of_its_log_likelihood():
@@ -92,7 +92,7 @@ def test_heads_are_weighed_alone():
     with torch.no_grad():
         layer = model.model.layers[0].self_attn
         layer.v_proj.weight[: layer.head_dim].zero_()
-    costs = sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)
+    costs = sensitivity(model, models.inspect_layers(model), TOKENS)
     nothing, something = by_head(costs)[0]
     assert nothing == (0, 0) and min(something) > 0
     assert something == pytest.approx(costs[0].sum((1, 2)).tolist(), rel=1e-6)
@@ -101,7 +101,7 @@ def test_heads_are_weighed_alone():
 def test_what_an_estimate_says_is_what_happens():
     """The estimate of both layers together against the KL divergence of a cache quantized at the same rate, learned from
     the windows that the estimate learns from, and read on those that it reads."""
-    from torchgsrq.evaluate import quality
+    from torchgsrq.measure.evaluate import quality
 
     model = tiny_llama()
     with torch.no_grad():  # as it is made, a random model hardly heeds its attention
@@ -110,7 +110,7 @@ def test_what_an_estimate_says_is_what_happens():
         model.lm_head.weight.mul_(4)
     windows = torch.randint(3, 100, (16, 256), generator=torch.Generator().manual_seed(1))
     config = GSRQConfig(allocation="uniform", sink_tokens=1, recent_tokens=32, block_tokens=1)
-    costs = sensitivity(model, models.inspect_layers(model), windows, progress=False)
+    costs = sensitivity(model, models.inspect_layers(model), windows)
     books = calibrate(model, config, windows[2::4], tokens=1024, progress=False)
     found = quality(model, windows[::4], {"": (config, books)})[""].kl
     assert 0.6 < float(torch.stack(list(costs.values())).sum()) / 4 / found < 1.6
@@ -180,9 +180,9 @@ def test_a_model_without_gradients_gets_the_same_bits_everywhere(monkeypatch, ca
 
 def test_a_compiled_forward_is_not_traced_with_its_gradients():
     model = tiny_llama()
-    want = sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)
+    want = sensitivity(model, models.inspect_layers(model), TOKENS)
     model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
-    again = sensitivity(model, models.inspect_layers(model), TOKENS, progress=False)
+    again = sensitivity(model, models.inspect_layers(model), TOKENS)
     assert all(torch.equal(again[i], want[i]) for i in want)
 
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import by_turns, make_codec, make_pair
+from tests.conftest import by_turns, close, make_codec, make_pair
 from torchgsrq import GSRQConfig, reference
 from torchgsrq.codec.layout import Layout
+from torchgsrq.codec.packed import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, Options
 from torchgsrq.codec.rope import rotate
-from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
 
 
 def oracle(q, k, v, mask=None, scale=None, softcap=0.0, sink_logits=None):
@@ -34,14 +34,9 @@ def oracle(q, k, v, mask=None, scale=None, softcap=0.0, sink_logits=None):
     return p @ v
 
 
-def check(got, want, rel):
-    error = (got.double() - want).norm() / want.norm().clamp_min(1e-30)
-    assert error <= rel, f"relative error {error:.2e}"
-
-
 def run(q, key, value, form=None, **kwargs):
     kwargs.setdefault("scale", q.shape[-1] ** -0.5)
-    return reference.attention(q, key.packed, value.packed, form=form, **kwargs)
+    return reference.attention(q, key.packed, value.packed, Options(**kwargs), form=form)
 
 
 PAIRS = {
@@ -86,7 +81,7 @@ def test_equals_the_oracle(name, form, length, queries, group, pad, masked, soft
     got = run(q, key, value, form, mask=mask, softcap=softcap, sink_logits=logits)
     k, v = (t.dequantize()[:, :, :length] for t in (key, value))
     want = oracle(q, k, v, None if mask is None else mask[..., :length], softcap=softcap, sink_logits=logits)
-    check(got, want, 1e-5)
+    close(got, want, 1e-5)
 
 
 @pytest.mark.parametrize("queries", [1, 6])
@@ -100,7 +95,7 @@ def test_what_no_mask_means(queries, length, slack, causal):
     k, v = (t.dequantize()[:, :, :length] for t in (key, value))
     first = length - queries if causal == LAST_ALIGNED else 0
     mask = None if causal == NOT_CAUSAL else torch.arange(length) <= torch.arange(queries)[:, None] + first
-    check(run(q, key, value, causal=causal), oracle(q, k, v, mask), 1e-5)
+    close(run(q, key, value, causal=causal), oracle(q, k, v, mask), 1e-5)
 
 
 @pytest.mark.parametrize("view", [EXACT_TAIL, STREAMING])
@@ -128,8 +123,8 @@ def test_what_several_new_queries_see(view, before, new):
             seen_k, seen_v = (torch.cat((p, n[:, :, : i + 1]), 2) for p, n in ((past_k, nk), (past_v, nv)))
         wants.append(oracle(q[:, :, i : i + 1], seen_k, seen_v))
     assert torch.equal(tail_start, old_encoded)
-    arguments = dict(causal=LAST_ALIGNED, tails=(key_tail, value_tail), tail_start=tail_start, view=view)
-    check(run(q, key, value, **arguments), torch.cat(wants, 2), 1e-5)
+    tails = dict(key_tail=key_tail, value_tail=value_tail, tail_start=tail_start)
+    close(run(q, key, value, causal=LAST_ALIGNED, view=view, **tails), torch.cat(wants, 2), 1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
@@ -139,7 +134,7 @@ def test_half_precision(dtype, rel):
     k, v = (t.dequantize(torch.float32)[:, :, :70] for t in (key, value))
     got = run(q, key, value)
     assert got.dtype == dtype
-    check(got, oracle(q, k, v), rel)
+    close(got, oracle(q, k, v), rel)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
@@ -150,7 +145,7 @@ def test_head_dims_and_gqa(head_dim, group):
     key, value, _, _ = make_pair(1, 1, head_dim, 80, length=80, key=key_codec, value=value_codec)
     q = torch.randn(1, group, 2, head_dim)
     for form in ("tables", "decode"):
-        check(run(q, key, value, form), oracle(q, key.dequantize(), value.dequantize()), 1e-5)
+        close(run(q, key, value, form), oracle(q, key.dequantize(), value.dequantize()), 1e-5)
 
 
 @settings(max_examples=10)
@@ -160,8 +155,8 @@ def test_block_boundaries(length, seed):
     q = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(seed))
     k, v = (t.dequantize()[:, :, :length] for t in (key, value))
     want = oracle(q, k, v)
-    check(run(q, key, value, "tables"), want, 1e-5)
-    check(run(q, key, value, "decode"), want, 1e-5)
+    close(run(q, key, value, "tables"), want, 1e-5)
+    close(run(q, key, value, "decode"), want, 1e-5)
 
 
 def test_nothing_to_see_gives_zeros():
@@ -200,7 +195,7 @@ def test_rows_of_a_padded_batch_are_alone():
         alone_k, alone_v, _, _ = make_pair(1, 2, 16, 60 - pad, config=config)
         alone_k.index_copy_(2, torch.arange(60 - pad), x[i : i + 1, :, pad:])
         alone_v.index_copy_(2, torch.arange(60 - pad), x[i : i + 1, :, pad:])
-        check(got[i : i + 1], run(q[i : i + 1], alone_k, alone_v).double(), 1e-5)
+        close(got[i : i + 1], run(q[i : i + 1], alone_k, alone_v).double(), 1e-5)
 
 
 def test_outlier_channels_do_not_break_attention():
@@ -228,7 +223,7 @@ def test_outlier_channels_do_not_break_attention():
     exact_v = value.dequantize()
     got, want = oracle(q, key.dequantize(), exact_v), oracle(q, keys, exact_v)
     assert (got - want).norm() / want.norm() < 0.1
-    check(run(q, key, value), got, 1e-4)
+    close(run(q, key, value), got, 1e-4)
 
 
 def test_sdpa_is_the_same(dtype=torch.float32):
@@ -244,4 +239,3 @@ def test_sdpa_is_the_same(dtype=torch.float32):
     ):
         got = F.scaled_dot_product_attention(q, key, value, **arguments)
         torch.testing.assert_close(got, F.scaled_dot_product_attention(q, *plain, **arguments), rtol=1e-4, atol=1e-5)
-    assert WINDOW == 0

@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def stats(model):
-    return module.collect_statistics(model, inspect_layers(model), TOKENS.view(4, 128), progress=False)
+    return module.collect_statistics(model, inspect_layers(model), TOKENS.view(4, 128))
 
 
 def test_statistics_are_the_formulas(model, stats):
@@ -153,10 +153,10 @@ def test_strings_need_a_tokenizer(model):
 
 def test_the_model_writes_its_own_text(model, caplog):
     with caplog.at_level(logging.INFO, "torchgsrq"):
-        a = text.own_text(model, 256, 64, seed=0, progress=False)
-    b = text.own_text(model, 256, 64, seed=0, progress=False)
+        a = text.own_text(model, 256, 64, seed=0)
+    b = text.own_text(model, 256, 64, seed=0)
     assert a.shape == (4, 64) and torch.equal(a, b) and a.unique().numel() > 20
-    assert not torch.equal(a, text.own_text(model, 256, 64, seed=1, progress=False))
+    assert not torch.equal(a, text.own_text(model, 256, 64, seed=1))
 
 
 @torch.no_grad()
@@ -164,15 +164,15 @@ def test_what_data_lacks_the_model_writes(model, caplog, monkeypatch):
     """Little data is read first, own text fills up what is asked for; a model that cannot write learns from little."""
     monkeypatch.setattr(module, "WINDOW", 128)
     with caplog.at_level(logging.INFO, "torchgsrq"):
-        windows, source = module.calibration_windows(model, [TOKENS[:200]], None, 512, 0, False)
+        windows, source = module.calibration_windows(model, [TOKENS[:200]], None, 512, 0)
     assert "data holds 200 of 512 tokens; the model writes the other 312 itself" in caplog.text
     assert source == "200 tokens of data, and text the model wrote itself"
     assert windows.shape == (4 + 2, 128)
-    own = text.own_text(model, 312, 32, seed=0, progress=False).flatten()[:312]
+    own = text.own_text(model, 312, 32, seed=0).flatten()[:312]
     assert torch.equal(windows[:4].flatten(), torch.cat((TOKENS[:200], own)))
 
     monkeypatch.setattr(model, "generate", None)
-    windows, source = module.calibration_windows(model, [TOKENS[:200]], None, 512, 0, False)
+    windows, source = module.calibration_windows(model, [TOKENS[:200]], None, 512, 0)
     assert "calibrating on 200 tokens, where 512 are better: LlamaForCausalLM could not write" in caplog.text
     assert source == "data" and torch.equal(windows, TOKENS[None, :128])
     with pytest.raises(ValueError, match="tokens=100; calibration needs at least 128, better 32768"):
@@ -190,10 +190,10 @@ def test_how_much_is_read_by_default(model, monkeypatch):
         (300, 256, "data"),  # whole windows
         (150, 256, "150 tokens of data, and text the model wrote itself"),
     ):
-        windows, said = module.calibration_windows(model, [TOKENS[:given]], None, None, 0, False)
+        windows, said = module.calibration_windows(model, [TOKENS[:given]], None, None, 0)
         assert said == source and torch.equal(windows.flatten()[: min(given, read)], TOKENS[: min(given, read)])
         assert windows.numel() == read + read // 2 // 128 * 128
-    windows, said = module.calibration_windows(model, None, None, None, 0, False)
+    windows, said = module.calibration_windows(model, None, None, None, 0)
     assert said == "text the model wrote itself" and windows.numel() == 256 + 128
 
 
@@ -215,7 +215,7 @@ def test_recall_windows(model):
     words.decode = lambda ids: "?"  # a vocabulary without words
     assert torch.equal(text.recall_windows(windows, words, seed=0), alone)
     data = torch.randint(3, 100, (512,))
-    windows, source = module.calibration_windows(model, data, None, 512, 0, False)
+    windows, source = module.calibration_windows(model, data, None, 512, 0)
     assert windows.shape == (1, 512) and source == "data"
 
 

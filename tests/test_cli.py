@@ -13,7 +13,7 @@ from tests.conftest import SMALL
 from torchgsrq import new_cache
 from torchgsrq.cli.common import bar
 from torchgsrq.cli.measure import bytes_at
-from torchgsrq.evaluate import quantized
+from torchgsrq.measure.evaluate import quantized
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])

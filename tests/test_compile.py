@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 
 from tests.conftest import SMALL, cached, make_codec, make_pair, tiny_books, tiny_llama
 from torchgsrq import GSRQTensor, new_cache
-from torchgsrq.evaluate import quantized
+from torchgsrq.measure.evaluate import quantized
 
 CAPACITY = 96
 

@@ -25,9 +25,11 @@ def test_kernels_fit_the_chip(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {r["sm"] for r in rows} == {80, 90} and len(rows) > 100
     for r in rows:
-        assert r["shared"] <= SHARED[r["sm"]] and r["registers"] <= 255, r
+        assert r["shared"] <= SHARED[r["sm"]], r
         assert r["async copies"] == 0, r  # they bypass the first-level cache, where codewords live
-        assert r["spilled"] <= (440 if r["kernel"] == "encode_kernel" else 144), r  # bytes of a thread; most have none
+        # Bytes of a thread; most have none. Products of float32 take three of tf32, each with its operands.
+        most = 440 if r["kernel"] == "encode_kernel" else 256 if " fp32 " in r["configuration"] else 144
+        assert r["spilled"] <= most, r
         if re.fullmatch(r"(64|80|96|128) groups of 8 1 bf16 q1", r["configuration"]) and r["kernel"] == "split_kernel":
             assert 20 < r["per token"] <= 60, r  # instructions, which bound the speed: see roofline.py
         if r["kernel"] in ("split_kernel", "encode_kernel"):

@@ -15,10 +15,11 @@ from safetensors import safe_open
 
 from tests.conftest import TINY, Words, cached, tiny_llama
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig
+from torchgsrq.measure import embedded
 from torchgsrq.ops import use_kernels
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
 def anchors(page):
@@ -61,19 +62,23 @@ def blocks(page):
 
 @torch.no_grad()
 def test_readme_runs_from_top_to_bottom(monkeypatch, tmp_path):
-    """On a tiny model, for the one of a hub that it names."""
+    """On tiny models, for those that it names."""
     use_kernels()  # else they would be built for the folder below
     monkeypatch.setattr("torchgsrq.learning.calibrate.OWN_TOKENS", 512)
     monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     words = Words()
+    monkeypatch.setattr(words, "decode", lambda ids: f"{len(ids)} tokens", raising=False)
     prompt = {"input_ids": torch.arange(3, 43)[None], "attention_mask": torch.ones(1, 40, dtype=torch.long)}
-    names = {"torch": torch, "texts": ["amber birch cedar " * 200], "tokenizer": words, "prompt": prompt}
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda _: tiny_llama())
+    monkeypatch.setattr(embedded, "load_model", lambda: (tiny_llama(), words))
+    monkeypatch.setattr(embedded, "document", lambda: "amber birch cedar " * 200)
     code = "\n".join(blocks(ROOT / "README.md")).replace("model.generate(...)", "model.generate(**prompt)")
-    code = code.replace("cache=cache)", "**cached(cache))")  # by its older name, in older versions
-    exec(compile(code, "README.md", "exec"), names | {"cached": cached})
+    code = code.replace("cache=cache, max", "**cached(cache), max")  # by its older name, in older versions
+    code = code.replace('prompt = tokenizer(text[60_000:68_000], return_tensors="pt")', "")
+    exec(compile(code, "README.md", "exec"), {"torch": torch, "prompt": prompt, "cached": cached})
     assert (tmp_path / "prompt.safetensors").exists() and "cache = new_cache(model).load" in code
+    assert "prompt = tokenizer(text" not in code and "**cached(cache)" in code
 
 
 def test_counts_of_families_are_those_of_the_table():
@@ -117,7 +122,7 @@ def test_formats_are_those_of_files(tmp_path):
     data = GSRQCache(books, GSRQConfig(), transformers.LlamaConfig(**TINY)).dumps()
     headers.append(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"])
     formats = ["`{format}`, version {version}".format(**header) for header in headers]
-    assert f"| format | {' | '.join(formats)} |" in (ROOT / "docs" / "files.md").read_text()
+    assert f"| format | {' | '.join(formats)} |" in (ROOT / "docs" / "reference" / "files.md").read_text()
 
 
 @pytest.fixture
@@ -149,16 +154,17 @@ def test_links_of_the_site(hooks):
         f"[a](../tutorials/{script.name})": f"[a]({page})",
         "[all](../tutorials)": f"[all]({page})",
         "[b](../CONTRIBUTING.md#how-to-add)": "[b](CONTRIBUTING.md#how-to-add)",
-        "![c](compare.png), [use](use.md#memory)": "![c](compare.png), [use](use.md#memory)",
-        "[`recommend.py`](../torchgsrq/recommend.py) says": "`recommend.py` says",
+        "![c](memory.png), [guide](guide.md#memory)": "![c](memory.png), [guide](guide.md#memory)",
+        "[`recommend.py`](../torchgsrq/measure/recommend.py) says": "`recommend.py` says",
         "[d](https://example.org/x) books[0](x), [e](#memory)": "[d](https://example.org/x) books[0](x), [e](#memory)",
         "[f](missing.md)": "[f](missing.md)",
     }.items():
-        assert hooks.site_links(link, ROOT / "docs", "use.md") == place
-    assert hooks.site_links("[use](../docs/use.md)", ROOT / "tutorials", page) == "[use](../use.md)"
+        assert hooks.site_links(link, ROOT / "docs", "guide.md") == place
+    assert hooks.site_links("[guide](../docs/guide.md)", ROOT / "tutorials", page) == "[guide](../guide.md)"
 
 
 def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f": {page.name}\n" in nav, page.name
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs")
+        assert f": {name}\n" in nav, name

@@ -11,10 +11,11 @@ import torch
 from typer.testing import CliRunner
 
 from tests.conftest import cached
-from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_, retrieval
+from torchgsrq import Codebooks, GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.cli import app
-from torchgsrq.embedded import document, load_model
-from torchgsrq.evaluate import key_error, quality, quantized
+from torchgsrq.measure import retrieval
+from torchgsrq.measure.embedded import document, load_model
+from torchgsrq.measure.evaluate import key_error, quality, quantized
 
 pytestmark = pytest.mark.slow
 FIELDS = {

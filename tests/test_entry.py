@@ -16,9 +16,10 @@ import transformers
 from transformers import AttentionInterface, DynamicCache, GenerationConfig
 
 from tests.conftest import SMALL, cached, tiny_books, tiny_llama
-from torchgsrq import GSRQCache, GSRQConfig, calibrate, evaluate, models, new_cache, probe, quantize_kv_
-from torchgsrq.evaluate import quantized
+from torchgsrq import GSRQCache, GSRQConfig, calibrate, models, new_cache, probe, quantize_kv_
 from torchgsrq.learning.text import own_text
+from torchgsrq.measure import evaluate
+from torchgsrq.measure.evaluate import quantized
 from torchgsrq.models import decoder, given_cache, returned_cache
 
 ROOT = Path(__file__).parent.parent
@@ -143,10 +144,10 @@ def test_no_figure_of_a_run_without_codes(llama):
 )
 def test_calibration_text_is_not_the_users_generation_config(settings):
     model = tiny_llama()
-    want = own_text(model, 96, 48, seed=3, progress=False)
+    want = own_text(model, 96, 48, seed=3)
     model.generation_config = GenerationConfig(pad_token_id=0, **settings)
     mine = model.generation_config
-    got = own_text(model, 96, 48, seed=3, progress=False)
+    got = own_text(model, 96, 48, seed=3)
     assert got.shape == (2, 48) and model.generation_config is mine
     if "eos_token_id" in settings:  # tokens that would end the text are not written
         assert not bool(torch.isin(got[:, 1:], torch.tensor(settings["eos_token_id"])).any())
@@ -187,13 +188,13 @@ def test_versions_are_said_alike():
 def test_a_finished_calibration_is_not_thrown_away(llama, monkeypatch, tmp_path, caplog, broken):
     model = copy.deepcopy(llama[0])
     monkeypatch.setattr(
-        "torchgsrq.learning.calibrate.calibrate", lambda model, configs, **k: [tiny_books(model, x) for x in configs]
+        "torchgsrq.learning.disk.calibrate_layers", lambda model, _, configs: [tiny_books(model, x) for x in configs]
     )
     monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path / "file" / "below"))
     (tmp_path / "file").touch()  # of which no folder can be made
     if broken == "full disk":
         monkeypatch.setenv("TORCHGSRQ_CACHE", str(tmp_path))
-        monkeypatch.setattr("torchgsrq.codec.files.save_file", _full)
+        monkeypatch.setattr("safetensors.torch.save_file", _full)
     if broken == "no home":
         monkeypatch.delenv("TORCHGSRQ_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", "")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.conftest import SMALL, Words, cached
-from torchgsrq import new_cache, retrieval
-from torchgsrq.evaluate import Comparison, quality, quantized, true_bits
+from torchgsrq import new_cache
+from torchgsrq.measure import retrieval
+from torchgsrq.measure.evaluate import Comparison, quality, quantized, true_bits
 
 TEXT = "Here is some text to hide things in, and it goes on and on. " * 100
 

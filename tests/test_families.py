@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from tests import families
 from tests.conftest import SMALL, cached, tiny_books
 from torchgsrq import new_cache, quantize_kv_
-from torchgsrq.evaluate import quantized
 from torchgsrq.learning.statistics import collect_statistics
+from torchgsrq.measure.evaluate import quantized
 from torchgsrq.models import inspect_layers
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
@@ -169,7 +169,7 @@ def test_layers_that_read_another_ones_cache_count_in_what_is_learned():
     model = families.tiny_model("gemma3n_text")
     layers = inspect_layers(model)
     assert [(x.index, x.readers) for x in layers] == [(0, ()), (1, ()), (2, (4,)), (3, (5,))]
-    stats = collect_statistics(model, layers, families.PROMPT, progress=False)
+    stats = collect_statistics(model, layers, families.PROMPT)
     tokens = {index: sum(k.shape[1] for k in s.keys.x) for index, s in stats.items()}
     assert tokens == {0: 120, 1: 120, 2: 240, 3: 240}
 
@@ -210,14 +210,20 @@ def test_a_model_that_fails_to_read_is_refused_by_calibrate():
     assert "cannot be calibrated" in families.outcome("roberta").refused
 
 
+PARTS = 8
+
+
 @pytest.mark.slow
-def test_the_table_is_what_happens():
+@pytest.mark.parametrize("part", range(PARTS))
+def test_the_table_is_what_happens(part):
     """Every family, with padding; the page is of one version of transformers."""
     page = PAGE.read_text()
     if f"transformers {transformers.__version__} " not in page:
         pytest.skip(f"docs/models.md is not of transformers {transformers.__version__}")
-    rows = re.findall(r"^\| ([\w.-]+) \| \w+ \| ([^:;|]*)", page, re.M)
-    found = {kind: families.outcome(kind, ["padded"]) for kind in families.families()}
-    assert {kind: families.summary(x) for kind, x in found.items()} == {kind: what.strip() for kind, what in rows}
+    rows = dict(re.findall(r"^\| ([\w.-]+) \| \w+ \| ([^:;|]*)", page, re.M))
+    kinds = list(families.families())
+    assert set(rows) == set(kinds)
+    found = {kind: families.outcome(kind, ["padded"]) for kind in kinds[part::PARTS]}
+    assert {kind: families.summary(x) for kind, x in found.items()} == {kind: rows[kind].strip() for kind in found}
     # Where rounding differs, a code may fall to the other side of a tie, and a router of experts with it.
-    assert sum(bool(x.wrong) for x in found.values()) <= 2
+    assert sum(bool(x.wrong) for x in found.values()) <= 1

@@ -39,42 +39,47 @@ def test_encode_and_decode():
 
 
 def test_append():
-    tensors, layout = flat(buffers()[0])
-    arguments = (tensors[:5], tensors[5:], layout, torch.randn(2, 2, 5, 16), torch.arange(30, 35))
+    tensors, integers = flat(buffers()[0])
+    arguments = (tensors[:5], tensors[5:], integers, torch.randn(2, 2, 5, 16), torch.arange(30, 35))
     torch.library.opcheck(ops.append_.default, arguments, test_utils=TESTS)
 
 
 def test_append_pair():
     parts = [flat(buffer) for buffer in buffers()]
-    sides = [(tensors[:5], tensors[5:], layout) for tensors, layout in parts]
+    sides = [(tensors[:5], tensors[5:], integers) for tensors, integers in parts]
     x, slots = torch.randn(2, 2, 5, 16), torch.arange(30, 35)
-    torch.library.opcheck(ops.append_pair_.default, (*sides[0], *sides[1], x, -x, slots), test_utils=TESTS)
+    torch.library.opcheck(ops.append_pair_.default, (*sides[0], *sides[1], x, -x, slots, True), test_utils=TESTS)
     before = [[t.clone() for t in tensors] for tensors, _ in parts]
-    for pair in ((x, x / 0), (x / 0, x), (x, x[..., :8]), (x[:, :1], x)):
-        with pytest.raises(ValueError, match=r"x holds NaN|x has shape"):
-            ops.append_pair_(*sides[0], *sides[1], *pair, slots)
+    bad = (((x, x / 0), "values: x holds NaN or inf in row"), ((x / 0, x), "keys: x holds NaN or inf in row"))
+    bad = (*bad, ((x, x[..., :8]), "values: x has shape"), ((x[:, :1], x), "keys: x has shape"))
+    for pair, says in bad:
+        with pytest.raises(ValueError, match=says):
+            ops.append_pair_(*sides[0], *sides[1], *pair, slots, False)
     for (tensors, _), old in zip(parts, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(tensors, old, strict=True)), "neither was written"
-    ops.append_pair_(*sides[0], *sides[1], x, -x, slots)
-    for buffer, y, (tensors, _) in zip(buffers(), (x, -x), parts, strict=True):
-        ops.kv_append_(buffer, y, slots)
-        assert all(torch.equal(a, b) for a, b in zip(buffer.parts, tensors, strict=True))
+    assert not any(t.numel() for t in ops.append_pair_(*sides[0], *sides[1], x, -x, slots, False))
+    pair = buffers()
+    wanted = [reference.tail(buffer.packed, y, slots) for buffer, y in zip(pair, (x, -x), strict=True)]
+    found = ops.kv_append_pair_(*pair, x, -x, slots, True)
+    assert all(map(torch.equal, found, (wanted[0][0], wanted[1][0], wanted[0][1])))
+    for buffer, one, y, (tensors, _) in zip(pair, buffers(), (x, -x), parts, strict=True):
+        one.index_copy_(2, slots, y)
+        for other in (buffer.parts, one.parts):
+            assert all(torch.equal(a, b) for a, b in zip(other, tensors, strict=True))
 
 
-def test_tail_and_dequantize():
-    tensors, layout = flat(buffers()[0])
-    new = torch.randn(2, 2, 5, 16)
-    torch.library.opcheck(ops.tail.default, (tensors, layout, new, torch.arange(30, 35)), test_utils=TESTS)
-    torch.library.opcheck(ops.dequantize.default, (tensors, layout, torch.float32), test_utils=TESTS)
+def test_dequantize():
+    tensors, integers = flat(buffers()[0])
+    torch.library.opcheck(ops.dequantize.default, (tensors, integers, torch.float32), test_utils=TESTS)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention(masked):
-    (key, key_layout), (value, value_layout) = (flat(b) for b in buffers())
+    (key, key_integers), (value, value_integers) = (flat(b) for b in buffers())
     q = torch.randn(2, 4, 3, 16)
     mask = torch.rand(2, 1, 3, 48) < 0.5 if masked else None
     logits = torch.randn(4) if masked else None
-    arguments = (q, key, key_layout, value, value_layout, mask, 0.25, 0, 2.0, logits, None, None, None, 0)
+    arguments = (q, key, key_integers, value, value_integers, mask, 0.25, 0, 2.0, logits, None, None, None, 0)
     torch.library.opcheck(ops.attention.default, arguments, test_utils=TESTS)
 
 
@@ -84,15 +89,12 @@ def test_ops_on_buffers_agree_with_ops_on_their_parts():
     rest = (None, 0.25, 2, 0.0, None, None, None, None, 0)
     (k, kl), (v, vl) = flat(key), flat(value)
     assert torch.equal(ops.kv_attention(q, key, value, *rest), ops.attention(q, k, kl, v, vl, *rest))
-    new, slots = torch.randn(2, 2, 5, 16), torch.arange(30, 35)
-    for a, b in zip(ops.kv_tail(key, new, slots), ops.tail(k, kl, new, slots), strict=True):
-        assert torch.equal(a, b)
 
 
 def test_buffer_ops_refuse_plain_tensors():
     x = torch.zeros(1, 2, 3, 16)
     with pytest.raises(TypeError, match="take a GSRQTensor"):
-        ops.kv_append_(x, x, torch.arange(3))
+        ops.kv_append_pair_(x, x, x, x, torch.arange(3), False)
     key, value = buffers()
     with pytest.raises(TypeError, match="value is a plain tensor"):
         ops.kv_attention(

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import SMALL, cached, tiny_books, tiny_llama
 from tests.oracle import Oracle, watch
 from torchgsrq import new_cache
-from torchgsrq.evaluate import quantized
+from torchgsrq.measure.evaluate import quantized
 
 PROMPT = torch.randint(3, 100, (3, 40), generator=torch.Generator().manual_seed(1))
 PADDED = torch.ones(3, 40, dtype=torch.long)
@@ -243,7 +243,7 @@ def test_after_a_forward_that_failed(llama):
     mask[1, :20] = 0
     with quantized(model, SMALL, books):
         cache = new_cache(model)
-        with pytest.raises(ValueError, match="layer 0, keys, row"):
+        with pytest.raises(ValueError, match="layer 0, keys: x holds NaN or inf in row"):
             model(
                 inputs_embeds=torch.full((2, 40, 64), torch.nan),
                 attention_mask=mask,

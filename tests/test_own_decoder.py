@@ -29,7 +29,7 @@ def test_it_learns_what_calibrate_learns(given):
     config = GSRQConfig(bits=1, allocation="uniform")
     freq = inspect_layers(model)[0].inv_freq
     own = calibrate_qkv(layers, config, inv_freq=freq, span=1000)
-    stats = collect_statistics(model, inspect_layers(model), tokens, progress=False)
+    stats = collect_statistics(model, inspect_layers(model), tokens)
     assert sorted(own) == sorted(stats) == [0, 1]
     for i in own:
         for a, b in zip(own[i], train(stats[i], [(config, [(1, 1)] * 2)], 1000)[0], strict=True):

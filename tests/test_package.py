@@ -25,8 +25,8 @@ print(torchgsrq.GSRQConfig(bits=1).bits)
 
 
 ORDER = (
-    "config", "codec", "reference", "kernels", "lowering", "ops", "tensor", "models", "attention", "cache", "learning",
-    "probe", "state", "api", "evaluate", "retrieval", "embedded", "recommend", "cli",
+    "config", "codec", "reference", "kernels", "lowering", "ops", "paged", "tensor", "models", "attention", "cache", "learning",
+    "probe", "state", "api", "measure", "cli", "vllm",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def imports():
 
 
 def test_nothing_imports_from_further_down():
-    """Import order is reading order: docs/architecture.md."""
+    """Import order is reading order: docs/design/architecture.md."""
     seen = set()
     for module, used in imports().items():
         first = module.split(".")[1]
@@ -61,6 +61,22 @@ def test_nothing_imports_from_further_down():
         for other in used - {"torchgsrq.__init__"}:
             assert ORDER.index(other.split(".")[1]) <= ORDER.index(first), f"{module} imports {other}"
     assert seen == set(ORDER)
+
+
+CORE = ("config", "codec", "reference", "kernels", "lowering", "ops", "paged", "tensor")
+
+
+def test_the_core_imports_torch_alone():
+    """What an engine builds on: no transformers, no tokenizers, no bars."""
+    folders = [*(ROOT / "torchgsrq").rglob("*.py"), *(ROOT / "kernels").glob("*.py")]
+    names = {p: p.relative_to(ROOT).parts[0 if p.parent.name == "kernels" else 1].removesuffix(".py") for p in folders}
+    allowed = {*sys.stdlib_module_names, "torch", "torchgsrq", "triton"}
+    for path in (p for p, name in names.items() if name in CORE):
+        for node in ast.parse(path.read_text()).body:
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert {m.split(".")[0] for m in modules} <= allowed, path
+    assert set(CORE) <= set(names.values())
 
 
 def test_folders_have_no_circles():

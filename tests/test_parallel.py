@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import SMALL
 from torchgsrq import Codebooks
-from torchgsrq.evaluate import quantized
+from torchgsrq.measure.evaluate import quantized
 
 SCRIPT = """
 import sys

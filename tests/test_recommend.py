@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from tests.conftest import TINY, cached, tiny_books, tiny_llama
 from torchgsrq import GSRQConfig, new_cache
 from torchgsrq.cli import app
-from torchgsrq.evaluate import quantized
-from torchgsrq.recommend import choose, full_precision, settings
+from torchgsrq.measure.evaluate import quantized
+from torchgsrq.measure.recommend import choose, full_precision, settings
 
 
 @pytest.mark.parametrize("size", [8, 32])

@@ -12,7 +12,7 @@ import transformers
 
 from tests.conftest import SMALL, TINY, cached, tiny_books
 from torchgsrq import new_cache, quantize_kv_
-from torchgsrq.evaluate import quantized
+from torchgsrq.measure.evaluate import quantized
 from torchgsrq.models import inspect_layers
 
 CONFIG = dataclasses.replace(SMALL, bits=2)

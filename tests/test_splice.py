@@ -17,7 +17,7 @@ from torchgsrq import GSRQConfig, new_cache, quantize_kv_
 from torchgsrq.cache import GSRQLayer
 from torchgsrq.cache.splice import _join
 from torchgsrq.codec.rope import rotate
-from torchgsrq.evaluate import quantized
+from torchgsrq.measure.evaluate import quantized
 from torchgsrq.models import attention_implementation
 from torchgsrq.reference import coded_slots
 

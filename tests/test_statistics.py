@@ -63,9 +63,9 @@ def both(monkeypatch):
     """Statistics of all tokens, and of an eighth of them."""
     model = tiny_llama()
     layers = inspect_layers(model)
-    everything = collect_statistics(model, layers, TOKENS, progress=False)
+    everything = collect_statistics(model, layers, TOKENS)
     monkeypatch.setattr(statistics, "KEPT", 128)
-    return everything, collect_statistics(model, layers, TOKENS, progress=False)
+    return everything, collect_statistics(model, layers, TOKENS)
 
 
 def test_more_text_keeps_a_part(both):

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from tests.conftest import SMALL, TINY, cached, tiny_books, tiny_llama
 from torchgsrq import Codebooks, GSRQCache, GSRQConfig, GSRQTensor, dequantize_kv_, new_cache, quantize_kv_
-from torchgsrq.evaluate import quantized
+from torchgsrq.measure.evaluate import quantized
 
 PROMPT = torch.randint(3, 100, (2, 40), generator=torch.Generator().manual_seed(1))
 

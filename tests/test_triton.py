@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import by_turns, make_codec, make_pair
+from tests.conftest import by_turns, close, make_codec, make_pair
 from tests.test_kernels import ALONE, CODECS, buffers, check_codes, distance, key_codec, mask_of, specified
 from torchgsrq import GSRQConfig, GSRQTensor, ops, reference
 from torchgsrq.codec import Codecs
 from torchgsrq.codec.layout import Layout
-from torchgsrq.reference import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW
+from torchgsrq.codec.packed import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, WINDOW, Options
 
 if not importlib.util.find_spec("triton"):
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -34,23 +34,15 @@ def run(
         q,
         key.to(DEVICE).packed,
         value.to(DEVICE).packed,
-        mask=mask,
-        scale=q.shape[-1] ** -0.5,
-        causal=causal,
-        softcap=softcap,
-        sink_logits=logits,
-        tails=None if tails[0] is None else tuple(tails[:2]),
-        tail_start=tails[2],
-        view=view,
+        Options(mask, q.shape[-1] ** -0.5, causal, softcap, logits, *tails, view),
         plan_=plan,
     )
     return out.cpu()
 
 
-def close(got, want):
-    assert got.dtype == want.dtype and got.shape == want.shape
-    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
-    assert error <= TOLERANCE[got.dtype], f"relative error {error:.2e}"
+def equal(got, want):
+    assert got.dtype == want.dtype
+    close(got, want, TOLERANCE[got.dtype])
 
 
 @settings(max_examples=15)
@@ -80,7 +72,7 @@ def test_attention(
     mask, logits = mask_of(masked, q, length, g), torch.randn(2 * group, generator=g) if sink else None
     plan = attention.Plan(16 if group * queries <= 16 else 32, 16 if frame == 16 else 64, splits, 8)
     arguments = (q, key, value, mask, causal, softcap, logits)
-    close(run(*arguments, plan=plan), specified(*arguments))
+    equal(run(*arguments, plan=plan), specified(*arguments))
 
 
 @pytest.mark.parametrize(
@@ -91,7 +83,7 @@ def test_half_precision(dim, preset, frame, bits):
     """Sums of codewords in float16, and rows that begin within a frame, several tiles to each."""
     key, value, g = buffers(dim, 1300, bits, preset, frame=frame, pad=5, dtype=torch.float16)
     q = torch.randn(2, 6, 1, dim, generator=g).half()
-    close(run(q, key, value, plan=attention.Plan(16, 128, 2, 8)), specified(q, key, value))
+    equal(run(q, key, value, plan=attention.Plan(16, 128, 2, 8)), specified(q, key, value))
 
 
 def test_queries_that_float16_cannot_hold():
@@ -101,7 +93,7 @@ def test_queries_that_float16_cannot_hold():
     *held, freq, mean, transform, inverse, codebook = key.parts
     parts = [*held, freq, mean, transform, inverse * 2.0**14, codebook * 2.0**-14]
     large = GSRQTensor(parts, key.integers)
-    close(run(q, large, value), specified(q, large, value))
+    equal(run(q, large, value), specified(q, large, value))
 
 
 @pytest.mark.parametrize("view", [EXACT_TAIL, STREAMING])
@@ -116,14 +108,14 @@ def test_attention_with_tails(view, new):
         buffer.index_copy_(2, slots, x)
     q = torch.randn(2, 6, new, 64, generator=g)
     arguments = (q, *more, None, LAST_ALIGNED, 0.0, None, (k_tail, v_tail, start), view)
-    close(run(*arguments), specified(*arguments))
+    equal(run(*arguments), specified(*arguments))
 
 
 @pytest.mark.parametrize("dim", [192, 256])
 def test_wide_heads(dim):
     key, value, g = buffers(dim, 100, batch=1)
     q = torch.randn(1, 4, 1, dim, generator=g)
-    close(run(q, key, value), specified(q, key, value))
+    equal(run(q, key, value), specified(q, key, value))
 
 
 def test_views_of_buffers():
@@ -131,7 +123,7 @@ def test_views_of_buffers():
     key, value, g = buffers(64, 200, batch=3)
     q = torch.randn(2, 4, 1, 64, generator=g)
     some = [b[1:][:, :, :180] for b in (key, value)]
-    close(run(q, *some), specified(q, *some))
+    equal(run(q, *some), specified(q, *some))
 
 
 def test_far_positions():
@@ -140,7 +132,7 @@ def test_far_positions():
     for buffer in (key, value):
         buffer.start[:, 0] = -1_000_003
     q = torch.randn(2, 4, 1, 64, generator=g)
-    close(run(q, key, value), specified(q, key, value))
+    equal(run(q, key, value), specified(q, key, value))
 
 
 def test_an_empty_cache_gives_zeros():
@@ -249,23 +241,24 @@ def test_the_ops_of_a_gpu(frame, monkeypatch):
     x, q = (torch.randn(2, heads, 9, 16, generator=g).to(DEVICE) for heads in (2, 4))
     slots = torch.arange(43, 52, device=DEVICE)
     want, got = [b.clone() for b in buffers_], buffers_
-    for a, b in zip(got, want, strict=True):
-        a.length.fill_(43)
-        b.length.fill_(43)
-        layout = list(a.integers)
-        ops.check_append(a.parts, layout, x, slots)
-        ops.append_(a.parts[: a.owned], a.parts[a.owned :], layout, x, slots)
+    for buffer in (*got, *want):
+        buffer.length.fill_(43)
+    owned = [(a.parts[: a.owned], a.parts[a.owned :], a.integers) for a in got]
+    tails = ops.append_pair_(*owned[0], *owned[1], x, x, slots, True)
+    for a, b, found in zip(got, want, tails, strict=False):
+        assert torch.equal(found, reference.tail(b.packed, x, slots)[0])
         reference.append_(b.packed, x, slots)
         assert int(a.length) == int(b.length) == 52
         torch.testing.assert_close(a.dequantize(), b.dequantize(), rtol=1e-4, atol=1e-4)
     rest = (None, 0.25, LAST_ALIGNED, 0.0, None, None, None, None, WINDOW)
     sides = [argument for b in got for argument in (b.parts, list(b.integers))]
-    facts = dict(scale=0.25, causal=LAST_ALIGNED)
-    close(ops.attention(q, *sides, *rest).cpu(), reference.attention(q, *(b.packed for b in want), **facts).cpu())
+    equal(
+        ops.attention(q, *sides, *rest).cpu(), reference.attention(q, *(b.packed for b in want), Options(*rest)).cpu()
+    )
     codec = got[0].codec.first
     codes = ops.encode(x, slots.expand(2, -1), codec.tensors, codec.integers)
     assert (codes == reference.encode(x, slots.expand(2, -1), codec)).float().mean() > 0.95
     with pytest.raises(ValueError, match="slots start at"):
-        ops.check_append(got[0].parts, list(got[0].integers), x, slots + 50)
+        ops.append_(*owned[0], x, slots + 50)
     with pytest.raises(ValueError, match="this cache takes"):
-        ops.check_append(got[0].parts, list(got[0].integers), x[:, :1], slots)
+        ops.append_pair_(*owned[0], *owned[1], x, x[:, :1], slots, False)

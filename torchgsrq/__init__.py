@@ -4,6 +4,7 @@ Method: gain-shape residual quantization (arXiv 2607.01065), with anchored frame
 attention. Start with `quantize_kv_`.
 """
 
+import torchgsrq.paged  # noqa: F401 (its ops must be known before the compiled kernels are loaded)
 from torchgsrq.api import dequantize_kv_, new_cache, quantize_kv_
 from torchgsrq.cache import GSRQCache
 from torchgsrq.cache.memory import MemoryReport

@@ -16,7 +16,8 @@ from torchgsrq.attention import NAME
 from torchgsrq.cache import GSRQCache
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
-from torchgsrq.learning.calibrate import WINDOW, cached_codebooks, quantizes
+from torchgsrq.learning.calibrate import WINDOW, quantizes
+from torchgsrq.learning.disk import cached_codebooks
 from torchgsrq.models import LayerInfo
 from torchgsrq.probe import check_attention, check_entry
 from torchgsrq.state import UNSUPPORTED, GiveCache, State, prepare_cache_for_generation, refuse, state_of
@@ -96,7 +97,7 @@ def quantize_kv_(
             "its quantized cache in one forward; read it token by token, with prefill='exact'"
         )
     if codebooks is None:
-        codebooks = cached_codebooks(model, [config], progress, layers)[0]
+        codebooks = cached_codebooks(model, layers, [config], progress)[0]
     books = _fitting(codebooks, layers, wanted, model, config)
     if all(p.device.type != "meta" for p in model.parameters()):  # else each cache layer brings its own to its device
         books = books.to(model.device)

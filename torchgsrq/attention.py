@@ -11,7 +11,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from torchgsrq import models, reference
-from torchgsrq.tensor import GSRQTensor, attend_codes, without_gradient
+from torchgsrq.codec.packed import LAST_ALIGNED, NOT_CAUSAL, Options
+from torchgsrq.tensor import GSRQTensor, attend, without_gradient
 
 NAME = "gsrq"
 
@@ -36,7 +37,7 @@ _NEUTRAL = frozenset(
 
 
 class Incoming(NamedTuple):
-    """A quantized buffer and what its newest queries see in full precision (`reference.tail`); and the new keys and
+    """A quantized buffer and what its newest queries see in full precision (`ops.append_pair_`); and the new keys and
     values themselves if a gradient with respect to them could be asked for."""
 
     buffer: GSRQTensor
@@ -98,17 +99,14 @@ def gsrq_attention(
         raise ValueError(f"dropout={dropout}: attention on codes has no dropout; call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    aligned = reference.LAST_ALIGNED if causal and attention_mask is None else reference.NOT_CAUSAL
-    tails: tuple[Tensor | None, ...] = (None, None, None)
-    view = reference.WINDOW
+    aligned = LAST_ALIGNED if causal and attention_mask is None else NOT_CAUSAL
+    options = Options(attention_mask, scale, aligned, softcap or 0.0, s_aux)
     graph: tuple[Tensor, ...] = ()
     if isinstance(key, Incoming):
         assert isinstance(value, Incoming)
-        tails, view, graph = (key.tail, value.tail, key.tail_start), key.view, key.graph
-        key, value = key.buffer, value.buffer
-    # Outside of graphs without the op's way through the subclass, which costs as much as attention on short texts.
-    attend = torch.ops.torchgsrq.kv_attention if torch.compiler.is_compiling() else attend_codes
-    out = attend(query, key, value, attention_mask, scale, aligned, softcap or 0.0, s_aux, *tails, view)
+        options = options._replace(key_tail=key.tail, value_tail=value.tail, tail_start=key.tail_start, view=key.view)
+        graph, key, value = key.graph, key.buffer, value.buffer
+    out = attend(query, key, value, options)
     out = without_gradient(out, query, *graph)
     return out.transpose(1, 2).contiguous(), None
 
@@ -136,19 +134,13 @@ def dense_attention(
     group = query.shape[1] // key.shape[1]
     scores = (query @ repeat_kv(key, group).transpose(-1, -2)).float()
     scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is None and query.shape[2] > 1:
         rows = torch.arange(query.shape[2], device=query.device)[:, None]
         attention_mask = torch.arange(key.shape[2], device=query.device) <= rows
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    if s_aux is not None:
-        logits = s_aux.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        scores = torch.cat((scores, logits), -1)
-    p = scores.softmax(-1)[..., : key.shape[2]].to(query.dtype)
+    sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
+    # The lowest number, not infinity: rows of padding see nothing.
+    lowest = torch.finfo(scores.dtype).min
+    p = reference.probabilities(scores, softcap or 0.0, attention_mask, sinks, lowest).to(query.dtype)
     p = nn.functional.dropout(p, dropout, module.training)
     return (p @ repeat_kv(value, group)).transpose(1, 2).contiguous(), None
 

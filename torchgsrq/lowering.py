@@ -12,12 +12,12 @@ from torchgsrq import reference
 from torchgsrq.codec import Codec
 
 
-def decode(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+def decode(codes: Tensor, position: Tensor, codec: list[Tensor], integers: list[int], dtype: torch.dtype) -> Tensor:
     """`torchgsrq::decode` as a gather of codewords, a product and a rotation."""
-    return reference.decode(codes, position, Codec.from_flat(codec, layout), dtype)
+    return reference.decode(codes, position, Codec.from_flat(codec, integers), dtype)
 
 
-def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+def encode(x: Tensor, position: Tensor, codec: list[Tensor], integers: list[int]) -> Tensor:
     """`torchgsrq::encode` as a change to the codes' metric, which fuses with RoPE before it, and a search.
 
     GPUs keep the op, whose kernel does both.
@@ -25,8 +25,8 @@ def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) 
     if x.device.type != "cpu":
         return NotImplemented
     batch, heads, n, _ = x.shape
-    y = reference.to_metric(x, position, Codec.from_flat(codec, layout))[:, : batch * n]
-    codes = torch.ops.torchgsrq.search(y, codec, layout)
+    y = reference.to_metric(x, position, Codec.from_flat(codec, integers))[:, : batch * n]
+    codes = torch.ops.torchgsrq.search(y, codec, integers)
     return codes.view(heads, batch, n, codes.shape[-1]).transpose(0, 1).contiguous()
 
 

@@ -1,8 +1,8 @@
-"""The ops as torch sees them: schemas, shapes for tracing, and their implementations.
+"""The ops as torch sees them: one entry each, with its schema, its shapes for tracing and its implementations.
 
-Ops on plain tensors carry a codec, or those of a layer, as ``Tensor[] codec, int[] layout`` (see `Codec.tensors` and
-`Codecs.integers`) and a cache as ``Tensor[] kv, int[] layout`` (see `pack`). The ``kv_`` ops take `GSRQTensor`s and are
-what traced code calls, so that inner tensors are read only inside dispatch.
+Ops on plain tensors carry a codec, or those of a layer, as ``Tensor[] codec, int[] integers`` (see `Codec.tensors` and
+`Codecs.integers`) and a cache as ``Tensor[] kv, int[] integers`` (see `Packed.from_flat`). The ``kv_`` ops take
+`GSRQTensor`s and are what traced code calls, so that inner tensors are read only inside dispatch.
 """
 
 from __future__ import annotations
@@ -17,78 +17,142 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchgsrq import lowering, reference
-from torchgsrq.codec import Codec, Codecs
-from torchgsrq.codec.codec import heads_of
-from torchgsrq.codec.kmeans import moments_by_code, nearest, sum_by_code
-from torchgsrq.kernels import cpu_library
-from torchgsrq.reference import Packed
+from torchgsrq import kernels, lowering, reference
+from torchgsrq.codec import Codec, Codecs, kmeans
+from torchgsrq.codec.packed import Options, Packed
 
 log = logging.getLogger("torchgsrq")
 _library = torch.library.Library("torchgsrq", "FRAGMENT")
-
-_SCHEMAS = {
-    "encode": "(Tensor x, Tensor position, Tensor[] codec, int[] layout) -> Tensor",
-    "search": "(Tensor y, Tensor[] codec, int[] layout) -> Tensor",
-    "decode": "(Tensor codes, Tensor position, Tensor[] codec, int[] layout, ScalarType dtype) -> Tensor",
-    "append_": "(Tensor(a!)[] kv, Tensor[] codec, int[] layout, Tensor x, Tensor slots) -> ()",
-    "append_pair_": "(Tensor(a!)[] key, Tensor[] key_codec, int[] key_layout, Tensor(b!)[] value, "
-    "Tensor[] value_codec, int[] value_layout, Tensor k, Tensor v, Tensor slots) -> ()",
-    "tail": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> (Tensor, Tensor)",
-    "dequantize": "(Tensor[] kv, int[] layout, ScalarType dtype) -> Tensor",
-    "attention": "(Tensor q, Tensor[] key, int[] key_layout, Tensor[] value, int[] value_layout, Tensor? mask, "
-    "float scale, int causal, float softcap, Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, "
-    "Tensor? tail_start, int view) -> Tensor",
-    "check_append": "(Tensor[] kv, int[] layout, Tensor x, Tensor slots) -> ()",
-    "nearest": "(Tensor x, Tensor centers) -> (Tensor, Tensor)",
-    "sum_by_code": "(Tensor x, Tensor code, int codewords) -> Tensor",
-    "moments_by_code": "(Tensor x, Tensor weight, Tensor code, int codewords) -> Tensor",
-    "refuse_gradient": "(Tensor grad, SymInt[] shape) -> Tensor",
-    "kv_append_": "(Tensor(a!) kv, Tensor x, Tensor slots) -> ()",
-    "kv_place_": "(Tensor(a!) kv, Tensor start) -> ()",
-    "kv_tail": "(Tensor kv, Tensor x, Tensor slots) -> (Tensor, Tensor)",
-    "kv_attention": "(Tensor q, Tensor key, Tensor value, Tensor? mask, float scale, int causal, float softcap, "
-    "Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, Tensor? tail_start, int view) -> Tensor",
-}
-# What reads lengths on the host must stay outside captured CUDA graphs; the Triton kernels do not.
-_CAPTURABLE = (
-    ("encode", "decode", "append_", "append_pair_", "tail", "attention") if importlib.util.find_spec("triton") else ()
-)
+_cpu = torch.library.Library("torchgsrq", "IMPL")  # what the compiled kernels take over
+_compiled: dict[str, Callable[..., Any]] = {}  # ops that have a C++ kernel as well, in kernels/
 _UNSAFE = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
-for _name, _schema in _SCHEMAS.items():
-    _library.define(_name + _schema, tags=() if _name.removeprefix("kv_") in _CAPTURABLE else _UNSAFE)
+_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def pack(kv: list[Tensor], layout: list[int]) -> Packed:
-    """The parts of a cache from the flat form of the ops: ``window, start, length, encoded, *codes, *codec``."""
-    sink_tokens, recent_tokens, block_tokens, *integers = layout
-    window, start, length, encoded, *rest = kv
-    parts = len(heads_of(integers))
-    codec = Codecs.from_flat(rest[parts:], integers)
-    return Packed(window, start, length, encoded, rest[:parts], codec, sink_tokens, recent_tokens, block_tokens)
+def op(
+    schema: str, fake: Callable[..., Any] | None = None, *, compiled: bool = False, captured: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an op by what it does in PyTorch, or, where there are Triton kernels, which of these it calls.
+
+    Args:
+        schema: its arguments and results; the name is that of the function.
+        fake: its results by shape alone, for tracing; none of an op that no model calls.
+        compiled: there is a C++ kernel, which takes over on the CPU when the op is first called there.
+        captured: Triton kernels do all of it, and read no length on the host: CUDA graphs may hold it.
+    """
+
+    def define(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__
+        _library.define(name + schema, tags=() if captured and _TRITON else _UNSAFE)
+        _library.impl(name, function, "CUDA")
+        if compiled:
+            _compiled[name] = function
+            _cpu.impl(name, _on_first_use(name, function), "CPU")
+        else:
+            _library.impl(name, function, "CPU")
+        if fake is not None:
+            torch.library.register_fake(f"torchgsrq::{name}", fake, lib=_library)
+        return function
+
+    return define
 
 
-def encode(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+def _on_first_use(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The op until it is first called on the CPU; then the compiled kernels take over, or the reference stays."""
+
+    def first(*args: Any) -> Any:
+        return getattr(torch.ops.torchgsrq, name)(*args) if use_kernels() else function(*args)
+
+    return first
+
+
+@functools.cache
+def use_kernels() -> bool:
+    """Hand the CPU implementations over to the compiled kernels, building them first if need be.
+
+    Returns:
+        Whether they run; without a compiler, or with ``TORCHGSRQ_KERNELS=0``, the reference does.
+    """
+    global _cpu
+    _cpu._destroy()
+    _cpu = torch.library.Library("torchgsrq", "IMPL")
+    loaded = kernels.load()
+    if not loaded:
+        for name, function in _compiled.items():
+            _cpu.impl(name, function, "CPU")
+    return loaded
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coding
+
+
+def _codes_of(x: Tensor, codec: list[Tensor], integers: list[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], Codec.from_flat(codec, integers).layout.codes), dtype=torch.uint8)
+
+
+def _fake_encode(x: Tensor, position: Tensor, codec: list[Tensor], integers: list[int]) -> Tensor:
+    lowering.register()
+    return _codes_of(x, codec, integers)
+
+
+@op(
+    "(Tensor x, Tensor position, Tensor[] codec, int[] integers) -> Tensor",
+    _fake_encode,
+    compiled=True,
+    captured=True,
+)
+def encode(x: Tensor, position: Tensor, codec: list[Tensor], integers: list[int]) -> Tensor:
     """Vectors ``[b, h, n, d]`` at positions ``[b, n]`` to codes, uint8 ``[b, h, n, codes]``."""
-    codec_ = Codec.from_flat(codec, layout)
-    _check_vectors(x, position, codec_, values=not _capturing())
+    codec_ = Codec.from_flat(codec, integers)
+    if x.ndim != 4 or x.shape[1::2] != (codec_.heads, codec_.head_dim):
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; expected [batch, heads={codec_.heads}, n, head_dim={codec_.head_dim}]"
+        )
+    if position.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(f"position has shape {tuple(position.shape)}; expected {(x.shape[0], x.shape[2])}")
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; expected a floating dtype")
+    if not _capturing():
+        _refuse_infinite(x)
     return (_kernel(x, "encode", Codecs.of(codec_)) or reference.encode)(x, position, codec_)
 
 
-def search(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
+@op("(Tensor y, Tensor[] codec, int[] integers) -> Tensor", _codes_of, compiled=True)
+def search(y: Tensor, codec: list[Tensor], integers: list[int]) -> Tensor:
     """The second half of `encode`: float32 ``[h, n, d]`` in the codes' metric to codes, uint8 ``[h, n, codes]``."""
-    codec_ = Codec.from_flat(codec, layout)
+    codec_ = Codec.from_flat(codec, integers)
     heads, dim = codec_.heads, codec_.head_dim
     if y.ndim != 3 or y.shape[::2] != (heads, dim) or y.dtype != torch.float32:
         raise ValueError(f"y has shape {tuple(y.shape)} and is {y.dtype}; expected float32 [{heads}, n, {dim}]")
-    if not bool(torch.isfinite(y).all()):
-        raise ValueError("x holds NaN or inf, which no codeword stands for")
+    _refuse_infinite(y)
     return reference.search(y, codec_)
 
 
-def decode(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
+def _refuse_infinite(x: Tensor) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x holds NaN or inf, which no codeword stands for")
+
+
+def _fake_decode(
+    codes: Tensor, position: Tensor, codec: list[Tensor], integers: list[int], dtype: torch.dtype
+) -> Tensor:
+    lowering.register()
+    return codes.new_empty((*codes.shape[:3], Codec.from_flat(codec, integers).head_dim), dtype=dtype)
+
+
+@op(
+    "(Tensor codes, Tensor position, Tensor[] codec, int[] integers, ScalarType dtype) -> Tensor",
+    _fake_decode,
+    captured=True,
+)
+def decode(codes: Tensor, position: Tensor, codec: list[Tensor], integers: list[int], dtype: torch.dtype) -> Tensor:
     """Codes of `encode` at positions ``[b, n]`` to vectors of ``dtype``, ``[b, h, n, d]``."""
-    codec_ = Codec.from_flat(codec, layout)
+    codec_ = Codec.from_flat(codec, integers)
     heads, bytes_ = codec_.heads, codec_.layout.codes
     if codes.dtype != torch.uint8 or codes.ndim != 4 or codes.shape[1::2] != (heads, bytes_):
         raise ValueError(
@@ -98,101 +162,148 @@ def decode(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[in
     return reference.decode(codes, position, codec_, dtype)
 
 
-def append_(kv: list[Tensor], codec: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
+def round_trip(x: Tensor, position: Tensor, codec: Codec | Codecs) -> Tensor:
+    """Vectors ``[b, heads, n, head_dim]`` at positions ``[b, n]``, encoded and decoded, float32."""
+    codecs, found = Codecs.of(codec), []
+    for heads, one in codecs.parts:
+        flat = (one.tensors, one.integers)
+        codes = torch.ops.torchgsrq.encode(x[:, list(heads)], position, *flat)
+        found.append(torch.ops.torchgsrq.decode(codes, position, *flat, torch.float32))
+    return codecs.merged(found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caches
+
+
+@op(
+    "(Tensor(a!)[] kv, Tensor[] codec, int[] integers, Tensor x, Tensor slots) -> ()",
+    _nothing,
+    compiled=True,
+    captured=True,
+)
+def append_(kv: list[Tensor], codec: list[Tensor], integers: list[int], x: Tensor, slots: Tensor) -> None:
     """Append vectors ``[b, h, n, d]`` at slots ``[n]`` in place (`reference.append_`) to the parts of a cache
-    ``window, start, length, encoded, *codes``."""
-    packed = pack([*kv, *codec], layout)
-    kernel = _kernel(x, "append_", packed.codec, caches=(packed,))
-    if kernel:
-        check_append([*kv, *codec], layout, x, slots)
-    (kernel or reference.append_)(packed, x, slots)
+    ``window, start, length, encoded, *codes``.
+
+    Raises:
+        ValueError: see `reference.check_append`; nothing is written then.
+    """
+    packed = Packed.from_flat([*kv, *codec], integers)
+    _check_append(packed, x, slots)
+    _append(packed, x, slots)
 
 
-def append_pair_(
+def _fake_append_pair(
     key: list[Tensor],
     key_codec: list[Tensor],
-    key_layout: list[int],
+    key_integers: list[int],
     value: list[Tensor],
     value_codec: list[Tensor],
-    value_layout: list[int],
+    value_integers: list[int],
     k: Tensor,
     v: Tensor,
     slots: Tensor,
-) -> None:
-    """`append_` to the keys and values of a layer, or to neither."""
-    pairs = ((key, key_codec, key_layout, k), (value, value_codec, value_layout, v))
-    for kv, codec, layout, x in pairs:
-        check_append([*kv, *codec], layout, x, slots)
-    for kv, codec, layout, x in pairs:
-        append_(kv, codec, layout, x, slots)
+    tails: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    key_window, value_window, encoded = key[0], value[0], key[3]
+    if not tails:
+        return key_window.new_empty(0), value_window.new_empty(0), encoded.new_empty(0)
+    n = key_window.shape[2] - key_integers[0] + k.shape[2]
+    shapes = ((*x.shape[:2], n, x.shape[3]) for x in (key_window, value_window))
+    return *(key_window.new_empty(shape) for shape in shapes), torch.empty_like(encoded)  # type: ignore[return-value]
 
 
-def check_append(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
-    """Refuse what `append_` cannot write (`reference.check_append`).
-
-    On a GPU the values of a single token are not read back: that would stall every step.
-    """
-    seen = not _on_gpu(x) or (slots.shape[0] > 1 and not _capturing())
-    reference.check_append(pack(kv, layout), x, slots, values=seen)
-
-
-def tail(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The full-precision tokens before an append and the new ones (`reference.tail`)."""
-    return reference.tail(pack(kv, layout), x, slots)
-
-
-def dequantize(kv: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
-    """Everything a cache holds, ``[b, h, capacity, d]`` (`reference.dequantize`)."""
-    return reference.dequantize(pack(kv, layout), dtype)
-
-
-def attention(
-    q: Tensor,
+@op(
+    "(Tensor(a!)[] key, Tensor[] key_codec, int[] key_integers, Tensor(b!)[] value, Tensor[] value_codec, "
+    "int[] value_integers, Tensor k, Tensor v, Tensor slots, bool tails) -> (Tensor, Tensor, Tensor)",
+    _fake_append_pair,
+    compiled=True,
+    captured=True,
+)
+def append_pair_(
     key: list[Tensor],
-    key_layout: list[int],
+    key_codec: list[Tensor],
+    key_integers: list[int],
     value: list[Tensor],
-    value_layout: list[int],
-    mask: Tensor | None,
-    scale: float,
-    causal: int,
-    softcap: float,
-    sink_logits: Tensor | None,
-    key_tail: Tensor | None,
-    value_tail: Tensor | None,
-    tail_start: Tensor | None,
-    view: int,
-) -> Tensor:
-    """Attention on the codes of a cache (`reference.attention`)."""
-    k, v = pack(key, key_layout), pack(value, value_layout)
-    kernel = _kernel(q, "attention", k.codec, v.codec, caches=(k,))
-    _check_query(q, k, v, mask, lengths=kernel is None)
-    tails = None if key_tail is None or value_tail is None else (key_tail, value_tail)
-    return (kernel or reference.attention)(
-        q,
-        k,
-        v,
-        mask=mask,
-        scale=scale,
-        causal=causal,
-        softcap=softcap,
-        sink_logits=sink_logits,
-        tails=tails,
-        tail_start=tail_start,
-        view=view,
+    value_codec: list[Tensor],
+    value_integers: list[int],
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor,
+    tails: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`append_` to the keys and values of a layer, or to neither.
+
+    Returns:
+        With ``tails``, what the newest queries may see in full precision, of keys and of values, and from which slot on
+        (`reference.tail`); else nothing, in tensors without elements.
+
+    Raises:
+        ValueError: as `append_`, after ``keys: `` or ``values: ``.
+    """
+    sides = (
+        ("keys", Packed.from_flat([*key, *key_codec], key_integers), k),
+        ("values", Packed.from_flat([*value, *value_codec], value_integers), v),
     )
+    for name, kv, x in sides:
+        try:
+            _check_append(kv, x, slots)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    found = k.new_empty(0), v.new_empty(0), slots.new_empty(0, dtype=torch.int32)
+    if tails:
+        (key_tail, first), (value_tail, _) = (reference.tail(kv, x, slots) for _, kv, x in sides)
+        found = key_tail, value_tail, first
+    for _, kv, x in sides:
+        _append(kv, x, slots)
+    return found
 
 
-def _check_vectors(x: Tensor, position: Tensor, codec: Codec, values: bool = True) -> None:
-    if x.ndim != 4 or x.shape[1::2] != (codec.heads, codec.head_dim):
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; expected [batch, heads={codec.heads}, n, head_dim={codec.head_dim}]"
-        )
-    if position.shape != (x.shape[0], x.shape[2]):
-        raise ValueError(f"position has shape {tuple(position.shape)}; expected {(x.shape[0], x.shape[2])}")
-    if not x.is_floating_point():
-        raise ValueError(f"x is {x.dtype}; expected a floating dtype")
-    if values and not bool(torch.isfinite(x).all()):
-        raise ValueError("x holds NaN or inf, which no codeword stands for")
+def _check_append(kv: Packed, x: Tensor, slots: Tensor) -> None:
+    # On a GPU the values of a single token are not read back: that would stall every step.
+    reference.check_append(kv, x, slots, values=not _on_gpu(x) or (slots.shape[0] > 1 and not _capturing()))
+
+
+def _append(kv: Packed, x: Tensor, slots: Tensor) -> None:
+    (_kernel(x, "append_", kv.codec, caches=(kv,)) or reference.append_)(kv, x, slots)
+
+
+def _fake_dequantize(kv: list[Tensor], integers: list[int], dtype: torch.dtype) -> Tensor:
+    window, codes = kv[0], kv[4]
+    return window.new_empty((*window.shape[:2], codes.shape[2], window.shape[3]), dtype=dtype)
+
+
+@op("(Tensor[] kv, int[] integers, ScalarType dtype) -> Tensor", _fake_dequantize)
+def dequantize(kv: list[Tensor], integers: list[int], dtype: torch.dtype) -> Tensor:
+    """Everything a cache holds, ``[b, h, capacity, d]`` (`reference.dequantize`)."""
+    return reference.dequantize(Packed.from_flat(kv, integers), dtype)
+
+
+_OPTIONS = (
+    "Tensor? mask, float scale, int causal, float softcap, Tensor? sink_logits, Tensor? key_tail, Tensor? value_tail, "
+    "Tensor? tail_start, int view"
+)
+
+
+def _like_query(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@op(
+    f"(Tensor q, Tensor[] key, int[] key_integers, Tensor[] value, int[] value_integers, {_OPTIONS}) -> Tensor",
+    _like_query,
+    compiled=True,
+    captured=True,
+)
+def attention(
+    q: Tensor, key: list[Tensor], key_integers: list[int], value: list[Tensor], value_integers: list[int], *options: Any
+) -> Tensor:
+    """Attention on the codes of a cache (`reference.attention`), with `Options`."""
+    k, v, asked = Packed.from_flat(key, key_integers), Packed.from_flat(value, value_integers), Options(*options)
+    kernel = _kernel(q, "attention", k.codec, v.codec, caches=(k,))
+    _check_query(q, k, v, asked.mask, lengths=kernel is None)
+    return (kernel or reference.attention)(q, k, v, asked)
 
 
 def _check_query(q: Tensor, key: Packed, value: Packed, mask: Tensor | None, lengths: bool = True) -> None:
@@ -212,6 +323,47 @@ def _check_query(q: Tensor, key: Packed, value: Packed, mask: Tensor | None, len
         )
 
 
+def _fake_gradient(grad: Tensor, shape: list[int]) -> Tensor:
+    return grad.new_empty(shape)
+
+
+@op("(Tensor grad, SymInt[] shape) -> Tensor", _fake_gradient)
+def refuse_gradient(grad: Tensor, shape: list[int]) -> Tensor:
+    """The backward of attention on codes: an op, so that compiled graphs raise when it runs, not when it is traced."""
+    raise RuntimeError(
+        "attention on codes has no gradient: call model.train() or dequantize_kv_(model) to train, or torch.no_grad()"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Subclasses: tensor.py has what these do
+
+
+def _subclass_only(*_: object) -> None:
+    raise TypeError(
+        "the kv_ ops take a GSRQTensor; use torchgsrq::append_pair_ and torchgsrq::attention on plain tensors"
+    )
+
+
+for _name, _schema, _captured in (
+    ("append_pair_", "(Tensor(a!) key, Tensor(b!) value, Tensor k, Tensor v, Tensor slots, bool tails) "
+     "-> (Tensor, Tensor, Tensor)", True),
+    ("place_", "(Tensor(a!) kv, Tensor start) -> ()", False),
+    ("attention", f"(Tensor q, Tensor key, Tensor value, {_OPTIONS}) -> Tensor", True),
+):  # fmt: skip
+    _library.define(f"kv_{_name}{_schema}", tags=() if _captured and _TRITON else _UNSAFE)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(f"kv_{_name}", _subclass_only, _key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning
+
+op("(Tensor x, Tensor centers) -> (Tensor, Tensor)", compiled=True)(kmeans.nearest)
+op("(Tensor x, Tensor code, int codewords) -> Tensor", compiled=True)(kmeans.sum_by_code)
+op("(Tensor x, Tensor weight, Tensor code, int codewords) -> Tensor", compiled=True)(kmeans.moments_by_code)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # GPUs
 
@@ -227,7 +379,7 @@ def _capturing() -> bool:
 @functools.cache
 def _triton() -> Any:
     """The modules of the Triton kernels, or None without Triton."""
-    if not importlib.util.find_spec("triton"):
+    if not _TRITON:
         log.warning("torchgsrq: triton is not installed, so the slower reference runs on this GPU")
         return None
     from torchgsrq.kernels import attention, encode
@@ -237,8 +389,8 @@ def _triton() -> Any:
 
 def has_gpu_kernels(key: Codecs, value: Codecs) -> bool:
     """Whether caches with these codecs run on GPUs in Triton kernels, all the way."""
-    kernels = _triton()
-    return bool(kernels) and kernels.attention.supports(key, value) and all(map(kernels.encode.supports, (key, value)))
+    found = _triton()
+    return bool(found) and found.attention.supports(key, value) and all(map(found.encode.supports, (key, value)))
 
 
 def _kernel(x: Tensor, name: str, *codecs: Codecs, caches: tuple[Packed, ...] = ()) -> Callable[..., Any] | None:
@@ -250,7 +402,7 @@ def _kernel(x: Tensor, name: str, *codecs: Codecs, caches: tuple[Packed, ...] = 
     if not _on_gpu(x):
         return None
     module = getattr(_triton(), "attention" if name == "attention" else "encode", None)
-    counted = all(kv.start.shape[1] == 2 for kv in caches)  # positions count up with the slots
+    counted = all(kv.counts_up for kv in caches)
     if module is not None and counted and module.supports(*codecs) and x.dtype in module.DTYPES:
         return getattr(module, name)
     if _capturing():
@@ -261,151 +413,3 @@ def _kernel(x: Tensor, name: str, *codecs: Codecs, caches: tuple[Packed, ...] = 
             "another compile mode (in generate, disable_compile=True)"
         )
     return None
-
-
-def refuse_gradient(grad: Tensor, shape: list[int]) -> Tensor:
-    """The backward of attention on codes: an op, so that compiled graphs raise when it runs, not when it is traced."""
-    raise RuntimeError(
-        "attention on codes has no gradient: call model.train() or dequantize_kv_(model) to train, or torch.no_grad()"
-    )
-
-
-def _subclass_only(*_: object) -> None:
-    raise TypeError("the kv_ ops take a GSRQTensor; use torchgsrq::append_ and torchgsrq::attention on plain tensors")
-
-
-_FUNCTIONS = (
-    encode,
-    search,
-    decode,
-    append_,
-    append_pair_,
-    check_append,
-    tail,
-    dequantize,
-    attention,
-    refuse_gradient,
-    nearest,
-    sum_by_code,
-    moments_by_code,
-)
-# These have a C++ kernel as well, in kernels/.
-_COMPILED = (
-    "encode",
-    "search",
-    "append_",
-    "append_pair_",
-    "check_append",
-    "attention",
-    "nearest",
-    "sum_by_code",
-    "moments_by_code",
-)
-_cpu = torch.library.Library("torchgsrq", "IMPL")
-
-
-def _on_first_use(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The op until it is first called on the CPU; then the compiled kernels take over, or the reference stays."""
-
-    def first(*args: Any) -> Any:
-        if not use_kernels():
-            return function(*args)
-        return getattr(torch.ops.torchgsrq, name)(*args)
-
-    return first
-
-
-@functools.cache
-def use_kernels() -> bool:
-    """Hand the CPU implementations over to the compiled kernels, building them first if need be.
-
-    Returns:
-        Whether they run; without a compiler, or with ``TORCHGSRQ_KERNELS=0``, the reference does.
-    """
-    global _cpu
-    library = cpu_library()
-    _cpu._destroy()
-    _cpu = torch.library.Library("torchgsrq", "IMPL")
-    if library is not None:
-        try:
-            torch.ops.load_library(library)
-        except OSError as error:
-            log.warning("torchgsrq: the CPU kernels cannot be loaded, so the slower reference runs: %s", error)
-            library = None
-    if library is None:
-        for function in _FUNCTIONS:
-            if function.__name__ in _COMPILED:
-                _cpu.impl(function.__name__, function, "CPU")
-    return library is not None
-
-
-for _function in _FUNCTIONS:
-    _library.impl(_function.__name__, _function, "CUDA")
-    if _function.__name__ in _COMPILED:
-        _cpu.impl(_function.__name__, _on_first_use(_function.__name__, _function), "CPU")
-    else:
-        _library.impl(_function.__name__, _function, "CPU")
-for _key in ("CPU", "CUDA"):
-    for _name in ("kv_append_", "kv_place_", "kv_tail", "kv_attention"):
-        _library.impl(_name, _subclass_only, _key)
-
-
-@torch.library.register_fake("torchgsrq::encode", lib=_library)
-def _(x: Tensor, position: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    lowering.register()
-    return x.new_empty((*x.shape[:3], Codec.from_flat(codec, layout).layout.codes), dtype=torch.uint8)
-
-
-@torch.library.register_fake("torchgsrq::search", lib=_library)
-def _(y: Tensor, codec: list[Tensor], layout: list[int]) -> Tensor:
-    return y.new_empty((*y.shape[:2], Codec.from_flat(codec, layout).layout.codes), dtype=torch.uint8)
-
-
-@torch.library.register_fake("torchgsrq::decode", lib=_library)
-def _(codes: Tensor, position: Tensor, codec: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
-    lowering.register()
-    return codes.new_empty((*codes.shape[:3], Codec.from_flat(codec, layout).head_dim), dtype=dtype)
-
-
-@torch.library.register_fake("torchgsrq::append_", lib=_library)
-@torch.library.register_fake("torchgsrq::append_pair_", lib=_library)
-def _(*_: object) -> None:
-    return None
-
-
-@torch.library.register_fake("torchgsrq::check_append", lib=_library)
-def _(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> None:
-    return None
-
-
-@torch.library.register_fake("torchgsrq::tail", lib=_library)
-def _(kv: list[Tensor], layout: list[int], x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    window, encoded = kv[0], kv[3]
-    shape = (*window.shape[:2], window.shape[2] - layout[0] + x.shape[2], window.shape[3])
-    return window.new_empty(shape), torch.empty_like(encoded)
-
-
-@torch.library.register_fake("torchgsrq::dequantize", lib=_library)
-def _(kv: list[Tensor], layout: list[int], dtype: torch.dtype) -> Tensor:
-    window, codes = kv[0], kv[4]
-    return window.new_empty((*window.shape[:2], codes.shape[2], window.shape[3]), dtype=dtype)
-
-
-@torch.library.register_fake("torchgsrq::refuse_gradient", lib=_library)
-def _(grad: Tensor, shape: list[int]) -> Tensor:
-    return grad.new_empty(shape)
-
-
-@torch.library.register_fake("torchgsrq::attention", lib=_library)
-def _(q: Tensor, *_: object) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-def round_trip(x: Tensor, position: Tensor, codec: Codec | Codecs) -> Tensor:
-    """Vectors ``[b, heads, n, head_dim]`` at positions ``[b, n]``, encoded and decoded, float32."""
-    codecs, found = Codecs.of(codec), []
-    for heads, one in codecs.parts:
-        flat = (one.tensors, one.integers)
-        codes = torch.ops.torchgsrq.encode(x[:, list(heads)], position, *flat)
-        found.append(torch.ops.torchgsrq.decode(codes, position, *flat, torch.float32))
-    return codecs.merged(found)

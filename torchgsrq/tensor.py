@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from torchgsrq import ops, reference
+from torchgsrq import ops  # noqa: F401 (defines torch.ops.torchgsrq)
 from torchgsrq.codec import Codec, Codecs
 from torchgsrq.codec.codec import TABLES, heads_of
+from torchgsrq.codec.packed import NOT_CAUSAL, UPPER_LEFT, Options, Packed, fitted
 from torchgsrq.config import GSRQConfig
 
 aten = torch.ops.aten
@@ -67,7 +68,7 @@ class GSRQTensor(Tensor):
     def __new__(
         cls,
         tensors: list[Tensor],
-        layout: tuple[int, ...],
+        integers: tuple[int, ...],
         repeat: int = 1,
         read_only: bool = False,
         split: bool = False,
@@ -77,7 +78,7 @@ class GSRQTensor(Tensor):
         batch, heads, _, head_dim = window.shape
         size = (batch, heads, repeat, capacity, head_dim) if split else (batch, heads * repeat, capacity, head_dim)
         self = Tensor._make_wrapper_subclass(cls, size, dtype=window.dtype, device=window.device)
-        self.integers, self.head_repeat, self.read_only, self.split_heads = tuple(layout), repeat, read_only, split
+        self.integers, self.head_repeat, self.read_only, self.split_heads = tuple(integers), repeat, read_only, split
         self.names, self.owned = _names(len(heads_of(self.integers[3:])))
         self.parts = list(tensors)
         for name, tensor in zip(self.names, tensors, strict=True):
@@ -139,8 +140,7 @@ class GSRQTensor(Tensor):
                 )
             start = start if start.ndim == 2 else start[:, None].expand(-1, 2)
             tensors[1] = start.to(device=device, dtype=torch.int32).clone()
-        layout = (config.sink_tokens, config.recent_tokens, config.block_tokens, *codec.integers)
-        return cls(tensors, layout)
+        return cls(tensors, (config.sink_tokens, config.recent_tokens, config.block_tokens, *codec.integers))
 
     # -- what torch asks of a wrapper subclass
 
@@ -186,7 +186,7 @@ class GSRQTensor(Tensor):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """A plain tensor of everything held; zeros past the length."""
-        out = gsrq.dequantize(self.parts, list(self.integers), dtype or self.dtype)
+        out = gsrq.dequantize(self.parts, self.integers, dtype or self.dtype)
         if self.split_heads:
             return out.unsqueeze(2).expand(-1, -1, self.head_repeat, -1, -1)
         return out.repeat_interleave(self.head_repeat, 1) if self.head_repeat > 1 else out
@@ -199,12 +199,12 @@ class GSRQTensor(Tensor):
     @property
     def codec(self) -> Codecs:
         """The codecs."""
-        return Codecs.from_flat(self.parts[self.owned :], list(self.integers[3:]))
+        return Codecs.from_flat(self.parts[self.owned :], self.integers[3:])
 
     @property
-    def packed(self) -> reference.Packed:
-        """The parts by name, as the reference takes them."""
-        return ops.pack(self.parts, list(self.integers))
+    def packed(self) -> Packed:
+        """The parts by name."""
+        return Packed.from_flat(self.parts, self.integers)
 
     def crop_(self, length: int) -> None:
         """Forget all slots from ``length`` on. What remains decodes as before, so what became codes stays codes.
@@ -226,7 +226,7 @@ class GSRQTensor(Tensor):
         window, start, *rest = self.parts
         codes = [F.pad(codes, (0, 0, 0, more)) for codes in self.codes]
         others = [*rest[: len(PARTS) - 2], *codes, *self.parts[self.owned :]]
-        return _like(self, [window, reference.fitted(start, capacity), *others])
+        return _like(self, [window, fitted(start, capacity), *others])
 
     def placed(self, start: Tensor) -> GSRQTensor:
         """The same buffer with another ``start``, of which it takes a copy, as a part or in place."""
@@ -292,17 +292,36 @@ def _like(x: GSRQTensor, tensors: list[Tensor], **changes: Any) -> GSRQTensor:
 # Writing
 
 
+_VIEW = "this GSRQTensor is a view; write to the buffer that it was made from"
+
+
 def _append(kv: GSRQTensor, x: Tensor, slots: Tensor) -> None:
     if kv.read_only or kv.head_repeat > 1:
-        raise ValueError("this GSRQTensor is a view; write to the buffer that it was made from")
-    gsrq.append_(kv.parts[: kv.owned], kv.parts[kv.owned :], list(kv.integers), x, slots)
+        raise ValueError(_VIEW)
+    gsrq.append_(kv.parts[: kv.owned], kv.parts[kv.owned :], kv.integers, x, slots)
 
 
-def append_pair_(key: GSRQTensor, value: GSRQTensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """Append to both buffers or to neither, in one call of one op: a decode step makes it in every layer."""
-    sides = ((x.parts, x.owned, list(x.integers)) for x in (key, value))
-    flat = [y for parts, owned, layout in sides for y in (parts[:owned], parts[owned:], layout)]
-    gsrq.append_pair_(*flat, k, v, slots)
+def append_pair_(
+    key: GSRQTensor, value: GSRQTensor, k: Tensor, v: Tensor, slots: Tensor, tails: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Append to both buffers or to neither; gives the tails that the newest queries see, if asked (`ops.append_pair_`).
+
+    One op does it all, once for each layer and step.
+    """
+    if torch.compiler.is_compiling():
+        return gsrq.kv_append_pair_(key, value, k, v, slots, tails)
+    return _append_pair(key, value, k, v, slots, tails)
+
+
+def _append_pair(
+    key: GSRQTensor, value: GSRQTensor, k: Tensor, v: Tensor, slots: Tensor, tails: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if key.read_only or value.read_only:
+        raise ValueError(_VIEW)
+    a, b = key.owned, value.owned
+    return gsrq.append_pair_(
+        key.parts[:a], key.parts[a:], key.integers, value.parts[:b], value.parts[b:], value.integers, k, v, slots, tails
+    )
 
 
 def _index_copy_(kv: GSRQTensor, dim: int, index: Tensor, source: Tensor) -> GSRQTensor:
@@ -450,32 +469,22 @@ def _repeat_heads(kv: GSRQTensor, repeats: int) -> Tensor:
 # Reading
 
 
-def attend_codes(q: Tensor, key: Any, value: Any, *rest: Any) -> Tensor:
-    """``kv_attention``, on the parts."""
+def attend(q: Tensor, key: Any, value: Any, options: Options) -> Tensor:
+    """Attention of plain queries ``[batch, query heads, queries, head_dim]`` on the codes of two buffers.
+
+    Raises:
+        TypeError: the keys or the values are a plain tensor.
+    """
+    # Outside of graphs without the op's way through the subclass, which costs as much as attention on short texts.
+    traced = torch.compiler.is_compiling() and not _made_in_graph((key, value))
+    return (gsrq.kv_attention if traced else _attention)(q, key, value, *options)
+
+
+def _attention(q: Tensor, key: Any, value: Any, *options: Any) -> Tensor:
     for name, kv in (("key", key), ("value", value)):
         if not isinstance(kv, GSRQTensor):
             raise TypeError(f"{name} is a plain tensor; attention on codes takes a GSRQTensor for both")
-    mask, scale, causal, softcap, sink_logits, key_tail, value_tail, tail_start, view = rest
-    return gsrq.attention(
-        q,
-        key.parts,
-        list(key.integers),
-        value.parts,
-        list(value.integers),
-        mask,
-        scale,
-        causal,
-        softcap,
-        sink_logits,
-        key_tail,
-        value_tail,
-        tail_start,
-        view,
-    )
-
-
-def _tail(kv: GSRQTensor, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    return gsrq.tail(kv.parts, list(kv.integers), x, slots)
+    return gsrq.attention(q, key.parts, key.integers, value.parts, value.integers, *options)
 
 
 def _sdpa(
@@ -498,10 +507,8 @@ def _sdpa(
         if is_causal:
             raise ValueError("attn_mask and is_causal=True exclude each other")
         attn_mask = attn_mask.expand(*attn_mask.shape[:-1], key.shape[-2])
-    causal = reference.UPPER_LEFT if is_causal else reference.NOT_CAUSAL
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attend = attend_codes if _made_in_graph((key, value)) else gsrq.kv_attention
-    out = attend(query, key, value, attn_mask, scale, causal, 0.0, None, None, None, None, reference.WINDOW)
+    out = attend(query, key, value, Options(attn_mask, scale, UPPER_LEFT if is_causal else NOT_CAUSAL))
     return without_gradient(out, query, key, value)
 
 
@@ -526,10 +533,9 @@ def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    gsrq.kv_append_.default: _append,
+    gsrq.kv_append_pair_.default: _append_pair,
     gsrq.kv_place_.default: _place,
-    gsrq.kv_tail.default: _tail,
-    gsrq.kv_attention.default: attend_codes,
+    gsrq.kv_attention.default: _attention,
     aten.index_copy_.default: _index_copy_,
     aten.index_put_.default: _index_put_,
     aten.copy_.default: _copy_,

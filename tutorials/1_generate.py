@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from torchgsrq import GSRQConfig, calibrate, dequantize_kv_, new_cache, quantize_kv_
-from torchgsrq.embedded import document, load_model
+from torchgsrq.measure.embedded import document, load_model
 
 here = Path(__file__).parent
 MiB = 2**20

@@ -15,8 +15,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from torchgsrq import Codebooks, GSRQConfig, calibrate
-from torchgsrq.embedded import document, load_model
-from torchgsrq.evaluate import quality
+from torchgsrq.measure.embedded import document, load_model
+from torchgsrq.measure.evaluate import quality
 
 here = Path(__file__).parent
 model, tokenizer = load_model()
@@ -113,7 +113,7 @@ for name, q in found.items():
 #
 # A KL divergence of 0 would mean that the model says the same as in full precision. 384 tokens are few, so all of
 # this is noisy: the intervals overlap, and perplexity even comes out better than in full precision, which is
-# chance. It points where [more tokens](../docs/quality.md) point too: your kind of text is better than the
+# chance. It points where [more tokens](../docs/results/quality.md) point too: your kind of text is better than the
 # model's own, and bits for the heads that need them are better than the same for all.
 
 # %%

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchgsrq import Codebooks, GSRQConfig, GSRQTensor, calibrate_qkv
-from torchgsrq.embedded import document
+from torchgsrq.measure.embedded import document
 
 here = Path(__file__).parent
 torch.manual_seed(0)
@@ -189,7 +189,7 @@ print(f"one step at {PROMPT} tokens: {plain_ms:.2f} ms in full precision, {coded
 # one step at 3000 tokens: 7.84 ms in full precision, 7.35 ms on codes
 # ```
 #
-# The times are of a tiny model, in which attention is a small part; [Speed](../docs/speed.md) has real ones.
+# The times are of a tiny model, in which attention is a small part; [Speed](../docs/results/speed.md) has real ones.
 #
 # ## The error of attention, by rate
 #

@@ -115,8 +115,8 @@ figure.savefig(here / "4_gain_shape.png", dpi=110)
 # ```
 #
 # Directions come out better and squared errors about the same. On keys and values of a real model the gain is
-# [smaller](../docs/quality.md#what-gain-shape-k-means-gives), and with several stages plain k-means was ahead; so
-# the library learns its codebooks by plain k-means, and this is for looking at the idea.
+# [smaller](../docs/research/quality.md#what-gain-shape-k-means-gives), and with several stages plain k-means was ahead;
+# so the library learns its codebooks by plain k-means, and this is for looking at the idea.
 #
 # ## 3. Anchored frames
 #
@@ -266,4 +266,4 @@ figure.savefig(here / "4_score_aware.png", dpi=110)
 # ```
 #
 # The error across the vector grows, and that of the score, which is what counts, falls. [How it
-# works](../docs/how-it-works.md) has the rest.
+# works](../docs/design/how-it-works.md) has the rest.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from torchgsrq import Codebooks, GSRQConfig, calibrate
-from torchgsrq.embedded import document, load_model
-from torchgsrq.evaluate import quality, quantized, true_bits
-from torchgsrq.retrieval import retrieval, trials
+from torchgsrq.measure.embedded import document, load_model
+from torchgsrq.measure.evaluate import quality, quantized, true_bits
+from torchgsrq.measure.retrieval import retrieval, trials
 
 here = Path(__file__).parent
 torch.set_grad_enabled(False)
@@ -134,7 +134,7 @@ for name, candidate in settings.items():
 # ```
 #
 # So a small KL divergence can go with a loss of answers. Our codebooks were learned from 1024 tokens of plain
-# text; from 16k tokens, with the lists that calibration then adds, [more is found](../docs/quality.md). Sixteen
+# text; from 16k tokens, with the lists that calibration then adds, [more is found](../docs/results/quality.md). Sixteen
 # answers are few: one more or less is 6%.
 #
 # ## True bits

@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from torchgsrq import GSRQConfig, calibrate, new_cache, quantize_kv_
-from torchgsrq.embedded import document, load_model
+from torchgsrq.measure.embedded import document, load_model
 
 here = Path(__file__).parent
 file = here / "smollm2.safetensors"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from torchgsrq import GSRQCache, GSRQConfig, calibrate, new_cache, quantize_kv_
-from torchgsrq.embedded import document, load_model
+from torchgsrq.measure.embedded import document, load_model
 
 here = Path(__file__).parent
 torch.set_grad_enabled(False)

@@ -18,14 +18,12 @@ from transformers.cache_utils import (
     StaticCache,
 )
 
-from torchgsrq import reference
-from torchgsrq.cache import files, kept
+from torchgsrq.cache import files, kept, splice
 from torchgsrq.cache.hybrid import GSRQHybridLayer
 from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.cache.memory import MemoryReport
-from torchgsrq.cache.splice import splice
 from torchgsrq.codec import Codebooks
-from torchgsrq.codec.files import save_whole
+from torchgsrq.codec.packed import positions as positions_of
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import Rotary
 
@@ -163,11 +161,11 @@ class GSRQCache(Cache):
                 start = torch.cat((torch.where(first[:, None] >= past, begun, start[:, :2]), start[:, 2:]), 1)
             self.rows_are_placed = traced or bool((first < past + n).all())
         if start is not None and not traced:
-            off = (positions - reference.positions(start, past, past + n)) * new
+            off = (positions - positions_of(start, past, past + n)) * new
             if bool(off.any()):  # read back from a GPU, which has just been waited for: the token is known
                 last = past + n - 1 - new.flip(1).int().argmax(1)  # the last real token; later ones count on from it
                 ahead = positions.expand(batch, -1).gather(1, (last - past)[:, None]) + (past + n - last)[:, None]
-                known = reference.positions(start, 0, past)
+                known = positions_of(start, 0, past)
                 start = torch.cat((start[:, :2], known, positions.expand(batch, -1), ahead), 1).int()
                 changed = True
         if changed and start is not None:
@@ -211,7 +209,7 @@ class GSRQCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
-        save_whole(*files.pack(self), path)
+        files.CACHE.save(*files.pack(self), path)
 
     def load(self, path: str | os.PathLike[str]) -> GSRQCache:
         """Fill this cache from a file that `save` wrote; of any kind, growing or fixed. Returns this cache.
@@ -220,8 +218,7 @@ class GSRQCache(Cache):
             ValueError: not such a file, damaged, written with other codebooks or windows, or too long for this cache,
                 which is left as it was.
         """
-        name = os.fspath(path)
-        files.unpack(self, *files.read(name, name), name)
+        files.fill(self, os.fspath(path), os.fspath(path))
         return self
 
     def splice(self, piece: GSRQCache, *, skip: int) -> GSRQCache:
@@ -247,17 +244,43 @@ class GSRQCache(Cache):
             ValueError: other codebooks or windows, rows or RoPE frequencies; a fixed capacity that is too small; a
                 model whose positions are not RoPE, or with layers that stay in full precision. Nothing is changed then.
         """
-        splice(self, piece, skip)
+        self._check_piece(piece, skip)
+        held, more = int(self.get_seq_length()), int(piece.get_seq_length()) - skip
+        if more:
+            pairs = list(zip(self.quantized_layers, piece.quantized_layers, strict=True))
+            splice.check(pairs, held + more)
+            self.rows_are_placed = splice.splice(pairs, held, more, skip, self.model_dtype)
         return self
+
+    def _check_piece(self, piece: GSRQCache, skip: int) -> None:
+        """Refuse what cannot be moved, or not here."""
+        if piece is self:
+            raise ValueError("splice: a cache cannot be put behind itself; save it, and load it into another one")
+        if self.unmovable:
+            raise ValueError(f"splice: {self.unmovable}, so nothing that was read elsewhere can be moved; read it here")
+        if piece.codebooks.digest != self.codebooks.digest:
+            raise ValueError("splice: the piece was written with other codebooks than this cache's")
+        for i, layer in enumerate(self.layers):
+            if not isinstance(layer, GSRQLayer) or isinstance(layer, GSRQHybridLayer):
+                raise ValueError(
+                    f"splice: layer {i} is a {type(layer).__name__}, whose keys or states cannot be moved to other "
+                    "positions; read the text here"
+                )
+        for name in files.WINDOWS:
+            ours, theirs = getattr(self.config, name), getattr(piece.config, name)
+            if ours != theirs:
+                raise ValueError(f"splice: the piece has {name}={theirs}, this cache {ours}")
+        held = int(piece.get_seq_length())
+        if not 0 <= skip <= held:
+            raise ValueError(f"splice: skip={skip}; it must lie between 0 and the piece's {held} tokens")
 
     def dumps(self) -> bytes:
         """What `save` writes, to send to another process: prefill here, decode there."""
-        return safetensors.torch.save(*files.pack(self))
+        return safetensors.torch.save(*files.CACHE.sealed(*files.pack(self)))
 
     def loads(self, data: bytes) -> GSRQCache:
         """Fill this cache with what `dumps` gave, and return it; raises as `load` does."""
-        name = f"what was given, {len(data)} bytes,"
-        files.unpack(self, *files.read(data, name), name)
+        files.fill(self, data, f"what was given, {len(data)} bytes,")
         return self
 
 

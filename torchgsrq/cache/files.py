@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_bytes
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from torchgsrq.cache import kept
 from torchgsrq.cache.layer import GSRQLayer
-from torchgsrq.codec.files import checksum
+from torchgsrq.codec.sealed import Format
 
-_FORMAT, _VERSION = "torchgsrq.cache", "4"
+CACHE = Format("torchgsrq.cache", 4, "cache file", "read the prompt again")
 WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")
 
 
 def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A GSRQCache as named tensors and facts.
+    """A GSRQCache as named tensors and texts.
 
     Raises:
         ValueError: it has fixed sliding-window layers.
@@ -27,7 +25,7 @@ def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {}
     for i, layer in enumerate(cache.layers):
         state = kept.linear_state(layer)
-        tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
+        tensors.update({f"{i}.{name}": tensor for name, tensor in state.items()})
         if not isinstance(layer, CacheLayerMixin) or not layer.is_initialized:
             continue
         if isinstance(layer, GSRQLayer):
@@ -37,7 +35,7 @@ def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:  # a fixed layer is longer than what it holds
             held = layer.keys.shape[2] if layer.is_sliding else int(layer.get_seq_length())
             state = {"keys": layer.keys[:, :, :held], "values": layer.values[:, :, :held]}
-        tensors.update({f"{i}.{name}": tensor.contiguous() for name, tensor in state.items()})
+        tensors.update({f"{i}.{name}": tensor for name, tensor in state.items()})
     attention = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
     whole = int(cache.get_seq_length())  # linear attention has seen it, and does not count
     lengths = [int(layer.get_seq_length()) if layer in attention else whole for layer in cache.layers]
@@ -45,30 +43,11 @@ def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     windows = {field: getattr(cache.config, field) for field in WINDOWS}
     about = {"codebooks": cache.codebooks.digest, "lengths": lengths, "rows": rows}
     states = [sorted(kept.linear_state(layer)) for layer in cache.layers]
-    facts = json.dumps({**windows, **about, "states": states})
-    return tensors, {"format": _FORMAT, "version": _VERSION, "facts": facts, "checksum": checksum(tensors, facts)}
+    return tensors, {"facts": json.dumps({**windows, **about, "states": states})}
 
 
-def read(source: str | bytes, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and facts of a file, or of its bytes; ``name`` is for messages.
-
-    Raises:
-        ValueError: no safetensors.
-    """
-    try:
-        if isinstance(source, bytes):
-            tensors = load_bytes(source)
-            header = json.loads(source[8 : 8 + int.from_bytes(source[:8], "little")])
-            return tensors, header.get("__metadata__", {})
-        with safe_open(source, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{name} is damaged, not a whole cache file: {error}") from error
-
-
-def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: str) -> None:
-    """Fill an empty GSRQCache with what `pack` gave; ``name`` is for messages.
+def fill(cache: Any, source: str | bytes, name: str) -> None:
+    """Fill an empty GSRQCache from a file of what `pack` gave, or from its bytes; ``name`` is for messages.
 
     Raises:
         ValueError: it does not fit this cache, which is left as it was.
@@ -77,6 +56,7 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
         raise ValueError("this cache holds tokens already; load into a new one")
     if any(sliding and layer.is_compileable for sliding, layer in zip(cache.is_sliding, cache.layers, strict=True)):
         raise ValueError("fixed sliding-window layers cannot be filled from a file; use a growing cache")
+    tensors, meta = CACHE.read(source, name)
     lengths, rows, linear_states = _facts(cache, meta, name)
     longest = max(lengths, default=0)
     states = [
@@ -89,8 +69,7 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
             wrong = f"is said to hold {length} tokens, others {longest}"
         if wrong:
             raise ValueError(f"{name} is damaged, not a whole cache file: layer {i} {wrong}")
-    if meta.get("checksum") != checksum(tensors, meta["facts"]):
-        raise ValueError(f"{name} is damaged, not a whole cache file: its checksum is not that of what it holds")
+    CACHE.check_sum(tensors, meta, name)
     for layer, state, length in zip(cache.layers, states, lengths, strict=True):
         linear, state = _split(state)
         kept.set_linear_state(layer, linear, cache.model_device)
@@ -110,12 +89,6 @@ def unpack(cache: Any, tensors: dict[str, Tensor], meta: dict[str, str], name: s
 
 def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int, list[list[str]]]:
     """Tokens of every layer, rows, and the names of its states, after a look at whether they are for this cache."""
-    if meta.get("format") != _FORMAT:
-        raise ValueError(f"{name} is not a torchgsrq cache file (format={meta.get('format')!r})")
-    if meta.get("version") != _VERSION:
-        raise ValueError(
-            f"{name} has format version {meta.get('version')}; this torchgsrq reads {_VERSION}: read the prompt again"
-        )
     try:
         facts = json.loads(meta["facts"])
         lengths, rows = [int(x) for x in facts["lengths"]], int(facts["rows"])

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as hf_logging
 
-from torchgsrq import ops, reference
+from torchgsrq import ops
 from torchgsrq.attention import Incoming
 from torchgsrq.codec import Codecs, LayerCodec
+from torchgsrq.codec.packed import EXACT_TAIL, STREAMING, fitted, positions
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import Rotary
 from torchgsrq.tensor import PARTS, GSRQTensor, append_pair_, without_gradient
@@ -107,6 +108,8 @@ class GSRQLayer(CacheLayerMixin):
     def _hold(self, keys: GSRQTensor, values: GSRQTensor) -> None:
         """Take these buffers. Those of a fixed capacity stay where they are, which CUDA graphs want to know."""
         self.keys, self.values = keys, values
+        # Read here once: what a subclass of Tensor is asked goes through Python each time.
+        self._rows, self._capacity, self._place = keys.shape[0], keys.shape[2], keys.device
         if self.max_cache_len is not None and not torch.compiler.is_compiling():
             for tensor in (keys, values, self.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)
@@ -120,10 +123,10 @@ class GSRQLayer(CacheLayerMixin):
                 frequencies other than those of the tokens held. Nothing is written then.
         """
         incoming = (key_states, value_states)
-        other_batch = self.is_initialized and key_states.shape[0] != self.keys.shape[0]
+        other_batch = self.is_initialized and key_states.shape[0] != self._rows
         if not self.is_initialized or (other_batch and self.is_empty and self.max_cache_len is None):
             self.lazy_initialization(key_states, value_states)
-        if self.keys.device != key_states.device:  # loaded from a file, or offloaded
+        if self._place != key_states.device:  # loaded from a file, or offloaded
             self.device = key_states.device
             self.prefetch()
         if self.rotary is not None:
@@ -134,28 +137,23 @@ class GSRQLayer(CacheLayerMixin):
         slots = self._next_slots(tokens, key_states.device)
         if self.max_cache_len is None:  # else the length is a tensor
             self.reserve(self.cumulative_length + tokens)
-        if tokens > 1 and not torch.compiler.is_compiling():  # before `kv_tail` reads them
-            self._check(key_states, value_states, slots)
-        exact = self.config.prefill == "exact"
         graph = incoming if torch.is_grad_enabled() and any(x.requires_grad for x in incoming) else ()
         if self.decodes:
             keys, values = self._decoded(key_states, value_states, slots)
             return without_gradient(keys, *graph), without_gradient(values, *graph)
-        out: tuple[Any, Any] = (self.keys, self.values)
-        if tokens > 1 and exact and self.is_empty:
-            out = incoming
-        elif tokens > 1 or graph:
-            view = reference.EXACT_TAIL if exact and tokens > 1 else reference.STREAMING
-            key_tail, tail_start = torch.ops.torchgsrq.kv_tail(self.keys, key_states, slots)
-            value_tail, _ = torch.ops.torchgsrq.kv_tail(self.values, value_states, slots)
-            out = (
-                Incoming(self.keys, key_tail, tail_start, view, graph),
-                Incoming(self.values, value_tail, tail_start, view, graph),
-            )
-        self._append(key_states, value_states, slots)
-        self.cumulative_length += tokens
-        self.is_empty = False
-        return out
+        exact = tokens > 1 and self.config.prefill == "exact"
+        first = exact and self.is_empty
+        tails = (tokens > 1 or bool(graph)) and not first
+        key_tail, value_tail, tail_start = self._append(key_states, value_states, slots, tails)
+        if first:
+            return incoming
+        if not tails:
+            return self.keys, self.values
+        view = EXACT_TAIL if exact else STREAMING
+        return (
+            Incoming(self.keys, key_tail, tail_start, view, graph),
+            Incoming(self.values, value_tail, tail_start, view, graph),
+        )
 
     def _decoded(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Append, and give plain keys and values of all tokens: of several new ones as they came, over the past as it
@@ -164,8 +162,6 @@ class GSRQLayer(CacheLayerMixin):
         new = (key_states, value_states)
         past = [x.dequantize() for x in (self.keys, self.values)] if tokens > 1 else []
         self._append(*new, slots)
-        self.cumulative_length += tokens
-        self.is_empty = False
         if past:
             keys, values = (x.index_copy_(2, slots, y) for x, y in zip(past, new, strict=True))
         else:
@@ -178,25 +174,14 @@ class GSRQLayer(CacheLayerMixin):
             return torch.arange(length, length + tokens, device=device)
         return torch.arange(tokens, device=device) + length
 
-    def _append(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            torch.ops.torchgsrq.kv_append_(self.keys, key_states, slots)
-            torch.ops.torchgsrq.kv_append_(self.values, value_states, slots)
-            return
+    def _append(self, key_states: Tensor, value_states: Tensor, slots: Tensor, tails: bool = False) -> Any:
         try:
-            append_pair_(self.keys, self.values, key_states, value_states, slots)
-        except ValueError:
-            self._check(key_states, value_states, slots)  # names the layer and what is wrong there
-            raise
-
-    def _check(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> None:
-        for name, buffer, states in (("keys", self.keys, key_states), ("values", self.values, value_states)):
-            try:
-                torch.ops.torchgsrq.check_append(buffer.parts, list(buffer.integers), states, slots)
-            except ValueError as error:
-                rows = (~torch.isfinite(states)).flatten(1).any(1).nonzero().flatten().tolist()
-                where = f", row(s) {', '.join(map(str, rows))}" if rows else ""
-                raise ValueError(f"layer {self.index}, {name}{where}: {error}") from error
+            found = append_pair_(self.keys, self.values, key_states, value_states, slots, tails)
+        except ValueError as error:
+            raise ValueError(f"layer {self.index}, {error}") from error
+        self.cumulative_length += slots.shape[0]
+        self.is_empty = False
+        return found
 
     @_owned
     def follow(self, inv_freq: Tensor) -> None:
@@ -221,7 +206,7 @@ class GSRQLayer(CacheLayerMixin):
         """Set where each row begins, and the positions of slots, int32 (`GSRQTensor.start`; of any number of slots,
         those beyond count on)."""
         self.row_start = start
-        if self.is_initialized and start.shape[0] == self.keys.shape[0]:
+        if self.is_initialized and start.shape[0] == self._rows:
             keys, values = (
                 buffer.placed(_start_of(codec, start, buffer.shape[2]))
                 for codec, buffer in ((self.codec.key, self.keys), (self.codec.value, self.values))
@@ -238,7 +223,7 @@ class GSRQLayer(CacheLayerMixin):
     @_owned
     def prefetch(self) -> None:
         """Bring it back."""
-        if self.is_initialized and self.keys.device != self.device:
+        if self.is_initialized and self._place != self.device:
             self._hold(self.keys.held_on(self.device), self.values.held_on(self.device))
 
     @_owned
@@ -246,7 +231,7 @@ class GSRQLayer(CacheLayerMixin):
         """Room for this many tokens, in a growing layer."""
         if self.max_cache_len is not None:
             return
-        capacity = self.keys.shape[2]
+        capacity = self._capacity
         if tokens > capacity:
             capacity = _round_up(max(tokens, capacity + capacity // 8))
             self._hold(self.keys.grown(capacity), self.values.grown(capacity))
@@ -280,7 +265,7 @@ class GSRQLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Rows."""
-        return self.keys.shape[0] if self.is_initialized else -1
+        return self._rows if self.is_initialized else -1
 
     def reset(self) -> None:
         """Forget everything, keep the memory."""
@@ -305,7 +290,7 @@ class GSRQLayer(CacheLayerMixin):
         self.is_empty = keep == 0
         if self.row_start is not None and self.row_start.shape[1] > 2:
             start = self.row_start[:, : 2 + keep]
-            counted = reference.positions(start[:, :2], 0, keep)
+            counted = positions(start[:, :2], 0, keep)
             self.set_row_start(start[:, :2] if bool((start[:, 2:] == counted).all()) else start)
 
     def _set_length(self, length: int) -> None:
@@ -327,7 +312,7 @@ class GSRQLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Any) -> None:
         """Keep these rows: a tensor, list or tuple of indices, or a bool mask; with all that is known of them."""
         if self.is_initialized:
-            rows = torch.as_tensor(indices, device=self.keys.device)
+            rows = torch.as_tensor(indices, device=self._place)
             rows = rows if rows.numel() else rows.long()
             self._hold(self.keys.select_rows(rows), self.values.select_rows(rows))
             if self.row_start is not None:
@@ -392,10 +377,10 @@ class GSRQLayer(CacheLayerMixin):
             window, start, length_, encoded = (state[f"{name}.{part}"].to(codec.inv_freq.device) for part in PARTS)
             held = [state[f"{name}.codes_{i}"].to(window.device) for i in range(len(codec.parts))]
             coded = [F.pad(codes, (0, 0, 0, capacity - codes.shape[2])) for codes in held]
-            layout = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
-            window, start = window.to(dtype or window.dtype), reference.fitted(start, capacity)
+            integers = (c.sink_tokens, c.recent_tokens, c.block_tokens, *codec.integers)
+            window, start = window.to(dtype or window.dtype), fitted(start, capacity)
             parts = [window, start, length_, encoded, *coded, *codec.tensors]
-            setattr(self, name, GSRQTensor(parts, layout))
+            setattr(self, name, GSRQTensor(parts, integers))
         self._hold(self.keys, self.values)
         self.row_start = max(self.keys.start, self.values.start, key=lambda t: t.shape[1])
         self.dtype, self.device = self.keys.dtype, self.keys.device
@@ -405,7 +390,7 @@ class GSRQLayer(CacheLayerMixin):
 
 def _start_of(codec: Codecs, start: Tensor, capacity: int) -> Tensor:
     """What a buffer of this many slots is told of its rows; only what is in frames needs the positions of slots."""
-    return reference.fitted(start, capacity) if codec.inv_freq.numel() else start[:, :2]
+    return fitted(start, capacity) if codec.inv_freq.numel() else start[:, :2]
 
 
 def _round_up(tokens: int) -> int:

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchgsrq import reference
-from torchgsrq.cache.files import WINDOWS
-from torchgsrq.cache.hybrid import GSRQHybridLayer
 from torchgsrq.cache.layer import GSRQLayer
+from torchgsrq.codec.packed import positions
 from torchgsrq.codec.rope import rotate
 from torchgsrq.tensor import GSRQTensor
 
-if TYPE_CHECKING:
-    from torchgsrq.cache.cache import GSRQCache
+Pairs = list[tuple[GSRQLayer, GSRQLayer]]  # the quantized layers of a cache, and those of a piece
 
 
 @torch.no_grad()
-def splice(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
-    """See `GSRQCache.splice`."""
-    _check(cache, piece, skip)
-    held, more = int(cache.get_seq_length()), int(piece.get_seq_length()) - skip
-    if not more:
-        return
-    layers = _written(cache, piece)
-    (ours, theirs), empty = layers[0], cache.is_empty
+def splice(pairs: Pairs, held: int, more: int, skip: int, dtype: torch.dtype | None) -> bool:
+    """Put what the layers of a piece hold past ``skip``, ``more`` tokens, behind the ``held`` ones of these layers; see
+    `GSRQCache.splice`, and `check` first.
+
+    Args:
+        dtype: of layers that hold nothing yet; that of the piece by default.
+
+    Returns:
+        Whether every row has begun.
+    """
+    layers = _written(pairs)
+    ours, theirs = layers[0]
+    empty = all(layer.is_empty for layer, _ in pairs)
     rows = ours.batch_size if ours.is_initialized else theirs.batch_size
     frame = math.lcm(*(codec.frame for layer, _ in layers for codec in layer.codec))
     start, shift = _moved(ours, theirs, held, more, skip, rows, frame)
@@ -35,7 +37,7 @@ def splice(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
         if not layer.is_initialized:
             like = torch.empty(rows, source.keys.shape[1], 0, source.keys.shape[3])
             values = torch.empty(rows, source.values.shape[1], 0, source.values.shape[3])
-            layer.lazy_initialization(*(x.to(source.device, cache.model_dtype or source.dtype) for x in (like, values)))
+            layer.lazy_initialization(*(x.to(source.device, dtype or source.dtype) for x in (like, values)))
         layer.prefetch()
         if empty:
             layer.follow(source.keys.inv_freq.to(layer.device))
@@ -44,36 +46,15 @@ def splice(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
         for buffer, other in ((layer.keys, source.keys), (layer.values, source.values)):
             _join(buffer, other.held_on(buffer.device), held, skip, shift.to(buffer.device))
         layer.take_length(held + more)
-    cache.rows_are_placed = bool((start[:, 1] < held + more).all())
+    return bool((start[:, 1] < held + more).all())
 
 
-def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
-    """Refuse what cannot be moved, or not here."""
-    if piece is cache:
-        raise ValueError("splice: a cache cannot be put behind itself; save it, and load it into another one")
-    if cache.unmovable:
-        raise ValueError(f"splice: {cache.unmovable}, so nothing that was read elsewhere can be moved; read it here")
-    if piece.codebooks.digest != cache.codebooks.digest:
-        raise ValueError("splice: the piece was written with other codebooks than this cache's")
-    for i, layer in enumerate(cache.layers):
-        if not isinstance(layer, GSRQLayer) or isinstance(layer, GSRQHybridLayer):
-            raise ValueError(
-                f"splice: layer {i} is a {type(layer).__name__}, whose keys or states cannot be moved to other "
-                "positions; read the text here"
-            )
-    for name in WINDOWS:
-        ours, theirs = getattr(cache.config, name), getattr(piece.config, name)
-        if ours != theirs:
-            raise ValueError(f"splice: the piece has {name}={theirs}, this cache {ours}")
-    if not 0 <= skip <= int(piece.get_seq_length()):
-        raise ValueError(f"splice: skip={skip}; it must lie between 0 and the piece's {piece.get_seq_length()} tokens")
-    if piece.is_empty:
-        return
-    pairs = zip(cache.quantized_layers, piece.quantized_layers, strict=True)
+def check(pairs: Pairs, whole: int) -> None:
+    """Refuse a piece that these layers cannot take, ``whole`` tokens with what they hold."""
     if any(layer.is_initialized and not source.is_initialized for layer, source in pairs):
         raise ValueError("splice: the piece holds nothing in a layer that this cache has tokens of")
-    whole = int(cache.get_seq_length()) + int(piece.get_seq_length()) - skip
-    for layer, source in _written(cache, piece):
+    empty = all(layer.is_empty for layer, _ in pairs)
+    for layer, source in _written(pairs):
         capacity = layer.get_max_length()
         if -1 < capacity < whole:
             raise ValueError(f"splice: {whole} tokens do not fit a capacity of {capacity} tokens")
@@ -81,14 +62,12 @@ def _check(cache: GSRQCache, piece: GSRQCache, skip: int) -> None:
             raise ValueError(
                 f"splice: the piece has {source.batch_size} rows, this cache {layer.batch_size}; 1 or as many fit"
             )
-        other = not cache.is_empty and not torch.equal(layer.keys.inv_freq, source.keys.inv_freq.to(layer.device))
-        if other:
+        if not empty and not torch.equal(layer.keys.inv_freq, source.keys.inv_freq.to(layer.device)):
             raise ValueError("splice: the piece was turned by other RoPE frequencies (those of another length)")
 
 
-def _written(cache: GSRQCache, piece: GSRQCache) -> list[tuple[GSRQLayer, GSRQLayer]]:
-    """The quantized layers that the piece holds tokens of, here and there: a model may lack some (pruned ones)."""
-    pairs = zip(cache.quantized_layers, piece.quantized_layers, strict=True)
+def _written(pairs: Pairs) -> Pairs:
+    """Those that the piece holds tokens of: a model may lack some (pruned ones)."""
     return [(layer, source) for layer, source in pairs if source.is_initialized]
 
 
@@ -98,16 +77,16 @@ def _moved(
     """Where rows begin and the positions of all slots (`GSRQTensor.start`), and how far each slot of the piece moves,
     ``[rows, more]``: codes by whole frames, what is exact to just where it follows."""
     theirs = _start(source).expand(rows, -1)
-    places = reference.positions(theirs, skip, skip + more)
+    places = positions(theirs, skip, skip + more)
     theirs = torch.stack((theirs[:, 0] - skip, (theirs[:, 1] - skip).clamp(min=0)), 1)  # of what is left of it
     ours = _start(layer).to(theirs.device) if layer.is_initialized else torch.zeros_like(theirs)
     begun = ours[:, 1] < held
-    following = torch.where(begun, reference.positions(ours, held, held + 1)[:, 0], 0)
+    following = torch.where(begun, positions(ours, held, held + 1)[:, 0], 0)
     first = places.gather(1, theirs[:, 1:2].clamp(max=more - 1).long())[:, 0]
     wanted = (following - first)[:, None]
     coded = torch.arange(skip, skip + more, device=theirs.device) < source.keys.encoded[:, None]
     shift = torch.where(coded, torch.div(wanted, frame, rounding_mode="floor") * frame, wanted).expand(rows, -1)
-    known = torch.cat((reference.positions(ours, 0, held), places + shift), 1)
+    known = torch.cat((positions(ours, 0, held), places + shift), 1)
     ahead = following + (more - theirs[:, 1]).clamp(min=0)  # as generate counts: real tokens
     begins = torch.where(
         begun[:, None], ours[:, :2], theirs[:, :2] + torch.stack((held - shift[:, -1], 0 * first + held), 1)

@@ -15,8 +15,9 @@ from rich.logging import RichHandler
 
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
-from torchgsrq.embedded import document
-from torchgsrq.learning.calibrate import cached_codebooks
+from torchgsrq.learning.disk import cached_codebooks
+from torchgsrq.measure.embedded import document
+from torchgsrq.models import inspect_layers
 
 LONG = 131072  # tokens, where window and codebooks weigh little
 WIDTH = 80  # columns of what commands print, in a log file too
@@ -43,7 +44,7 @@ app = typer.Typer(
 console = Console(stderr=True)
 Model = Annotated[str | None, typer.Option("--model", help="hub ID or folder; the embedded model by default")]
 TextFile = Annotated[Path | None, typer.Option("--text", help="a text file; the Python language reference by default")]
-Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element; may be repeated")]
+Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element, 1 by default; may be repeated")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
 Seed = Annotated[int, typer.Option("--seed")]
 GroupSize = Annotated[int, typer.Option("--group-size", help="elements that share a code, a multiple of 8")]
@@ -94,7 +95,7 @@ def rates_of(bits: list[float] | None, path: Path | None) -> list[float]:
 def with_books(llm: Any, configs: list[GSRQConfig], path: Path | None) -> list[tuple[GSRQConfig, Codebooks]]:
     """Each config and its codebooks: those of the disk cache; or the given ones, with what they are made for."""
     if path is None:
-        return list(zip(configs, cached_codebooks(llm, configs), strict=True))
+        return list(zip(configs, cached_codebooks(llm, inspect_layers(llm), configs), strict=True))
     books, found = books_at(path), []
     made = books.metadata.get("config", {})
     for config in configs:

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from torchgsrq import evaluate as measures
 from torchgsrq.cli.common import (
     WIDTH,
     Bits,
@@ -30,8 +29,9 @@ from torchgsrq.cli.common import (
     with_books,
 )
 from torchgsrq.config import GSRQConfig
-from torchgsrq.embedded import NAME, load_model
 from torchgsrq.learning.text import token_ids
+from torchgsrq.measure import evaluate as measures
+from torchgsrq.measure.embedded import NAME, load_model
 
 
 @app.command()
@@ -58,15 +58,16 @@ def demo(
     configs = [config for config, _ in candidates]
 
     console.print(f"Reading {context} tokens in full precision and with each cache ...")
-    scores = measures.quality(llm, [ids[0]], {str(config.bits): (config, books) for config, books in candidates})
-    speed_full, said_full, full_cache = measures.decode_speed(llm, ids, new_tokens)
-    full_bytes = sum(t.untyped_storage().nbytes() for layer in full_cache.layers for t in (layer.keys, layer.values))
+    full = measures.read_and_write(llm, ids, new_tokens)
+    full_bytes = sum(t.untyped_storage().nbytes() for layer in full.cache.layers for t in (layer.keys, layer.values))
     results, said = [], []
     for config, books in candidates:
-        with measures.quantized(llm, config, books):
-            speed, words, cache = measures.decode_speed(llm, ids, new_tokens)
-        measures.check_read_codes(cache)
-        memory, score = cache.memory(), scores[str(config.bits)]
+        with measures.quantized(llm, measures.for_measuring(config), books):
+            got = measures.read_and_write(llm, ids, new_tokens)
+        measures.check_read_codes(got.cache)
+        comparison = measures.Comparison()
+        comparison.add(ids[0], full.logits, got.logits)
+        memory, score = got.cache.memory(), comparison.result()
         results.append(
             {
                 "model": model or NAME,
@@ -80,11 +81,11 @@ def demo(
                 "ppl": round(score.ppl, 4),
                 "kl": round(score.kl, 4),
                 "agreement": round(score.agreement, 4),
-                "tokens_per_second_full": round(speed_full, 2),
-                "tokens_per_second": round(speed, 2),
+                "tokens_per_second_full": round(full.tokens_per_second, 2),
+                "tokens_per_second": round(got.tokens_per_second, 2),
             }
         )
-        said.append(words)
+        said.append(got.written)
     if json_only:
         print(json.dumps(results[0] if len(results) == 1 else results))
         return
@@ -105,10 +106,10 @@ def demo(
         ("perplexity", f"{results[0]['ppl_full']:.3f}", [f"{r['ppl']:.3f}" for r in results]),
         ("KL divergence, nats", "0", [f"{r['kl']:.4f}" for r in results]),
         ("same next token", "100%", [f"{r['agreement']:.1%}" for r in results]),
-        ("tokens per second", f"{speed_full:.1f}", [f"{r['tokens_per_second']:.1f}" for r in results]),
+        ("tokens per second", f"{full.tokens_per_second:.1f}", [f"{r['tokens_per_second']:.1f}" for r in results]),
     ]
-    for name, full, others in rows:
-        table.add_row(name, full, *others)
+    for name, plain, others in rows:
+        table.add_row(name, plain, *others)
     out.print(table)
     out.print("KV cache")
     for name, size in [("full precision", full_bytes), *((f"{r['bits']:g} bit", r["kv_bytes"]) for r in results)]:
@@ -118,7 +119,7 @@ def demo(
         "see it. The full-precision window and sinks weigh less the longer the context.[/dim]"
     )
     out.print("\n[bold]The document ends:[/bold] ..." + escape(tokenizer.decode(ids[0, -40:]).replace("\n", " ")))
-    out.print(_side_by_side(tokenizer, said_full, configs, said))
+    out.print(_side_by_side(tokenizer, full.written, configs, said))
 
 
 def _side_by_side(tokenizer: Any, full: Any, configs: list[GSRQConfig], said: list[Any]) -> Table:

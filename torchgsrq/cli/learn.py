@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
-from torchgsrq import evaluate as measures
 from torchgsrq.cli.common import (
     GroupSize,
     Json,
@@ -23,9 +22,10 @@ from torchgsrq.cli.common import (
 )
 from torchgsrq.codec import Codebooks
 from torchgsrq.config import GSRQConfig
-from torchgsrq.embedded import load_model
 from torchgsrq.learning.calibrate import WINDOW, calibrate
 from torchgsrq.learning.text import FEWEST, OWN_TOKENS, TOKENS, token_ids
+from torchgsrq.measure import evaluate as measures
+from torchgsrq.measure.embedded import load_model
 
 
 @app.command("calibrate")

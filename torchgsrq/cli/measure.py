@@ -12,8 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from torchgsrq import evaluate as measures
-from torchgsrq import retrieval as tasks
 from torchgsrq.api import new_cache
 from torchgsrq.cli.common import (
     LONG,
@@ -28,15 +26,18 @@ from torchgsrq.cli.common import (
     app,
     bar,
     config_of,
+    console,
     mib,
     rates_of,
     read,
     with_books,
 )
 from torchgsrq.config import GSRQConfig
-from torchgsrq.embedded import NAME, load_model
 from torchgsrq.learning.calibrate import calibrate
 from torchgsrq.learning.text import FEWEST, TOKENS, token_ids
+from torchgsrq.measure import evaluate as measures
+from torchgsrq.measure import retrieval as tasks
+from torchgsrq.measure.embedded import NAME, load_model
 
 
 @app.command("evaluate")
@@ -103,9 +104,11 @@ def evaluate_command(
     candidates: dict[str, measures.Candidate] = {
         f"{c.recipe} {c.group_size} {c.bits:g}": (c, books) for c, books in pairs
     }
+    console.print(f"Reading {len(cuts)} windows in full precision and with {len(candidates)} caches ...")
     found = measures.quality(llm, cuts, candidates, shift)
     answered: dict[str, dict[str, tasks.Score]] = {}
     if retrieval:
+        console.print(f"Asking questions about texts of {context} tokens ...")
         trials = tasks.trials(tokenizer, document_text, context, count=retrieval, seed=seed)
         answered["full precision"] = tasks.retrieval(llm, trials)
         answered["sinks and window alone"] = tasks.retrieval(llm, tasks.cut_short(trials, sinks, recent))
@@ -154,7 +157,7 @@ def evaluate_command(
     for name in names:
         table.add_column(name, justify="left" if name == "recipe" else "right")
     width = f"{8 * llm.dtype.itemsize}"
-    table.add_row("full precision", "", width, "16", f"{rows[0]['ppl_full']:.3f}", "0", "", "0", "100%", "0")
+    table.add_row("full precision", "", width, width, f"{rows[0]['ppl_full']:.3f}", "0", "", "0", "100%", "0")
     for row in rows:
         outputs = row["output_error"].values()
         table.add_row(

@@ -17,7 +17,7 @@ from torchgsrq.cli.common import (
     mib,
 )
 from torchgsrq.config import GSRQConfig
-from torchgsrq.recommend import choose, full_precision, markdown_tables, settings
+from torchgsrq.measure.recommend import choose, full_precision, markdown_tables, settings
 
 
 @app.command()

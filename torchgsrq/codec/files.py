@@ -1,24 +1,19 @@
-"""A file of codebooks: written whole or not at all, and checked before anything of it is used."""
+"""A file of codebooks: what stands in it, and what is checked before anything of it is used."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import os
-import threading
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from torchgsrq.codec.codec import TABLES, Codec, Codecs, LayerCodec
 from torchgsrq.codec.layout import CODEWORDS
+from torchgsrq.codec.sealed import Format
 
-FORMAT = "torchgsrq.codebooks"
-VERSION = 6
+CODEBOOKS = Format("torchgsrq.codebooks", 6, "codebook file", "calibrate again")
 _FIELDS = ("interleaved", "eta", "frame")
 
 
@@ -34,27 +29,8 @@ def write(layers: dict[int, LayerCodec], metadata: dict[str, Any], path: str | o
                 tensors |= {f"{name}.{j}.{table}": getattr(codec, table) for table in TABLES}
             fields = {field: getattr(side.first, field) for field in _FIELDS}
             codecs[name] = {"heads": [heads for heads, _ in side.parts], **fields}
-    tensors = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    texts = {"codecs": json.dumps(codecs), "metadata": json.dumps(metadata)}
-    meta = {"format": FORMAT, "version": str(VERSION), **texts, "checksum": checksum(tensors, *texts.values())}
-    save_whole(tensors, meta, path)
-
-
-def save_whole(tensors: dict[str, Tensor], meta: dict[str, str], path: str | os.PathLike[str]) -> None:
-    """Write a safetensors file that is there whole or not at all: a killed process leaves no half of one behind.
-
-    Raises:
-        OSError: it cannot be written: no such folder, no permission, a full disk.
-    """
-    partial = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.partial"
-    try:
-        save_file(tensors, partial, meta)
-        os.replace(partial, path)
-    except SafetensorError as error:
-        raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # some are one tensor, which no file may hold
+    CODEBOOKS.save(tensors, {"codecs": json.dumps(codecs), "metadata": json.dumps(metadata)}, path)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str, Any]]:
@@ -67,23 +43,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str,
     name = os.fspath(path)
     if not os.path.exists(path):
         raise FileNotFoundError(f"no codebook file at {name}")
+    held, meta = CODEBOOKS.read(name, name)
     try:
-        with safe_open(path, framework="pt") as file:
-            meta = file.metadata() or {}
-            if meta.get("format") != FORMAT:
-                raise ValueError(f"{name} is not a torchgsrq codebook file (format={meta.get('format')!r})")
-            if meta.get("version") != str(VERSION):
-                raise ValueError(
-                    f"{name} has format version {meta.get('version')}; this torchgsrq reads {VERSION}: calibrate again"
-                )
-            held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         layers = _layers(json.loads(meta["codecs"]), held, name)
-        if meta.get("checksum") != checksum(held, meta["codecs"], meta["metadata"]):
-            raise ValueError(f"{name} is damaged: its checksum is not that of what it holds")
+        CODEBOOKS.check_sum(held, meta, name)
         metadata = json.loads(meta["metadata"])
         if not _makes_sense(metadata, layers):
             raise ValueError(f"{name} says nothing that makes sense of how much its heads matter")
-    except (SafetensorError, KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{name} is damaged, not a whole codebook file: {error}") from error
     return layers, metadata
 
@@ -135,13 +102,3 @@ def _makes_sense(metadata: dict[str, Any], layers: dict[int, LayerCodec]) -> boo
         and all(len(pair) == 2 and min(pair) >= 0 for i in layers for pair in costs[str(i)])
         and asked["bits"] > 0  # type: ignore[index]
     )
-
-
-def checksum(tensors: dict[str, Tensor], *texts: str) -> str:
-    """A hash of named tensors and texts, by which a file is found to be damaged."""
-    found = hashlib.sha256("\n".join(texts).encode())
-    for name in sorted(tensors):
-        x = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name}{x.dtype}{list(x.shape)}".encode())
-        found.update(x.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

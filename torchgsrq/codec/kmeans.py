@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from torchgsrq.codec.layout import CODEWORDS, Layout
 
@@ -29,7 +28,6 @@ def cluster(
     method: str = "kmeans",
     iterations: int = 10,
     seed: int = 0,
-    progress: bool = False,
 ) -> Tensor:
     """Cluster vectors into codewords, independently for every entry of the batch.
 
@@ -47,7 +45,6 @@ def cluster(
         method: one of ``METHODS``.
         iterations: rounds of assignment and update (after 20 spherical ones for ``"gskm"``).
         seed: makes the result reproducible.
-        progress: show a bar.
 
     Returns:
         float32 ``[batch, codewords, width]``, gains multiplied in. With no more distinct vectors
@@ -70,7 +67,7 @@ def cluster(
     generator = torch.Generator(device="cpu").manual_seed(seed)
     centers = samples(x, weight, codewords, generator)
     if method == "kmeans":
-        return rounds(x, weight, centers, lambda x, weight, code, mean, _: mean, iterations, generator, progress)
+        return rounds(x, weight, centers, lambda x, weight, code, mean, _: mean, iterations, generator)
     norms = x.norm(dim=-1, keepdim=True)
     unit = x / norms.clamp_min(1e-12)
 
@@ -80,7 +77,7 @@ def cluster(
         return (mean * shape).sum(-1, keepdim=True) * shape
 
     centers = spherical(unit, norms, weight, centers, generator)
-    return rounds(x, weight, centers, gain_shape, iterations, generator, progress)
+    return rounds(x, weight, centers, gain_shape, iterations, generator)
 
 
 def rounds(
@@ -90,7 +87,6 @@ def rounds(
     update: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
     iterations: int,
     generator: torch.Generator,
-    progress: bool = False,
 ) -> Tensor:
     """Rounds of assignment and update, from ``centers [batch, codewords, width]`` on.
 
@@ -102,9 +98,10 @@ def rounds(
     count, weights = centers.shape[1], weight.unsqueeze(-1)
     weighted = x * weights
     part = _PART if x.shape[1] >= _ENOUGH * count else 1
-    for i in tqdm(range(iterations), desc="clustering", disable=not progress, leave=False):
+    for i in range(iterations):
         step = part if i < _EARLY else 1
-        given, some, sums = (t[:, ::step].contiguous() for t in (x, weights, weighted))
+        if i in (0, _EARLY):  # made anew where another part is read
+            given, some, sums = (t[:, ::step].contiguous() for t in (x, weights, weighted))
         code, _ = _ops.nearest(given, centers)
         mass = _ops.sum_by_code(some, code, count)
         mean = _ops.sum_by_code(sums, code, count) / mass.clamp_min(1e-30)

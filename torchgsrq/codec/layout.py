@@ -8,6 +8,9 @@ from torchgsrq.config import BITS, RATES
 
 CODEWORDS = 256
 STAGES = 8  # most of a group: more take longer to search than they are worth
+SWEEPS = (
+    1  # of the encoder over the stages of a group, after the greedy search; more give nothing: docs/research/quality.md
+)
 
 
 @dataclass(frozen=True)

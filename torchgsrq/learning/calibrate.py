@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import threading
@@ -12,17 +11,16 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from torchgsrq import models
 from torchgsrq.codec import Codebooks, LayerCodec
 from torchgsrq.codec.allocation import head_rates
-from torchgsrq.codec.files import VERSION
 from torchgsrq.codec.layout import Layout, rates
-from torchgsrq.config import GSRQConfig, cache_folder, check_uniform
+from torchgsrq.config import GSRQConfig, check_uniform
 from torchgsrq.kernels import compiler, cpu_library
 from torchgsrq.learning import text
+from torchgsrq.learning.progress import bar, showing
 from torchgsrq.learning.sensitivity import by_head, sensitivity
 from torchgsrq.learning.statistics import Statistics, chunks, collect_cached, collect_statistics, share
 from torchgsrq.learning.text import OWN_TOKENS, TOKENS
@@ -33,7 +31,8 @@ from torchgsrq.ops import use_kernels
 log = logging.getLogger("torchgsrq")
 
 WINDOW = 1024  # tokens of a calibration sequence
-_RECIPE = 6  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
+MEMORY = 2 << 30  # bytes of vectors held at a time
+RECIPE = 6  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
 
 
 @overload
@@ -45,7 +44,7 @@ def calibrate(
     tokenizer: Any = None,
     tokens: int | None = None,
     seed: int = 0,
-    max_memory: int = 2 << 30,
+    max_memory: int = MEMORY,
     progress: bool = True,
 ) -> Codebooks: ...
 @overload
@@ -57,7 +56,7 @@ def calibrate(
     tokenizer: Any = None,
     tokens: int | None = None,
     seed: int = 0,
-    max_memory: int = 2 << 30,
+    max_memory: int = MEMORY,
     progress: bool = True,
 ) -> list[Codebooks]: ...
 @torch.no_grad()
@@ -69,7 +68,7 @@ def calibrate(
     tokenizer: Any = None,
     tokens: int | None = None,
     seed: int = 0,
-    max_memory: int = 2 << 30,
+    max_memory: int = MEMORY,
     progress: bool = True,
 ) -> Codebooks | list[Codebooks]:
     """Learn a model's codebooks.
@@ -79,7 +78,7 @@ def calibrate(
         config: bits, group size, allocation and recipe are used, and which layers are quantized. Several, for
             codebooks of each from one reading: ``calibrate(model, [GSRQConfig(bits=1), GSRQConfig(bits=0.5)])``.
         data: text of the kind that the model will read: strings, token tensors, or batches. What it lacks of 16384
-            tokens, or of ``tokens``, the model writes itself, which costs quality (docs/quality.md).
+            tokens, or of ``tokens``, the model writes itself, which costs quality (docs/research/quality.md).
         tokenizer: for strings, and for lists that the model looks things up in (`text.recall_windows`); the one of
             ``model.name_or_path`` by default.
         tokens: how many to read, the first of the data, then the model's own; by default up to 32768 of the data. Half
@@ -107,22 +106,24 @@ def calibrate(
         raise ValueError(f"seed={seed!r} must be an integer")
     if getattr(getattr(model, "_gsrq", None), "active", False):
         raise ValueError(f"{type(model).__name__} is quantized; call dequantize_kv_ first, then calibrate")
-    with models.plain_precision(model), models.evaluating(model):
-        found = _calibrate(model, configs, data, tokenizer, tokens, seed, max_memory, progress)
+    with showing(progress):
+        found = calibrate_layers(
+            model, models.inspect_layers(model), configs, data, tokenizer, tokens, seed, max_memory
+        )
     return found if several else found[0]
 
 
-def _calibrate(
+def calibrate_layers(
     model: PreTrainedModel,
-    configs: list[GSRQConfig],
-    data: Iterable[Any] | None,
-    tokenizer: Any,
-    tokens: int | None,
-    seed: int,
-    max_memory: int,
-    progress: bool,
+    found: list[LayerInfo],
+    configs: Sequence[GSRQConfig],
+    data: Iterable[Any] | None = None,
+    tokenizer: Any = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    max_memory: int = MEMORY,
 ) -> list[Codebooks]:
-    found = models.inspect_layers(model)
+    """`calibrate`, of a model whose layers are known."""
     by_cache = models.are_decoded(found)
     about: dict[str, Any] = {"model": models.fingerprint(model, found)}
     if model.name_or_path and not os.path.exists(model.name_or_path):
@@ -133,19 +134,20 @@ def _calibrate(
     facts = [{**about, "config": config.codec_fields(), "seed": seed} for config in configs]
     if not layers:
         return [Codebooks({}, {**some, "source": "none", "tokens": 0}) for some in facts]
-    with _compiling():
-        windows, source = calibration_windows(model, data, tokenizer, tokens, seed, progress)
-    costs = None
-    if not by_cache and any(config.spreads_bits for config in configs):
-        costs = _costs(model, configs, layers, windows, max_memory, progress)
-    each = []
-    for config, some in zip(configs, facts, strict=True):
-        mine = {i: info for i, info in layers.items() if quantizes(info, config)}
-        spread = {i: costs[i] for i in mine} if costs and config.spreads_bits else None
-        if spread:
-            some["sensitivity"] = {str(index): x for index, x in spread.items()}
-        each.append(rates_of_heads(config, mine, spread))
-    trained = _train_layers(model, configs, each, layers, windows, seed, max_memory, progress)
+    with models.plain_precision(model), models.evaluating(model):
+        with _compiling():
+            windows, source = calibration_windows(model, data, tokenizer, tokens, seed)
+        costs = None
+        if not by_cache and any(config.spreads_bits for config in configs):
+            costs = _costs(model, configs, layers, windows, max_memory)
+        each = []
+        for config, some in zip(configs, facts, strict=True):
+            mine = {i: info for i, info in layers.items() if quantizes(info, config)}
+            spread = {i: costs[i] for i in mine} if costs and config.spreads_bits else None
+            if spread:
+                some["sensitivity"] = {str(index): x for index, x in spread.items()}
+            each.append(rates_of_heads(config, mine, spread))
+        trained = _train_layers(model, configs, each, layers, windows, seed, max_memory)
     told = {"source": source, "tokens": windows.numel()}
     return [Codebooks(books, {**some, **told}) for books, some in zip(trained, facts, strict=True)]
 
@@ -258,15 +260,14 @@ def _checked_qkv(layer: int, given: tuple[Tensor, ...], inv_freq: Tensor) -> tup
 
 def _costs(
     model: PreTrainedModel,
-    configs: list[GSRQConfig],
+    configs: Sequence[GSRQConfig],
     layers: dict[int, LayerInfo],
     windows: Tensor,
     max_memory: int,
-    progress: bool,
 ) -> dict[int, list[tuple[float, float]]] | None:
     """What errors of every head cost; None, with a warning, without gradients, unless the config asks for them."""
     try:
-        return by_head(sensitivity(model, layers.values(), windows, max_memory, progress))
+        return by_head(sensitivity(model, layers.values(), windows, max_memory))
     except (ValueError, torch.OutOfMemoryError) as error:
         if any(config.allocation == "sensitivity" for config in configs):
             raise
@@ -288,7 +289,7 @@ def rates_of_heads(
 
 
 def calibration_windows(
-    model: PreTrainedModel, data: Iterable[Any] | None, tokenizer: Any, tokens: int | None, seed: int, progress: bool
+    model: PreTrainedModel, data: Iterable[Any] | None, tokenizer: Any, tokens: int | None, seed: int
 ) -> tuple[Tensor, str]:
     """What a model reads in calibration, and a word on where it is from.
 
@@ -300,14 +301,14 @@ def calibration_windows(
     own = "text the model wrote itself"
     most, least = (TOKENS, OWN_TOKENS) if tokens is None else (tokens, tokens)
     if data is None:
-        stream, source = _own_text(model, least, window, seed, progress), own
+        stream, source = _own_text(model, least, window, seed), own
         log.info("calibrating on text that the model wrote itself; real text of your own kind (data=) is better")
     else:
         stream, source = text.token_stream(model, data, most, tokenizer), "data"
         if (missing := least - stream.numel()) > 0:
             log.info("data holds %d of %d tokens; the model writes the other %d itself", len(stream), least, missing)
             try:
-                written = _own_text(model, missing, window, seed, progress).to(stream.device)
+                written = _own_text(model, missing, window, seed).to(stream.device)
                 stream, source = torch.cat((stream, written)), f"{len(stream)} tokens of data, and {own}"
             except ValueError as error:  # a decoder without a head, say
                 log.warning("calibrating on %d tokens, where %d are better: %s", len(stream), least, error)
@@ -316,9 +317,9 @@ def calibration_windows(
     return torch.cat((windows, text.recall_windows(windows, tokenizer, seed))), source
 
 
-def _own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progress: bool) -> Tensor:
+def _own_text(model: PreTrainedModel, tokens: int, window: int, seed: int) -> Tensor:
     """Tokens ``[tokens]`` that the model writes: in short rows, which is faster, and read as one text."""
-    return text.own_text(model, tokens, window // 4, seed, progress).flatten()[:tokens]
+    return text.own_text(model, tokens, window // 4, seed).flatten()[:tokens]
 
 
 def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
@@ -330,20 +331,19 @@ def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
 
 def _train_layers(
     model: PreTrainedModel,
-    configs: list[GSRQConfig],
+    configs: Sequence[GSRQConfig],
     each: list[dict[int, list[tuple[float, float]]]],
     layers: dict[int, LayerInfo],
     windows: Tensor,
     seed: int,
     max_memory: int,
-    progress: bool,
 ) -> list[dict[int, LayerCodec]]:
     """The codecs of all layers for each config, with these bits of its heads."""
     trained: list[dict[int, LayerCodec]] = [{} for _ in configs]
     by_cache = models.are_decoded(layers.values())
     for chunk in chunks(list(layers.values()), windows, max_memory):
-        stats: dict[int, Any] = (collect_cached if by_cache else collect_statistics)(model, chunk, windows, progress)
-        for index in tqdm(list(stats), desc="training codebooks", disable=not progress):
+        stats: dict[int, Any] = (collect_cached if by_cache else collect_statistics)(model, chunk, windows)
+        for index in bar(list(stats), "training codebooks"):
             held, which = stats.pop(index), [i for i, bits in enumerate(each) if index in bits]
             if by_cache:
                 found = [train_cached(held, configs[i], seed) for i in which]
@@ -352,56 +352,3 @@ def _train_layers(
             for i, codec in zip(which, found, strict=True):
                 trained[i][index] = codec
     return trained
-
-
-def cached_codebooks(
-    model: PreTrainedModel, configs: Sequence[GSRQConfig], progress: bool = True, layers: list[LayerInfo] | None = None
-) -> list[Codebooks]:
-    """The codebooks of the disk cache for this model and each config; those that are not there are calibrated together.
-
-    A file that cannot be read is replaced, and one that cannot be written costs a warning.
-    """
-    owner = models.fingerprint(model, layers or models.inspect_layers(model))
-    found = {config: books for config in configs if (books := _kept(config, owner)) is not None}
-    missing = [config for config in dict.fromkeys(configs) if config not in found]
-    if missing:
-        for config, books in zip(missing, calibrate(model, missing, progress=progress), strict=True):
-            found[config] = books
-            _keep(books, config, owner)
-    return [found[config] for config in configs]
-
-
-def _stem(config: GSRQConfig, owner: dict[str, Any]) -> str:
-    return f"{owner['shape']}-{config.codec_key()}-v{VERSION}.{_RECIPE}"
-
-
-def _kept(config: GSRQConfig, owner: dict[str, Any]) -> Codebooks | None:
-    """The codebooks of the disk cache for a model's fingerprint, if there are any."""
-    with contextlib.suppress(OSError):  # without a folder there are none
-        for path in sorted(cache_folder().glob(f"{_stem(config, owner)}-*.safetensors")):
-            try:
-                books = Codebooks.load(path)
-                if models.same_model(books.metadata["model"], owner):
-                    log.info("using the codebooks cached at %s", path)
-                    return books
-            except (ValueError, KeyError, TypeError, OSError) as error:
-                log.warning("the codebooks cached at %s cannot be used and are learned again: %s", path, error)
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-    return None
-
-
-def _keep(books: Codebooks, config: GSRQConfig, owner: dict[str, Any]) -> None:
-    """Put codebooks into the disk cache, or warn."""
-    which = hashlib.sha256(repr(owner["samples"]).encode()).hexdigest()[:12]
-    try:
-        path = cache_folder() / f"{_stem(config, owner)}-{which}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        books.save(path)
-        log.info("codebooks cached at %s", path)
-    except OSError as error:
-        log.warning(
-            "the codebooks could not be kept, and will be learned again at the next start: %s. Set TORCHGSRQ_CACHE "
-            "to a folder that can be written to, or calibrate once, save them, and pass codebooks=",
-            error,
-        )

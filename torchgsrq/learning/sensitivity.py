@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from torchgsrq import models, ops
+from torchgsrq import models, ops, reference
 from torchgsrq.codec import Codecs, LayerCodec
 from torchgsrq.codec.layout import rates
 from torchgsrq.config import GSRQConfig
-from torchgsrq.learning.statistics import FAR, chunks, collect_statistics, unseen
+from torchgsrq.learning.progress import bar
+from torchgsrq.learning.statistics import FAR, chunks, collect_statistics, seen
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo
 
@@ -28,7 +28,6 @@ def sensitivity(
     layers: Iterable[LayerInfo],
     windows: Tensor,
     max_memory: int = 2 << 30,
-    progress: bool = True,
 ) -> dict[int, Tensor]:
     """What coding the keys, and the values, of each layer's heads would cost at rate 0, in nats per token.
 
@@ -63,7 +62,7 @@ def sensitivity(
     codecs: dict[int, LayerCodec] = {}
     learned = windows[step // 2 :: step] if len(windows) > 1 else windows
     for chunk in chunks(layers, learned, max_memory):
-        stats = collect_statistics(model, chunk, learned, progress)
+        stats = collect_statistics(model, chunk, learned)
         for info in chunk:
             offered = rates(info.head_dim)
             bits: float = 1 if 1 in offered else offered[-1]
@@ -71,7 +70,7 @@ def sensitivity(
             codecs[info.index] = train(stats.pop(info.index), [(GSRQConfig(), same)], span)[0]
     costs = {info.index: torch.zeros(2, info.kv_heads, info.kv_heads, dtype=torch.float64) for info in layers}
     with models.refusing(f"a backward pass of {name}, by which heads are given their bits, failed", instead):
-        for seed, window in enumerate(tqdm(read, desc="weighing heads", disable=not progress)):
+        for seed, window in enumerate(bar(read, "weighing heads")):
             weighed: set[int] = set()
             _backward(model, window, seed, _observer(model, layers, codecs, costs, weighed))
             if weighed != set(costs):
@@ -132,7 +131,7 @@ def _observer(
             sinks = None if s_aux is None else s_aux.detach().float()
             for h in range(k.shape[0]):
                 some = slice(h * group, (h + 1) * group)
-                logits = None if sinks is None else sinks[some, None, None].expand(-1, k.shape[1], -1)
+                logits = None if sinks is None else sinks[some, None, None]
                 errors = _errors(q[some], k[h], v[h], decoded[0][h], decoded[1][h], scaling, softcap, logits, reach)
                 slope = gradient[0, :, some].transpose(0, 1).float()
                 along[:, h] = torch.stack([(error * slope).sum((0, 2)) for error in errors]).double()
@@ -162,16 +161,12 @@ def _errors(
     reach: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Errors of the attention output ``[group, n, d]`` if far keys, and if far values, are the coded ones: q ``[group,
-    n, d]``, the others ``[n, d]``, sink logits ``[group, n, 1]``; each query sees ``reach`` tokens, or all."""
+    n, d]``, the others ``[n, d]``, sink logits ``[group, 1, 1]``; each query sees ``reach`` tokens, or all."""
     slots = torch.arange(k.shape[0], device=k.device)
     far = (slots[:, None] - slots >= FAR) & (slots >= 1)
 
     def attend(scores: Tensor) -> Tensor:
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(unseen(slots, slots, reach), -torch.inf)
-        scores = scores if sinks is None else torch.cat((scores, sinks), -1)
-        return scores.softmax(-1)[..., : k.shape[0]]
+        return reference.probabilities(scores, softcap, seen(slots, slots, reach), sinks)
 
     exact = q @ k.T * scaling
     p = attend(exact)

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from torchgsrq import models
+from torchgsrq import models, reference
 from torchgsrq.codec.rope import rotate
+from torchgsrq.learning.progress import bar
 from torchgsrq.models import LayerInfo
 
 FAR = 32  # a query's nearer neighbours are in the recent window and do not count
 _QUERY_STRIDE = 4  # every 4th query is enough
 KEPT = 24 << 10  # vectors of each head that codebooks are learned from; of more text, a part
-KEY_POWER, VALUE_POWER = 0.5, 0.25  # of what errors cost, as training weighs them: docs/quality.md
+KEY_POWER, VALUE_POWER = 0.5, 0.25  # of what errors cost, as training weighs them: docs/research/quality.md
 
 
 @dataclass
@@ -121,14 +121,8 @@ class Statistics:
         asking = tokens[_QUERY_STRIDE - 1 :: _QUERY_STRIDE]
         some_q = q[:, :, asking].unflatten(1, (info.kv_heads, -1))  # [b, h, g, t/4, d]
         scores = some_q @ k[:, :, None].transpose(-1, -2) * scaling
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        scores = scores.masked_fill(unseen(asking, tokens, reach), -torch.inf)
-        if sink_logits is None:
-            p = scores.softmax(-1)
-        else:
-            logits = sink_logits.float().view(1, info.kv_heads, -1, 1, 1).expand(*scores.shape[:-1], 1)
-            p = torch.cat((scores, logits), -1).softmax(-1)[..., :-1]
+        sinks = None if sink_logits is None else sink_logits.view(1, info.kv_heads, -1, 1, 1)
+        p = reference.probabilities(scores, softcap, seen(asking, tokens, reach), sinks)
         del scores
         out = p @ v[:, :, None]
         far = (asking[:, None] - tokens >= FAR) & (tokens >= 1)
@@ -163,7 +157,7 @@ class Statistics:
 
 
 def collect_cached(
-    model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
+    model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor
 ) -> dict[int, tuple[Statistics, Statistics]]:
     """The same of layers of which only what they cache is known (`LayerInfo.value`): of keys and of values, both as
     ``keys``; all tokens and directions count alike."""
@@ -171,7 +165,7 @@ def collect_cached(
     stats = {info.index: (Statistics(info, keep), Statistics(info.value or info, keep)) for info in layers}
     inner, device = models.decoder(model), models.input_device(model)
     with torch.no_grad(), models.refusing(_what(model, windows)):
-        for window in tqdm(windows, desc="reading", disable=not progress):
+        for window in bar(windows, "reading"):
             cache = models.Recorder(models.text_config(model))
             inner(input_ids=window[None].to(device), use_cache=True, **models.with_cache(inner, cache))
             for index, *given in cache.given:
@@ -185,16 +179,14 @@ def _what(model: PreTrainedModel, windows: Tensor) -> str:
     return f"{type(model).__name__} cannot be calibrated: a forward of {tokens} tokens, as its config allows, failed"
 
 
-def unseen(queries: Tensor, keys: Tensor, reach: int | None) -> Tensor:
-    """Which tokens ``keys [n]`` each of ``queries [m]`` does not see, bool ``[m, n]``: later ones, and those beyond the
+def seen(queries: Tensor, keys: Tensor, reach: int | None) -> Tensor:
+    """Which tokens ``keys [n]`` each of ``queries [m]`` sees, bool ``[m, n]``: none that is later, nor beyond the
     ``reach`` of a sliding window."""
-    later = keys > queries[:, None]
-    return later if reach is None else later | (keys <= queries[:, None] - reach)
+    past = keys <= queries[:, None]
+    return past if reach is None else past & (keys > queries[:, None] - reach)
 
 
-def collect_statistics(
-    model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor, progress: bool = True
-) -> dict[int, Statistics]:
+def collect_statistics(model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor) -> dict[int, Statistics]:
     """Read token windows ``[n, window]`` and keep what calibration needs of these layers."""
     layers = list(layers)
     stats = {info.index: Statistics(info, share(*windows.shape)) for info in layers}
@@ -218,7 +210,7 @@ def collect_statistics(
     source = models.cached_by(layers)
     rotary = models.rotaries(model, layers)
     with torch.no_grad(), models.observed(model, observer), models.refusing(_what(model, windows)):
-        for window in tqdm(windows, desc="reading", disable=not progress):
+        for window in bar(windows, "reading"):
             inner(input_ids=window[None].to(device), use_cache=False)
     return stats
 

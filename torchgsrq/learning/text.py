@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from torchgsrq import models
+from torchgsrq.learning.progress import bar
 
 log = logging.getLogger("torchgsrq")
 
@@ -109,7 +109,7 @@ def known_tokenizer(model: PreTrainedModel) -> Any:
         return None
 
 
-def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progress: bool) -> Tensor:
+def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int) -> Tensor:
     """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch, whatever its
     ``generation_config`` says.
 
@@ -129,28 +129,30 @@ def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int, progre
     ends = sorted({t for x in named if x is not None for t in torch.as_tensor(x).flatten().tolist()})
     what = f"{type(model).__name__} could not write its own calibration text"
     with (
-        tqdm(total=window - 1, desc="writing calibration text", disable=not progress) as bar,
+        bar(what="writing calibration text", total=window - 1) as shown,
         torch.random.fork_rng(devices=[prompt.device] if prompt.is_cuda else []),
         models.refusing(what, ": call calibrate(model, config, data=...) with text"),
     ):
         torch.manual_seed(seed)
         writer = models.own_generation(model, do_sample=False, max_new_tokens=window - 1, pad_token_id=start)
         written = writer.generate(
-            prompt, attention_mask=torch.ones_like(prompt), logits_processor=LogitsProcessorList([_sampler(ends, bar)])
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            logits_processor=LogitsProcessorList([_sampler(ends, shown)]),
         )
         if written.shape != (rows, window):
             raise ValueError(f"it wrote {list(written.shape)} tokens of {[rows, window]}")
         return written
 
 
-def _sampler(ends: list[int], bar: Any) -> Any:
+def _sampler(ends: list[int], shown: Any) -> Any:
     """A processor that leaves `generate` the sampled token alone, none of ``ends``: by a cumulative sum, where sampling
     draws a number for every word of the vocabulary, which takes a quarter of a small model's time."""
     from transformers import LogitsProcessor
 
     class Sample(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            bar.update()
+            shown.update()
             scores[:, [t for t in ends if 0 <= t < scores.shape[1]]] = -torch.inf
             total = scores.float().softmax(-1).cumsum(-1)
             drawn = torch.rand(len(total), 1, dtype=total.dtype, device=total.device) * total[:, -1:]

@@ -15,8 +15,8 @@ from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.statistics import KEY_POWER, VALUE_POWER, Statistics, Vectors
 from torchgsrq.models import LayerInfo
 
-KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: docs/quality.md
-FRAME = 1024  # tokens per anchored frame: docs/quality.md
+KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: docs/research/quality.md
+FRAME = 1024  # tokens per anchored frame: docs/research/quality.md
 _ROTATIONS = 256  # relative offsets that the query metric is averaged over
 
 

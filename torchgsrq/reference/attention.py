@@ -9,57 +9,30 @@ from torch import Tensor
 
 from torchgsrq.codec import Codec
 from torchgsrq.codec.layout import CODEWORDS
+from torchgsrq.codec.packed import EXACT_TAIL, UPPER_LEFT, WINDOW, Options, Packed
 from torchgsrq.codec.rope import rotate
 from torchgsrq.reference.coding import mean_at
-from torchgsrq.reference.storage import DECODE_BLOCK, Packed, coded_slots
+from torchgsrq.reference.storage import DECODE_BLOCK, coded_slots, decoded
 
 _TABLE_BLOCK = 4096  # slots scored by look-up at a time
 _TABLE_ROWS = 16  # up to this many query rows per KV head, look-up tables are cheaper than decoding
 
-# What a query attends to in full precision; the rest is read from codes.
-WINDOW = 0  # what the cache holds now: sinks and the recent window
-EXACT_TAIL = 1  # the incoming tokens, and the window as it was before them
-STREAMING = 2  # what the window would have held had the tokens come one at a time
-
-# Alignment of the causal mask.
-NOT_CAUSAL, UPPER_LEFT, LAST_ALIGNED = 0, 1, 2
+_PLAIN = Options()
 
 
-def attention(
-    q: Tensor,
-    key: Packed,
-    value: Packed,
-    *,
-    mask: Tensor | None = None,
-    scale: float,
-    causal: int = NOT_CAUSAL,
-    softcap: float = 0.0,
-    sink_logits: Tensor | None = None,
-    tails: tuple[Tensor, Tensor] | None = None,
-    tail_start: Tensor | None = None,
-    view: int = WINDOW,
-    form: str | None = None,
-) -> Tensor:
+def attention(q: Tensor, key: Packed, value: Packed, options: Options = _PLAIN, *, form: str | None = None) -> Tensor:
     """Attention on codes, sinks and window with an online softmax over blocks of slots.
 
     Slots at or past the length never take part, nor do masked ones. A query that sees nothing gets zeros.
 
     Args:
         q: ``[batch, query heads, queries, head_dim]``; query heads a multiple of the KV heads.
-        mask: bool (True takes part) or additive, broadcastable to ``[batch, query heads, queries, width]`` with
-            a width of at least the length; column j is slot j.
-        scale: multiplies ``q . k``.
-        causal: ``UPPER_LEFT`` (query i sees slots up to i) or ``LAST_ALIGNED`` (the queries are the newest tokens).
-        softcap: ``cap * tanh(score / cap)`` before the mask; 0 is off.
-        sink_logits: ``[query heads]``, a logit per head that takes probability and gives nothing.
-        tails: full-precision keys and values of the newest slots, from `tail`, for the views below.
-        tail_start: first valid slot of ``tails``, ``[batch]``.
-        view: ``WINDOW``, ``EXACT_TAIL`` or ``STREAMING``; the queries are then the newest tokens.
         form: ``"tables"`` or ``"decode"`` forces how codes are read; the result is the same.
 
     Returns:
         ``[batch, query heads, queries, head_dim]`` in the dtype of ``q``.
     """
+    mask, scale, causal, softcap, sink_logits, key_tail, value_tail, tail_start, view = options
     batch, q_heads, queries, head_dim = q.shape
     heads = key.codec.heads
     group = q_heads // heads
@@ -88,14 +61,13 @@ def attention(
             scores = cache_scores(qf, key, first, last)
             seen.absorb(scores, slots, allowed, lambda p, a=first, b=last: cache_values(p, value, a, b))  # type: ignore[misc]
         else:
-            seen.absorb_plain(key.decoded(first, last), value.decoded(first, last), slots, allowed)
+            seen.absorb_plain(decoded(key, first, last), decoded(value, first, last), slots, allowed)
 
-    exact_from = key.encoded if tails is None else tail_start
-    assert exact_from is not None
+    exact_from = key.encoded if tail_start is None else tail_start
     low = max(int(exact_from.min()), 0) if batch else length
     k, v = key.recent(low, length), value.recent(low, length)
-    if tails is not None:
-        k, v = (t[:, :, t.shape[2] - (length - low) :] for t in tails)
+    if key_tail is not None and value_tail is not None:
+        k, v = (t[:, :, t.shape[2] - (length - low) :] for t in (key_tail, value_tail))
     for first in range(0, k.shape[2], DECODE_BLOCK):
         some = slice(first, first + DECODE_BLOCK)
         slots = torch.arange(low, length, device=q.device)[None, some]
@@ -106,6 +78,28 @@ def attention(
         k, v = (kv.window[:, :, : kv.sink_tokens] for kv in (key, value))
         seen.absorb_plain(k, v, sinks, (sinks < length)[:, None].expand(-1, queries, -1))
     return seen.result(sink_logits).view(batch, q_heads, queries, head_dim).to(q.dtype)
+
+
+def limited(scores: Tensor, softcap: float, mask: Tensor | None, lowest: float = -torch.inf) -> Tensor:
+    """Scores ``[..., queries, slots]`` after ``softcap * tanh(score / softcap)`` (0 is off) and a mask, bool (True
+    takes part) or additive; ``lowest`` where a slot does not take part."""
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask.float()
+
+
+def probabilities(
+    scores: Tensor, softcap: float, mask: Tensor | None, sink_logits: Tensor | None, lowest: float = -torch.inf
+) -> Tensor:
+    """Softmax over the slots of `limited` scores; ``sink_logits``, broadcastable to ``[..., queries, 1]``, take
+    probability and give nothing."""
+    scores = limited(scores, softcap, mask, lowest)
+    if sink_logits is None:
+        return scores.softmax(-1)
+    sinks = sink_logits.float().expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
 
 
 def _boundary(key: Packed, queries: int, tail_start: Tensor | None, view: int) -> Tensor:
@@ -145,15 +139,10 @@ class _Softmax:
     def absorb(self, scores: Tensor, slots: Tensor, allowed: Tensor, weigh: Callable[[Tensor], Tensor]) -> None:
         """Add slots: scores ``[b, h, rows, t]``, slots ``[b or 1, t]``, allowed ``[b or 1, q, t]``; ``weigh`` gives the
         sum of values by their probabilities."""
-        if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        scores = scores.unflatten(2, (self.group, self.queries))
         if self.newest is not None:
             allowed = allowed & (slots[:, None] <= self.newest[:, None])
-        if self.mask is not None:
-            extra = _mask_columns(self.mask, slots, self.qf.shape[1], self.group)
-            hidden = extra.dtype == torch.bool
-            scores = scores.masked_fill(~extra, -torch.inf) if hidden else scores + extra.float()
+        mask = None if self.mask is None else _mask_columns(self.mask, slots, self.qf.shape[1], self.group)
+        scores = limited(scores.unflatten(2, (self.group, self.queries)), self.softcap, mask)
         scores = scores.masked_fill(~allowed[:, None, None], -torch.inf).flatten(2, 3)
         peak = torch.maximum(self.top, scores.amax(-1, keepdim=True))
         safe = peak.masked_fill(peak == -torch.inf, 0)

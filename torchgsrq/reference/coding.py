@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgsrq.codec import Codec
-from torchgsrq.codec.layout import CODEWORDS
+from torchgsrq.codec.layout import CODEWORDS, SWEEPS
 from torchgsrq.codec.rope import rotate
 
 _TILE = 32  # products are of whole tiles of rows, so that a vector's result never depends on its batch
 _ENCODE_ROWS = 128  # rows searched at a time: their distances stay in cache
-SWEEPS = 1  # over the stages of a group, after the greedy search; more give nothing: docs/quality.md
 
 
 def encode(x: Tensor, position: Tensor, codec: Codec) -> Tensor:

@@ -1,33 +1,14 @@
-"""What a buffer holds: positions of its slots, appending, reading back; in plain PyTorch."""
+"""What a buffer holds: appending and reading back, in plain PyTorch."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from torchgsrq.codec import Codecs
+from torchgsrq.codec.packed import Packed
 from torchgsrq.reference.coding import decode, encode
 
 DECODE_BLOCK = 512  # slots dequantized at a time
-
-
-def positions(start: Tensor, first: int, last: int) -> Tensor:
-    """Positions of slots ``[first, last)`` by a `GSRQTensor.start` that knows any number of slots, int64
-    ``[batch, last - first]``; slots beyond those count on."""
-    slots = torch.arange(first, last, device=start.device)
-    known = start.shape[1] - 2
-    if not known:
-        return slots - start[:, :1]
-    return start[:, 2 + slots.clamp(max=known - 1)] + (slots - (known - 1)).clamp(min=0)
-
-
-def fitted(start: Tensor, capacity: int) -> Tensor:
-    """A `GSRQTensor.start` that knows any number of slots, for a buffer of this many."""
-    if start.shape[1] == 2:
-        return start
-    return torch.cat((start[:, :2], positions(start, 0, capacity)), 1).to(start.dtype)
 
 
 def coded_slots(first: Tensor, length: int, recent_tokens: int, block_tokens: int) -> Tensor:
@@ -41,63 +22,11 @@ def coded_slots(first: Tensor, length: int, recent_tokens: int, block_tokens: in
     return (first + own).clamp(max=length)
 
 
-@dataclass(frozen=True, eq=False)
-class Packed:
-    """The parts of one `GSRQTensor`, and the codecs they belong to (tensor.py documents them)."""
-
-    window: Tensor
-    start: Tensor
-    length: Tensor
-    encoded: Tensor
-    codes: list[Tensor]
-    codec: Codecs
-    sink_tokens: int
-    recent_tokens: int
-    block_tokens: int
-
-    @property
-    def capacity(self) -> int:
-        """Slots."""
-        return self.codes[0].shape[2]
-
-    @property
-    def ring(self) -> int:
-        """Slots of the window after the sinks."""
-        return self.window.shape[2] - self.sink_tokens
-
-    @property
-    def sink_start(self) -> Tensor:
-        """First slot that each row's sinks come from, ``[batch]``."""
-        return self.start[:, 1]
-
-    def sink_slots(self) -> Tensor:
-        """Slots of the sinks, ``[batch, sink_tokens]``."""
-        return self.sink_start[:, None] + torch.arange(self.sink_tokens, device=self.start.device)
-
-    def recent(self, first: int, last: int) -> Tensor:
-        """Window entries of slots ``[first, last)``, ``[batch, heads, last - first, head_dim]``."""
-        slots = torch.arange(first, last, device=self.window.device)
-        return self.window[:, :, self.sink_tokens + slots.remainder(self.ring)]
-
-    def coded(self, first: int, last: int) -> list[Tensor]:
-        """Codes of slots ``[first, last)``, of every part of the codecs."""
-        return [codes[:, :, first:last] for codes in self.codes]
-
-    def decoded(self, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Vectors of slots ``[first, last)``, ``[batch, heads, last - first, head_dim]``."""
-        position = self.position(first, last)
-        some = zip(self.coded(first, last), self.codec.parts, strict=True)
-        return self.codec.merged([decode(codes, position, codec, dtype) for codes, (_, codec) in some])
-
-    @staticmethod
-    def put(held: Tensor, first: int, codes: Tensor, due: Tensor) -> None:
-        """Write codes of the slots from ``first`` on, those of which are ``due``, bool ``[batch, slots]``."""
-        some = held[:, :, first : first + codes.shape[2]]
-        some.copy_(torch.where(due[:, None, :, None], codes, some))
-
-    def position(self, first: int, last: int) -> Tensor:
-        """Positions of slots ``[first, last)`` in each row, ``[batch, last - first]``."""
-        return positions(self.start, first, last)
+def decoded(kv: Packed, first: int, last: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes of slots ``[first, last)`` as vectors, ``[batch, heads, last - first, head_dim]``."""
+    position = kv.position(first, last)
+    some = zip(kv.coded(first, last), kv.codec.parts, strict=True)
+    return kv.codec.merged([decode(codes, position, codec, dtype) for codes, (_, codec) in some])
 
 
 def check_append(kv: Packed, x: Tensor, slots: Tensor, values: bool = True) -> None:
@@ -108,7 +37,7 @@ def check_append(kv: Packed, x: Tensor, slots: Tensor, values: bool = True) -> N
 
     Raises:
         ValueError: wrong shape or dtype, slots that leave a hole, are not consecutive or pass the
-            capacity, or NaN/inf.
+            capacity, or NaN/inf; names the rows that hold these.
     """
     batch, heads, capacity = kv.window.shape[0], kv.codec.heads, kv.capacity
     n = x.shape[2] if x.ndim == 4 else -1
@@ -131,7 +60,8 @@ def check_append(kv: Packed, x: Tensor, slots: Tensor, values: bool = True) -> N
     if first + n > capacity:
         raise ValueError(f"slots up to {first + n - 1} do not fit a capacity of {capacity} tokens")
     if not bool(torch.isfinite(x).all()):
-        raise ValueError("x holds NaN or inf; nothing was written")
+        rows = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist()
+        raise ValueError(f"x holds NaN or inf in row(s) {', '.join(map(str, rows))}; nothing was written")
 
 
 def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
@@ -142,12 +72,9 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
 
     Args:
         x: ``[batch, heads, n, head_dim]``, finite.
-        slots: integer ``[n]``, consecutive, the first at most the length, the last below the capacity.
-
-    Raises:
-        ValueError: see `check_append`; nothing is written then.
+        slots: integer ``[n]``, consecutive, the first at most the length, the last below the capacity: as
+            `check_append` checks, which the ops call first.
     """
-    check_append(kv, x, slots)
     heads, n = x.shape[1:3]
     if n == 0 or x.shape[0] == 0:
         return
@@ -174,7 +101,7 @@ def append_(kv: Packed, x: Tensor, slots: Tensor) -> None:
 
 
 def tail(kv: Packed, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """What is held in full precision just before ``x`` is appended, and ``x``.
+    """What is held in full precision just before ``x`` is appended, and ``x``: what a view other than ``WINDOW`` reads.
 
     Returns:
         ``[batch, heads, ring + n, head_dim]``, of which entry i is slot ``slots[0] - ring + i``, and
@@ -183,7 +110,7 @@ def tail(kv: Packed, x: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     first = slots[0].int() if slots.numel() else kv.length  # stays on its device
     before = first - kv.ring + torch.arange(kv.ring, device=slots.device)
     before = kv.window[:, :, kv.sink_tokens + before.remainder(kv.ring)]
-    return torch.cat((before, x.to(before.dtype)), 2), torch.minimum(kv.encoded, first)
+    return torch.cat((before, x), 2), torch.minimum(kv.encoded, first)
 
 
 def dequantize(kv: Packed, dtype: torch.dtype | None = None) -> Tensor:
@@ -195,7 +122,7 @@ def dequantize(kv: Packed, dtype: torch.dtype | None = None) -> Tensor:
     out = kv.window.new_zeros(batch, heads, capacity, kv.codec.head_dim, dtype=dtype or kv.window.dtype)
     for first in range(0, coded, DECODE_BLOCK):
         last = min(first + DECODE_BLOCK, coded)
-        out[:, :, first:last] = kv.decoded(first, last, out.dtype)
+        out[:, :, first:last] = decoded(kv, first, last, out.dtype)
     exact = torch.arange(low, length, device=out.device) >= kv.encoded[:, None]
     out[:, :, low:length] = torch.where(exact[:, None, :, None], kv.recent(low, length), out[:, :, low:length])
     for i, slots in enumerate(kv.sink_slots().T):

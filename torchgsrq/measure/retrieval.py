@@ -22,8 +22,8 @@ from transformers import DynamicCache, PreTrainedModel
 from torchgsrq import models
 from torchgsrq.api import new_cache
 from torchgsrq.cache import GSRQCache
-from torchgsrq.evaluate import Candidate, check_read_codes, for_measuring, quantized
 from torchgsrq.learning.text import token_ids
+from torchgsrq.measure.evaluate import Candidate, check_read_codes, for_measuring, quantized
 
 _WORDS = (
     "anchor apple arrow basket bell bicycle boat book bottle bridge button camera candle carpet castle chain "

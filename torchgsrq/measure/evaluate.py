@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -24,7 +24,7 @@ from torchgsrq.cache.layer import GSRQLayer
 from torchgsrq.codec import Codebooks
 from torchgsrq.codec.rope import rotate
 from torchgsrq.config import GSRQConfig, encoded_tokens
-from torchgsrq.learning.statistics import unseen
+from torchgsrq.learning.statistics import seen
 
 Candidate = tuple[GSRQConfig, Codebooks]
 _ROWS = 512  # of logits at a time
@@ -227,7 +227,7 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
         if index not in codebooks:
             return
         slots = torch.arange(k.shape[2], device=k.device)
-        mask = None if reach is None else ~unseen(slots, slots, reach)[None, None]
+        mask = None if reach is None else seen(slots, slots, reach)[None, None]
         keys, values = GSRQLayer(codebooks[index], small, index=index).update(k, v)
         given = {"scaling": scaling, "softcap": softcap or None, "s_aux": s_aux}
         exact = dense_attention(module, q, k, v, mask, **given)[0].float()
@@ -239,11 +239,21 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
     return errors
 
 
+class Reading(NamedTuple):
+    """A text that was read once, and went on from there: logits ``[n, vocabulary]`` after each of its tokens but the
+    last, tokens per second of greedy decoding, what it wrote, and the cache."""
+
+    logits: Tensor
+    tokens_per_second: float
+    written: Tensor
+    cache: Any
+
+
 @torch.no_grad()
-def decode_speed(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, Tensor, Any]:
-    """Tokens per second of greedy decoding after ``ids [1, n]`` were read, the continuation, and the cache."""
+def read_and_write(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Reading:
+    """Read ``ids [1, n]`` and write ``new_tokens`` more, with the model's cache as it is."""
     cache = new_cache(model) if hasattr(model, "_gsrq") else transformers.DynamicCache(config=model.config)
-    model(ids[:, :-1], **models.with_cache(model, cache), use_cache=True, logits_to_keep=1)
+    logits = model(ids[:, :-1], **models.with_cache(model, cache), use_cache=True).logits[0]
     begin = time.perf_counter()
     out = model.generate(
         ids,
@@ -253,7 +263,7 @@ def decode_speed(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[
         min_new_tokens=new_tokens,
         do_sample=False,
     )
-    return new_tokens / (time.perf_counter() - begin), out[0, ids.shape[1] :], cache
+    return Reading(logits, new_tokens / (time.perf_counter() - begin), out[0, ids.shape[1] :], cache)
 
 
 def environment() -> str:

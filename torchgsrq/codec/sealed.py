@@ -1,0 +1,104 @@
+"""Files of named tensors and texts: written whole or not at all, with a checksum of what they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Held = tuple[dict[str, Tensor], dict[str, str]]  # tensors and texts by name
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of safetensors file.
+
+    Attributes:
+        name: in the file. version: that is written and read; others are refused.
+        what: what such a file is, and what to do with one of another version, for messages.
+    """
+
+    name: str
+    version: int
+    what: str
+    instead: str
+
+    def sealed(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> Held:
+        """What a file holds: the tensors, and the texts with the format and a checksum of all."""
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        facts = {"format": self.name, "version": str(self.version), **texts}
+        return tensors, {**facts, "checksum": _checksum(tensors, texts)}
+
+    def save(self, tensors: dict[str, Tensor], texts: dict[str, str], path: str | os.PathLike[str]) -> None:
+        """Write a file that is there whole or not at all: a killed process leaves no half of one behind.
+
+        Raises:
+            OSError: it cannot be written: no such folder, no permission, a full disk.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        held, meta = self.sealed(tensors, texts)
+        partial = f"{os.fspath(path)}.{os.getpid()}-{threading.get_ident()}.partial"
+        try:
+            save_file(held, partial, meta)
+            os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+
+    def read(self, source: str | bytes, name: str) -> Held:
+        """The tensors and texts of a file, or of its bytes; ``name`` is for messages. `check_sum` is left to the
+        caller, who can say better what is wrong in a file that does not even fit together.
+
+        Raises:
+            ValueError: no such file, or of another version.
+        """
+        from safetensors import SafetensorError, safe_open
+        from safetensors.torch import load
+
+        try:
+            if isinstance(source, bytes):
+                tensors = load(source)
+                header = json.loads(source[8 : 8 + int.from_bytes(source[:8], "little")])
+                meta = header.get("__metadata__", {})
+            else:
+                with safe_open(source, framework="pt") as file:
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+                    meta = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{name} is damaged, not a whole {self.what}: {error}") from error
+        if meta.get("format") != self.name:
+            raise ValueError(f"{name} is not a torchgsrq {self.what} (format={meta.get('format')!r})")
+        if meta.get("version") != str(self.version):
+            raise ValueError(
+                f"{name} has format version {meta.get('version')}; this torchgsrq reads {self.version}: {self.instead}"
+            )
+        return tensors, meta
+
+    def check_sum(self, tensors: dict[str, Tensor], meta: dict[str, str], name: str) -> None:
+        """Refuse what `read` gave if it is not what was written.
+
+        Raises:
+            ValueError: it is not.
+        """
+        texts = {key: text for key, text in meta.items() if key not in ("format", "version", "checksum")}
+        if meta.get("checksum") != _checksum(tensors, texts):
+            raise ValueError(f"{name} is damaged, not a whole {self.what}: its checksum is not that of what it holds")
+
+
+def _checksum(tensors: dict[str, Tensor], texts: dict[str, str]) -> str:
+    found = hashlib.sha256("\n".join(texts[name] for name in sorted(texts)).encode())
+    for name in sorted(tensors):
+        x = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name}{x.dtype}{list(x.shape)}".encode())
+        found.update(x.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
