@@ -41,25 +41,6 @@ settings.register_profile("few", settings.get_profile("default"), max_examples=4
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Each test goes to the process that is free; those of the embedded model, which share what takes minutes to make,
-    to one."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            together = nodeid.startswith(("tests/test_embedded.py", "tests/test_tutorials.py"))
-            return "embedded" if together else nodeid
-
-    return Scheduling(config, log)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, so that no process is left with a long one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
 def make_codec(
     heads: int = 2,
     head_dim: int = 16,
