@@ -66,27 +66,8 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
     for (int64_t i = begin; i < end; ++i) {
       const int64_t bh = i / c.rows, h = bh % c.heads, row = i % c.rows;
       const float sink = logits ? logits[h * c.group + row / c.queries] : -kInf;
-      float top = sink;
-      for (int64_t p = 0; p < parts; ++p) top = std::max(top, *part_at(p, bh, row).top);
-      float coded_mass = 0, mass = sink == -kInf ? 0.f : std::exp(sink - top);
-      coded_sum.fill(c.padded), sum.fill(c.padded);
-      for (int64_t p = 0; p < parts; ++p) {
-        const Part part = part_at(p, bh, row);
-        if (*part.top == -kInf) continue;
-        const float weight = std::exp(*part.top - top);
-        (p < splits ? coded_mass : mass) += weight * *part.mass;
-        float* to = p < splits ? coded_sum : sum;
-        for (int64_t d = 0; d < c.padded; d += kWidth)
-          at::vec::fmadd(Vec(weight), Vec::loadu(part.out + d), Vec::loadu(to + d)).store(to + d);
-      }
-      // From the metric of the value codec, and its mean, to plain values.
-      const Head value = c.value_tables[h];
-      const Tables& vt = value.tables;
-      product(sum, c.padded, coded_sum, c.padded, 1, vt.inverse + value.h * vt.dim * vt.padded, vt.padded, 1, c.padded, vt.dim, true);
-      mass += coded_mass;
-      const float* mean = vt.mean + value.h * vt.padded;
-      const float scale = mass > 0 ? 1 / mass : 0.f;
-      for (int64_t d = 0; d < c.dim; ++d) out[i * c.dim + d] = (sum[d] + coded_mass * mean[d]) * scale;
+      merge_parts([&](int64_t part) { return part_at(part, bh, row); }, splits, sink, c.value_tables[h], coded_sum, sum);
+      std::copy_n(static_cast<float*>(sum), c.dim, out + i * c.dim);
     }
   });
   timer.lap(kMerge);

@@ -1,8 +1,6 @@
 // Many query rows: blocks of keys and values as vectors, sums of codewords or held in full precision. For attention.cpp
-// alone.
+// and paged.cpp.
 #pragma once
-
-#include <optional>
 
 #include "by_tables.h"
 
@@ -83,18 +81,25 @@ void add_codewords(const Head& head, const uint8_t* codes, int64_t n, float* out
   }
 }
 
-// Keys of tokens [first, first + n) as plain vectors in the canonical order, [n, padded]: for frames too short to turn
+// Scores of codes for many query rows, by their keys as plain vectors in the canonical order: for frames too short to turn
 // the queries instead.
-class KeyDecoder {
+class DecodedScores {
  public:
-  KeyDecoder(const Call& c, int64_t b, int64_t h)
+  DecodedScores(const Call& c, int64_t b, int64_t h, int64_t rows, const float* q)
       : row_(c.key.start, b), head_(c.key_tables[h]), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded),
-        frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs) {}
+        keys_(kBlock * t_.padded), frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs),
+        plain_(rows, t_.dim) {
+    plain_.set(q, t_.padded);
+  }
 
-  void decode(float* out, int64_t first, int64_t n) {
+  // How many of the slots [first, last) one call of `score` may take.
+  int64_t together(int64_t first, int64_t last) const { return std::min(kBlock, last - first); }
+
+  // Scores of n slots from `first` on, [n, lanes].
+  void score(float* scores, int64_t first, int64_t n) {
     int64_t turned = std::numeric_limits<int64_t>::min(), framed = turned;
     add_codewords(head_, codes_ + first * t_.codes, n, sums_);
-    product(out, t_.padded, sums_, t_.padded, 1, t_.inverse + head_.h * t_.dim * t_.padded, t_.padded, n, t_.padded, t_.dim);
+    product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + head_.h * t_.dim * t_.padded, t_.padded, n, t_.padded, t_.dim);
     const int64_t pairs = t_.pairs;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t position = row_.position(first + i);
@@ -102,7 +107,7 @@ class KeyDecoder {
       if (position - turn != turned) cos_sin(turn_cos_, turn_sin_, t_.inv_freq.data(), pairs, turned = position - turn);
       if (position - place != framed) cos_sin(frame_cos_, frame_sin_, t_.inv_freq.data(), pairs, framed = position - place);
       const float* mean = t_.mean_rows + (head_.h * kRotate + turn) * t_.padded;
-      float* k = out + i * t_.padded;
+      float* k = keys_ + i * t_.padded;
       const float *cf = frame_cos_, *sf = frame_sin_, *ct = turn_cos_, *st = turn_sin_;
       int64_t p = 0;
       for (; p + kWidth <= pairs; p += kWidth) {
@@ -117,6 +122,7 @@ class KeyDecoder {
       }
       for (int64_t d = 2 * pairs; d < t_.dim; ++d) k[d] += mean[d];
     }
+    product<float>(scores, plain_.lanes, keys_, t_.padded, 1, plain_, plain_.lanes, n, plain_.lanes, t_.dim);
   }
 
  private:
@@ -124,7 +130,8 @@ class KeyDecoder {
   const Head head_;
   const Tables& t_;
   const uint8_t* codes_;
-  Buffer sums_, frame_cos_, frame_sin_, turn_cos_, turn_sin_;
+  Buffer sums_, keys_, frame_cos_, frame_sin_, turn_cos_, turn_sin_;
+  Columns plain_;
 };
 
 // Scores of codes for many query rows, in the metric of their codewords: the queries are turned to each frame, and the
@@ -187,32 +194,23 @@ class FramedScores {
 };
 
 // Slots [first, last) of the codes for query rows [row0, row0 + rows); q is in the canonical order.
+template <typename Scores>
 void attend_by_blocks(
     const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q,
-    bool framed, Part part) {
+    Part part) {
   Timer timer;
   const int64_t sink = RowStart(c.key.start, b).sink();
   const int64_t* limits = c.code_limit.data() + b * c.queries;
   int64_t widest = 0;
   for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, limits[c.query_of(r)]);
   last = std::min(last, widest);
-  std::optional<FramedScores> in_frames;
-  std::optional<KeyDecoder> decoder;
-  Columns plain(framed ? 0 : rows, c.dim);
-  Buffer keys(kBlock * c.padded), values(kBlock * c.padded);
-  if (framed) in_frames.emplace(c, b, h, rows, q);
-  else decoder.emplace(c, b, h), plain.set(q, c.padded);
+  Scores scored(c, b, h, rows, q);
   const int64_t lanes = round_up(rows, kWidth);
   const Head value = c.value_tables[h];
-  Buffer scores(kBlock * lanes);
+  Buffer values(kBlock * c.padded), scores(kBlock * lanes);
   for (int64_t slot = first; slot < last;) {
-    const int64_t n = framed ? in_frames->together(slot, last) : std::min(kBlock, last - slot);
-    if (framed) {
-      in_frames->score(scores, slot, n);
-    } else {
-      decoder->decode(keys, slot, n);
-      product<float>(scores, lanes, keys, c.padded, 1, plain, lanes, n, lanes, c.dim);
-    }
+    const int64_t n = scored.together(slot, last);
+    scored.score(scores, slot, n);
     timer.lap(kScores);
     restrict_scores(c, b, h, row0, rows, nullptr, slot, n, scores, lanes, 1, [&](int64_t query, float* s) {
       for (int64_t t = std::max<int64_t>(0, limits[query] - slot); t < n; ++t) s[t * lanes] = -kInf;
@@ -238,7 +236,8 @@ struct Cut {
   void attend(
       const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q,
       Part part) const {
-    if (!by_tables) attend_by_blocks(c, b, h, row0, rows, first, last, q, framed, part);
+    if (!framed) attend_by_blocks<DecodedScores>(c, b, h, row0, rows, first, last, q, part);
+    else if (!by_tables) attend_by_blocks<FramedScores>(c, b, h, row0, rows, first, last, q, part);
     else if (rows <= 4) attend_by_tables<4>(c, b, h, row0, rows, first, last, q, part);
     else if (rows <= 8) attend_by_tables<8>(c, b, h, row0, rows, first, last, q, part);
     else attend_by_tables<16>(c, b, h, row0, rows, first, last, q, part);
@@ -249,6 +248,33 @@ struct Cut {
   static constexpr int64_t kTableRows = 48;      // up to which look-up tables are faster, kMaxLanes at a time
   static constexpr int64_t kRowTile = 384;       // that share a block
 };
+
+// The output of a query row from its parts, of which the first `splits` are of codes: float32, plain, in sum [padded].
+// ``sink`` is a logit that takes probability and gives nothing.
+template <typename PartAt>
+void merge_parts(PartAt part_at, int64_t splits, float sink, const Head& value, Buffer& coded_sum, Buffer& sum) {
+  const Tables& t = value.tables;
+  float top = sink;
+  for (int64_t p = 0; p <= splits; ++p) top = std::max(top, *part_at(p).top);
+  float coded_mass = 0, mass = sink == -kInf ? 0.f : std::exp(sink - top);
+  coded_sum.fill(t.padded), sum.fill(t.padded);
+  for (int64_t p = 0; p <= splits; ++p) {
+    const Part part = part_at(p);
+    if (*part.top == -kInf) continue;
+    const float weight = std::exp(*part.top - top);
+    (p < splits ? coded_mass : mass) += weight * *part.mass;
+    float* to = p < splits ? coded_sum : sum;
+    for (int64_t d = 0; d < t.padded; d += kWidth)
+      at::vec::fmadd(Vec(weight), load(part.out + d), load(to + d)).store(to + d);
+  }
+  // From the metric of the value codec, and its mean, to plain values.
+  if (coded_mass > 0)
+    product(sum, t.padded, coded_sum, t.padded, 1, t.inverse + value.h * t.dim * t.padded, t.padded, 1, t.padded, t.dim, true);
+  mass += coded_mass;
+  const float* mean = t.mean + value.h * t.padded;
+  const float scale = mass > 0 ? 1 / mass : 0.f;
+  for (int64_t d = 0; d < t.dim; ++d) sum[d] = (sum[d] + coded_mass * mean[d]) * scale;
+}
 
 // What is held in full precision: the newest slots, from the window or the tails, and the sinks.
 template <typename T>

@@ -1,4 +1,4 @@
-// Few query rows: scores by look-up tables, values by probability histograms. For attention.cpp alone.
+// Few query rows: scores by look-up tables, values by probability histograms. For attention.cpp and paged.cpp.
 #pragma once
 
 #include "call.h"

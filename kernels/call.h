@@ -1,4 +1,4 @@
-// One call of attention: what it works on, what limits its scores, where its time goes. For attention.cpp alone.
+// One call of attention: what it works on, what limits its scores, where its time goes. For attention.cpp and paged.cpp.
 #pragma once
 
 #include <array>

@@ -212,11 +212,11 @@ Tensor search(const Tensor& y_, at::TensorList tensors, at::IntArrayRef integers
 std::string rows_with_infinite(const Tensor& x) {
   std::string rows;
   for (int64_t b = 0; b < x.size(0); ++b)
-    if (!all_finite(x[b].contiguous())) rows += (rows.empty() ? "" : ", ") + std::to_string(b);
+    if (!all_finite(x[b])) rows += (rows.empty() ? "" : ", ") + std::to_string(b);
   return rows;
 }
 
-// Refuses what append_ cannot write, after the words `side`; gives the first slot.
+// Refuses what append_ cannot write, after the words `side`; gives the first slot. x is contiguous.
 int64_t check_append(const Packed& kv, const Tensor& x, const Tensor& slots, const char* side = "") {
   const int64_t n = x.dim() == 4 ? x.size(2) : -1, heads = kv.codec.heads, dim = kv.codec.dim;
   TORCH_CHECK_VALUE(
@@ -243,15 +243,14 @@ int64_t check_append(const Packed& kv, const Tensor& x, const Tensor& slots, con
       first + n <= kv.capacity(), side, "slots up to ", first + n - 1, " do not fit a capacity of ", kv.capacity(),
       " tokens");
   TORCH_CHECK_VALUE(
-      all_finite(x.contiguous()), side, "x holds NaN or inf in row(s) ", rows_with_infinite(x), "; nothing was written");
+      all_finite(x), side, "x holds NaN or inf in row(s) ", rows_with_infinite(x), "; nothing was written");
   return first;
 }
 
 // Appends what check_append let pass, and which begins at slot `first`.
-void append(Packed& kv, const Tensor& x_, int64_t first) {
-  const int64_t batch = x_.size(0), heads = x_.size(1), n = x_.size(2), sinks = kv.sinks, ring = kv.ring, dim = kv.codec.dim;
+void append(Packed& kv, const Tensor& x, int64_t first) {
+  const int64_t batch = x.size(0), heads = x.size(1), n = x.size(2), sinks = kv.sinks, ring = kv.ring, dim = kv.codec.dim;
   if (n == 0 || batch == 0) return;
-  const Tensor x = x_.contiguous();
   // What is due to become codes, row by row: each by its own length.
   struct Stretch { int64_t row, low, tokens; };
   std::vector<Stretch> due;
@@ -306,8 +305,9 @@ void append(Packed& kv, const Tensor& x_, int64_t first) {
 }
 
 void append_op(
-    at::TensorList owned, at::TensorList tables, at::IntArrayRef integers, const Tensor& x, const Tensor& slots) {
+    at::TensorList owned, at::TensorList tables, at::IntArrayRef integers, const Tensor& x_, const Tensor& slots) {
   Packed kv(owned, tables, integers);
+  const Tensor x = x_.contiguous();
   append(kv, x, check_append(kv, x, slots));
 }
 
@@ -320,8 +320,9 @@ Tensor tail(const Packed& kv, const Tensor& x, int64_t first) {
 // To the keys and values of a layer, or to neither; gives what new queries may see exactly, if asked for.
 std::tuple<Tensor, Tensor, Tensor> append_pair(
     at::TensorList key, at::TensorList key_codec, at::IntArrayRef key_integers, at::TensorList value,
-    at::TensorList value_codec, at::IntArrayRef value_integers, const Tensor& k, const Tensor& v, const Tensor& slots,
+    at::TensorList value_codec, at::IntArrayRef value_integers, const Tensor& k_, const Tensor& v_, const Tensor& slots,
     bool tails) {
+  const Tensor k = k_.contiguous(), v = v_.contiguous();
   Packed keys(key, key_codec, key_integers), values(value, value_codec, value_integers);
   const int64_t first = check_append(keys, k, slots, "keys: "), first_value = check_append(values, v, slots, "values: ");
   Tensor key_tail, value_tail, start;

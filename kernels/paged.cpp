@@ -8,6 +8,8 @@
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <torch/library.h>
 
+#include <optional>
+
 #include "by_blocks.h"
 
 namespace gsrq {
@@ -258,7 +260,7 @@ std::vector<Request> requests_of(
   return found;
 }
 
-// A call of the kernels for the requests with so many queries, or for one alone; `last` is the last request it serves.
+// A call of the kernels for the requests with so many queries, or for the one at `only`.
 void limit(Call& c, const std::vector<Request>& requests, int64_t queries, int64_t only, int64_t group) {
   const int64_t rows = only < 0 ? requests.size() : only + 1;
   c.batch = rows, c.group = group, c.queries = queries, c.rows = group * queries;
@@ -344,29 +346,18 @@ void attend(const Gathered& g, const Exact& e, std::vector<Request>& requests, c
       const int64_t h = task % heads;
       if (r.plain) continue;
       for (int64_t row = 0; row < group * r.queries; ++row) {
-        float top = -kInf, coded_mass = 0, mass = 0;
-        for (int64_t p = 0; p <= r.splits; ++p) top = std::max(top, *part_at(r, p, h, row).top);
-        coded_sum.fill(padded), sum.fill(padded);
-        for (int64_t p = 0; p <= r.splits; ++p) {
-          const Part part = part_at(r, p, h, row);
-          if (*part.top == -kInf) continue;
-          const float weight = std::exp(*part.top - top);
-          (p < r.splits ? coded_mass : mass) += weight * *part.mass;
-          float* to = p < r.splits ? coded_sum : sum;
-          for (int64_t d = 0; d < padded; d += kWidth)
-            at::vec::fmadd(Vec(weight), load(part.out + d), load(to + d)).store(to + d);
-        }
         const Head value = r.call->value_tables[h];
-        const Tables& vt = value.tables;
-        if (coded_mass > 0)
-          product(sum, padded, coded_sum, padded, 1, vt.inverse + value.h * vt.dim * vt.padded, vt.padded, 1, padded, vt.dim, true);
-        const float* mean = vt.mean + value.h * vt.padded;
-        const float whole = mass + coded_mass, by = whole > 0 ? 1 / whole : 0.f;
+        merge_parts([&](int64_t part) { return part_at(r, part, h, row); }, r.splits, -kInf, value, coded_sum, sum);
         T* out = result.mutable_data_ptr<T>() + (r.first + row % r.queries) * result.stride(0) + (h * group + row / r.queries) * result.stride(1);
-        for (int64_t d = 0; d < e.dim; ++d) out[d] = static_cast<T>((sum[d] + coded_mass * mean[d]) * by);
+        std::copy_n(static_cast<float*>(sum), e.dim, out);
       }
     }
   });
+}
+
+void check_tables(std::initializer_list<Tensor> tables) {
+  for (const Tensor& x : tables)
+    TORCH_CHECK_VALUE(x.scalar_type() == at::kInt && x.stride(-1) == 1, "lengths and tables are int32, rows in one piece");
 }
 
 Tensor paged_attention(
@@ -378,8 +369,7 @@ Tensor paged_attention(
   TORCH_CHECK_VALUE(q.dim() == 3 && k.dim() == 3 && q.stride(2) == 1 && k.stride(2) == 1 && v.stride(2) == 1,
       "queries, keys and values are [tokens, heads, head_dim]; got ", q.sizes(), ", ", k.sizes(), " and ", v.sizes());
   TORCH_CHECK_VALUE(q.scalar_type() == k.scalar_type() && k.scalar_type() == v.scalar_type(), "q, k and v differ in dtype");
-  for (const Tensor& x : {query_start, lengths, held_from, table})
-    TORCH_CHECK_VALUE(x.scalar_type() == at::kInt && x.stride(-1) == 1, "lengths and tables are int32, rows in one piece");
+  check_tables({query_start, lengths, held_from, table});
   const int64_t group = q.size(1) / k.size(1);
   std::vector<Request> requests = requests_of(query_start, lengths, held_from, sizes[2], sizes[3], view);
   const Gathered g(codes, table, requests, sizes[0], key_codec, key_integers, value_codec, value_integers, sizes[1]);
@@ -419,8 +409,7 @@ void paged_append(
     at::IntArrayRef key_integers, at::TensorList value_codec, at::IntArrayRef value_integers, at::IntArrayRef sizes) {
   using Encode = Tensor(const Tensor&, const Tensor&, at::TensorList, at::IntArrayRef);
   static const auto encode = c10::Dispatcher::singleton().findSchemaOrThrow("torchgsrq::encode", "").typed<Encode>();
-  for (const Tensor& x : {query_start, lengths, table})
-    TORCH_CHECK_VALUE(x.scalar_type() == at::kInt && x.stride(-1) == 1, "lengths and tables are int32, rows in one piece");
+  check_tables({query_start, lengths, table});
   struct Due { int64_t request, row, held, token; };
   std::vector<Due> due;
   const auto *start = query_start.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>();

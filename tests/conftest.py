@@ -71,11 +71,15 @@ def make_codec(
 
 
 def close(got: torch.Tensor, want: torch.Tensor, rel: float) -> None:
-    """Element by element: no error above ``rel`` times the largest element of its vector (the last dimension)."""
+    """A relative error of at most ``rel`` in all, and in no element more than ten times that, of the largest element of
+    its vector (the last dimension)."""
     assert got.shape == want.shape
-    size = want.double().abs().amax(-1, keepdim=True)
-    worst = ((got.double() - want.double()).abs() / size.clamp_min(1e-30)).max() if want.numel() else 0
-    assert worst <= rel, f"relative error {worst:.2e}"
+    want = want.double()
+    error = got.double() - want
+    whole = error.norm() / want.norm().clamp_min(1e-30)
+    assert whole <= rel, f"relative error {whole:.2e}"
+    worst = (error.abs() / want.abs().amax(-1, keepdim=True).clamp_min(1e-30)).max() if want.numel() else 0
+    assert worst <= 10 * rel, f"relative error of an element {worst:.2e}"
 
 
 def by_turns(one: Codec, two: Codec) -> Codecs:

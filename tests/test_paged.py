@@ -58,8 +58,8 @@ class Engine:
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         window_slots = self.window_table[row, position // WINDOW] * WINDOW + position % WINDOW
         sink_slots = torch.where(position < self.config.sink_tokens, self.sink_pages[row] * WINDOW + position, -1)
-        start = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
-        lengths, held_from = (torch.tensor(x, dtype=torch.int32) for x in (self.lengths, self.held_from))
+        start = i32([0, *torch.tensor(counts).cumsum(0).tolist()])
+        lengths, held_from = i32(self.lengths), i32(self.held_from)
         tokens = (self.config.sink_tokens, self.config.recent_tokens, self.config.block_tokens)
         where = (start, lengths, held_from, self.table, self.window_table, self.sink_pages)
         flat = (self.key.tensors, self.key.integers, self.value.tensors, self.value.integers)
@@ -78,6 +78,10 @@ class Engine:
             out = reference.paged_attention(q, k, v, pages, Requests(*where), scale=DIM**-0.5, view=view)
             reference.paged_hold_(self.window, k, v, window_slots)
         return list(out.split(counts))
+
+
+def i32(x: list[int]) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.int32)
 
 
 def texts(lengths: list[int], seed: int = 5) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -134,7 +138,6 @@ def test_the_kernel_is_the_reference(view, frame, dtype):
     lengths, counts = [4600, 1, 3000, 70, 130, 900], [1, 1, 3, 70, 1, 100]
     all_ = torch.randn(sum(counts), HEADS * (GROUP + 2), DIM, generator=torch.Generator().manual_seed(2)).to(dtype)
     q, k, v = all_.split([HEADS * GROUP, HEADS, HEADS], 1)
-    i32 = lambda x: torch.tensor(x, dtype=torch.int32)  # noqa: E731
     start = i32([0, *torch.tensor(counts).cumsum(0).tolist()])
     where = (start, i32(lengths), i32([0, 0, 2995, 0, 0, 0]), engine.table, engine.window_table, engine.sink_pages)
     flat = (key.tensors, key.integers, value.tensors, value.integers)
@@ -203,10 +206,9 @@ def test_schemas():
     at = torch.arange(4)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.paged_hold_.default, (engine.sinks, k, v, at), test_utils=checks)
-    i32 = lambda *x: torch.tensor(x, dtype=torch.int32)  # noqa: E731
-    where = (i32(0, 1, 4), i32(1, 3), i32(0, 0), engine.table, engine.window_table, engine.sink_pages)
+    where = (i32([0, 1, 4]), i32([1, 3]), i32([0, 0]), engine.table, engine.window_table, engine.sink_pages)
     held = (engine.codes, engine.window.zero_(), engine.sinks.zero_())
-    append = (engine.codes, engine.window, k, v, i32(0, 1, 4), i32(1, 23), engine.table, engine.window_table)
+    append = (engine.codes, engine.window, k, v, i32([0, 1, 4]), i32([1, 23]), engine.table, engine.window_table)
     torch.library.opcheck(ops.paged_append_.default, (*append, *flat, [BLOCK, 3, 6, 4]), test_utils=checks)
     torch.library.opcheck(
         ops.paged_attention.default, (q, k, v, *held, *where, *flat, [BLOCK, 3, 6, 4], 0.25, 0.0, 0), test_utils=checks

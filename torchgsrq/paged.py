@@ -5,25 +5,20 @@ A layer's pages and codecs travel as plain tensors and integers; `reference.page
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torchgsrq.codec import Codecs
-from torchgsrq.ops import op
+from torchgsrq.ops import like_query, nothing, op
 from torchgsrq.reference import paged as reference
 from torchgsrq.reference.paged import Pages, Requests
 
 _CODECS = "Tensor[] key_codec, int[] key_integers, Tensor[] value_codec, int[] value_integers"
 
 
-def _nothing(*_: object) -> None:
-    return None
-
-
 @op(
     "(Tensor(a!) codes, Tensor? window, Tensor k, Tensor v, Tensor query_start, Tensor lengths, Tensor table, "
     f"Tensor? window_table, {_CODECS}, int[] sizes) -> ()",
-    _nothing,
+    nothing,
     compiled=True,
 )
 def paged_append_(
@@ -47,22 +42,18 @@ def paged_append_(
     reference.paged_append_(pages, requests, k, v)
 
 
-@op("(Tensor(a!) held, Tensor k, Tensor v, Tensor slots) -> ()", _nothing, compiled=True)
+@op("(Tensor(a!) held, Tensor k, Tensor v, Tensor slots) -> ()", nothing, compiled=True)
 def paged_hold_(held: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Write tokens ``[tokens, heads, head_dim]`` exactly, on pages of the window or of sinks
     (`reference.paged.paged_hold_`)."""
     reference.paged_hold_(held, k, v, slots)
 
 
-def _like_query(q: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
 @op(
     "(Tensor q, Tensor k, Tensor v, Tensor codes, Tensor? window, Tensor? sinks, Tensor query_start, Tensor lengths, "
     "Tensor held_from, Tensor table, Tensor? window_table, Tensor? sink_pages, "
     f"{_CODECS}, int[] sizes, float scale, float softcap, int view) -> Tensor",
-    _like_query,
+    like_query,
     compiled=True,
 )
 def paged_attention(

@@ -70,19 +70,23 @@ class Format:
                 tensors = load(source)
                 header = json.loads(source[8 : 8 + int.from_bytes(source[:8], "little")])
                 meta = header.get("__metadata__", {})
+                self._check_format(meta, name)
             else:
                 with safe_open(source, framework="pt") as file:
-                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
                     meta = file.metadata() or {}
+                    self._check_format(meta, name)  # before tensors are read: those of a model may fill the memory
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         except SafetensorError as error:
             raise ValueError(f"{name} is damaged, not a whole {self.what}: {error}") from error
+        return tensors, meta
+
+    def _check_format(self, meta: dict[str, str], name: str) -> None:
         if meta.get("format") != self.name:
             raise ValueError(f"{name} is not a torchgsrq {self.what} (format={meta.get('format')!r})")
         if meta.get("version") != str(self.version):
             raise ValueError(
                 f"{name} has format version {meta.get('version')}; this torchgsrq reads {self.version}: {self.instead}"
             )
-        return tensors, meta
 
     def check_sum(self, tensors: dict[str, Tensor], meta: dict[str, str], name: str) -> None:
         """Refuse what `read` gave if it is not what was written.

@@ -59,7 +59,6 @@ def calibrate(
     max_memory: int = MEMORY,
     progress: bool = True,
 ) -> list[Codebooks]: ...
-@torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
     config: GSRQConfig | Sequence[GSRQConfig] | None = None,
@@ -113,6 +112,7 @@ def calibrate(
     return found if several else found[0]
 
 
+@torch.no_grad()
 def calibrate_layers(
     model: PreTrainedModel,
     found: list[LayerInfo],

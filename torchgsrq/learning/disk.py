@@ -8,7 +8,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from torchgsrq import models
@@ -33,7 +32,7 @@ def cached_codebooks(
     found = {config: books for config in configs if (books := _kept(config, owner)) is not None}
     missing = [config for config in dict.fromkeys(configs) if config not in found]
     if missing:
-        with showing(progress), torch.no_grad():
+        with showing(progress):
             made = calibrate_layers(model, layers, missing)
         for config, books in zip(missing, made, strict=True):
             found[config] = books
