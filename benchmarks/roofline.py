@@ -27,7 +27,7 @@ from torchgsrq.kernels.common import Shape
 
 from torchgsrq import Codec, GSRQConfig, GSRQTensor
 from torchgsrq.codec import Codecs
-from torchgsrq.reference.coding import SWEEPS
+from torchgsrq.codec.layout import search_steps
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def encode_tokens(codec: Codec, tokens: int) -> Work:
     vectors = codec.heads * tokens
     work = Work(memory=vectors * (2 * s.d + s.n) + Codecs.of(codec).nbytes())
     # A step multiplies what is left of a vector and the vector at length 1, in two float16 parts each.
-    steps = 1 + SWEEPS if codec.layout.stages > 1 else 1
+    steps = search_steps(codec.layout.stages, codec.eta) / codec.layout.stages
     per_stage = 2 * 2 * steps * 256 * max(16, s.wp)
     work.multiplied = vectors * (s.n * per_stage + 6 * s.d * s.gp * max(16, s.wp))
     work.gathered = vectors / 32 * s.n * steps * 256 * s.w * 2  # a program's 32 vectors share what it loads

@@ -17,7 +17,18 @@ from torch import Tensor
 from torchgsrq.codec import Codec, Codecs, packed
 from torchgsrq.codec.packed import Options, Packed
 
-from .common import MOST_HEADS, Shape, bits_of, coded_slots, codewords, floor_div, layer_head, turn, window
+from .common import (
+    MOST_HEADS,
+    Shape,
+    bits_of,
+    coded_slots,
+    codewords,
+    floor_div,
+    layer_head,
+    place_of,
+    turn,
+    window,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 WINDOW, EXACT_TAIL = tl.constexpr(packed.WINDOW), tl.constexpr(packed.EXACT_TAIL)
@@ -41,7 +52,7 @@ class Plan:
     warps: int
 
 
-_MERGE_ROWS = 16  # query rows that a program of the merge takes
+MERGE_ROWS = 16  # query rows that a program of the merge takes
 
 
 def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, half: bool) -> Plan:
@@ -49,7 +60,7 @@ def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, h
     # What registers hold without spilling: see benchmarks/cross_compile.py.
     wide = key.head_dim > 128
     block = 32 if rows > 16 and half and not wide else 16
-    frame = _frame(key)
+    frame = frame_of(key)
     tokens = 16
     if half:
         tokens = 128 if block == 16 and not wide else 64
@@ -60,7 +71,7 @@ def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, h
     return Plan(block, tokens, splits, 8)
 
 
-def _frame(key: Codec | Codecs) -> int:
+def frame_of(key: Codec | Codecs) -> int:
     """Tokens of a frame; without RoPE, all there are."""
     return key.frame if key.inv_freq.numel() else 1 << 20
 
@@ -118,15 +129,16 @@ def _elements(q, row, base, index, live):
 
 
 @triton.jit
-def _exact(
+def exact_split(
     q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
     b, h, row, head, query, query_slot, place, length, low, boundary, sink, first_sink, past_sink,
     mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
     D: tl.constexpr, BD: tl.constexpr, SINKS: tl.constexpr, BS: tl.constexpr, RING: tl.constexpr, VIEW: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr, sink_t, old, old_t, table, page_stride, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """The newest tokens, from the ring or from what came with the queries, and the sinks."""
+    """The newest tokens, from the ring or from what came with the queries, and the sinks. With pages of ``PAGE`` tokens
+    those from before the tail are there, in ``old``, keys and values side by side."""
     top = tl.full([BM], -float("inf"), tl.float32)
     mass = tl.zeros([BM], tl.float32)
     d = tl.arange(0, BD)
@@ -141,8 +153,14 @@ def _exact(
         at = (slots - (length - TAIL)).to(tl.int64)
         if VIEW == WINDOW:
             at = (SINKS + slots % RING).to(tl.int64)
-        k = tl.load(kx + at[None, :] * k_xt + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
-        v = tl.load(vx + at[:, None] * v_xt + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
+        k_from, v_from = kx + at * k_xt, vx + at * v_xt
+        if PAGE:
+            before = at < 0
+            from_page = old + place_of(slots, before, old_t, table, page_stride, PAGE)
+            k_from = tl.where(before, from_page, k_from)
+            v_from = tl.where(before, from_page + D, v_from)
+        k = tl.load(k_from[None, :] + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
+        v = tl.load(v_from[:, None] + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
         held = held & ((slots < first_sink) | (slots >= past_sink))
         allowed = held[None, :] & (slots[None, :] >= boundary[:, None])
         s = tl.dot(x, k.to(DTYPE), input_precision=PRECISION)
@@ -155,8 +173,8 @@ def _exact(
         held = (i < SINKS) & (slots < length)
         kx = k_window + b * k_wb + h * k_wh
         vx = v_window + b * v_wb + h * v_wh
-        k = tl.load(kx + i[None, :] * D + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
-        v = tl.load(vx + i[:, None] * D + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
+        k = tl.load(kx + i[None, :] * sink_t + d[:, None], mask=held[None, :] & (d < D)[:, None], other=0)
+        v = tl.load(vx + i[:, None] * sink_t + d[None, :], mask=held[:, None] & (d < D)[None, :], other=0)
         s = tl.dot(x, k.to(DTYPE), input_precision=PRECISION)
         s = _finish(s, slots, held[None, :] & row[:, None], row, head, query, b, mask, mask_b, mask_h, mask_q,
                     mask_t, mask_w, scale, softcap, query_slot, MASK, SOFTCAP, CAUSAL)  # fmt: skip
@@ -192,7 +210,7 @@ def _coded_query(
 
 
 @triton.jit
-def _coded(
+def coded_split(
     q, base, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct, k_mean, k_inverse, k_book, k_freq, v_book,
     b, h, split, row, head, query, query_slot, place, total, coded, boundary, origin, first_sink,
     past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out, SPLITS,
@@ -200,9 +218,9 @@ def _coded(
     FRAME: tl.constexpr, KG: tl.constexpr, KGP: tl.constexpr, KW: tl.constexpr, KWP: tl.constexpr, KN: tl.constexpr,
     VG: tl.constexpr, VGP: tl.constexpr, VW: tl.constexpr, VWP: tl.constexpr, VN: tl.constexpr,
     CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr,
-    DTYPE: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr, CODE: tl.constexpr, PRECISION: tl.constexpr, table, page_stride, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """One split of the codes."""
+    """One split of the codes, which lie in one piece, or on pages of ``PAGE`` tokens."""
     top = tl.full([BM], -float("inf"), tl.float32)
     mass = tl.zeros([BM], tl.float32)
     # The query, in pairs of RoPE and the rest.
@@ -259,7 +277,8 @@ def _coded(
         for step in range(lower, upper):
             slots = step * BT + t + origin
             held = (slots >= 0) & (slots < coded)
-            y = codewords(kc, books, slots, held, k_ct, KG, KGP, KW, KWP, KN, BT, CODE)
+            at = place_of(slots, held, k_ct, table, page_stride, PAGE)
+            y = codewords(kc, books, at, held, KG, KGP, KW, KWP, KN, BT, CODE)
             s = tl.dot(turned, tl.trans(y), input_precision=PRECISION) * size[:, None]
             if PAIRS:
                 s = tl.dot(here_a.to(DTYPE), mean_a, s, input_precision=PRECISION)
@@ -272,7 +291,8 @@ def _coded(
             allowed = held[None, :] & (slots[None, :] < boundary[:, None])
             s = _finish(s, slots, allowed, row, head, query, b, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale,
                         softcap, query_slot, MASK, SOFTCAP, CAUSAL)  # fmt: skip
-            v = codewords(vc, values, slots, held, v_ct, VG, VGP, VW, VWP, VN, BT, CODE)
+            at = place_of(slots, held, v_ct, table, page_stride, PAGE)
+            v = codewords(vc, values, at, held, VG, VGP, VW, VWP, VN, BT, CODE)
             top, mass, out = _absorb(s, v, top, mass, out, PRECISION)
     c = tl.arange(0, VGP * VWP)
     live = (c // VWP < VG) & (c % VWP < VW)
@@ -329,19 +349,19 @@ def split_kernel(
     place = (bh * tl.num_programs(0) + tile) * BM + tl.arange(0, BM)  # of a row, among all partial results
     total = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * BM
     if split == SPLITS:
-        top, mass = _exact(
+        top, mass = exact_split(
             q, base, k_exact, k_xb, k_xh, k_xt, v_exact, v_xb, v_xh, v_xt, k_window, k_wb, k_wh, v_window, v_wb, v_wh,
             b, kv_head.to(tl.int64), row, head, query, query_slot, place, length, low, boundary, sink, first_sink,
             past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, exact_out, TAIL,
-            D, BD, SINKS, BS, RING, VIEW, CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, PRECISION,
+            D, BD, SINKS, BS, RING, VIEW, CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, PRECISION, D, k_window, 0, start, 0, 0,
         )  # fmt: skip
     else:
-        top, mass = _coded(
+        top, mass = coded_split(
             q, base, k_codes, k_cb, k_ch, k_ct, v_codes, v_cb, v_ch, v_ct, k_mean, k_inverse, k_book, k_freq, v_book,
             b, h, split, row, head, query, query_slot, place, total, coded, boundary, origin,
             first_sink, past_sink, mask, mask_b, mask_h, mask_q, mask_t, mask_w, scale, softcap, part_out,
             SPLITS, D, PAIRS, BP, BR, INTERLEAVED, FRAME, KG, KGP, KW, KWP, KN, VG, VGP, VW, VWP, VN,
-            CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, CODE, PRECISION,
+            CAUSAL, MASK, SOFTCAP, BM, BT, DTYPE, CODE, PRECISION, start, 0, 0,
         )  # fmt: skip
     tl.store(part_top + split * total + place, top, mask=row)
     tl.store(part_mass + split * total + place, mass, mask=row)
@@ -351,9 +371,10 @@ def split_kernel(
 def merge_kernel(
     part_out, part_top, part_mass, exact_out, v_inverse, v_mean, sink_logits, out, out_b, out_h, heads,
     ROWS, HEADS, GROUP, QUERIES, SPLITS,
-    D: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, LOGITS: tl.constexpr,
+    D: tl.constexpr, STEP: tl.constexpr, BV: tl.constexpr, BM: tl.constexpr, LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of a tile of query rows; only here does the output leave the values' metric."""
+    """Merge the splits of a tile of query rows; only here does the output leave the values' metric. Outputs of
+    queries are ``STEP`` elements apart."""
     tile, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     h = bh % HEADS
     kv_head = layer_head(heads, h).to(tl.int64)
@@ -390,7 +411,7 @@ def merge_kernel(
     held = row & (share > 0)
     mass = tl.where(mass == 0, 1.0, mass)[:, None]
     head, query = kv_head * GROUP + r // QUERIES, r % QUERIES
-    to = (bh // HEADS) * out_b + head * out_h + query * D
+    to = (bh // HEADS) * out_b + head * out_h + query * STEP
     for first in range(0, D, 32):
         d = first + tl.arange(0, 32)
         inside = d < D
@@ -451,10 +472,10 @@ def attention(q: Tensor, key: Packed, value: Packed, options: Options, *, plan_:
                 part_top, part_mass, exact_out, which, heads, group, queries, exact[0].shape[2], p.splits, **fixed,
                 num_warps=p.warps, num_stages=1,
             )  # fmt: skip
-            merge_kernel[(triton.cdiv(rows, _MERGE_ROWS), batch * heads)](
+            merge_kernel[(triton.cdiv(rows, MERGE_ROWS), batch * heads)](
                 part_out, part_top, part_mass, exact_out, v.inverse, v.mean,
                 k.mean if sink_logits is None else sink_logits, out, *out.stride()[:2], which, tiles * p.rows, heads,
-                group, queries, p.splits, **merge_constants(v, sink_logits is not None), num_warps=4, num_stages=1,
+                group, queries, p.splits, **merge_constants(v, sink_logits is not None, dim), num_warps=4, num_stages=1,
             )  # fmt: skip
     return out
 
@@ -468,7 +489,7 @@ def constants(key: Codec, value: Codec, p: Plan, dtype: torch.dtype) -> dict[str
         **k.rotary,
         "D": k.d,
         "BD": max(16, triton.next_power_of_2(k.d)),
-        "FRAME": _frame(key),
+        "FRAME": frame_of(key),
         "BM": p.rows,
         "BT": p.tokens,
         "DTYPE": DTYPES[dtype],
@@ -477,10 +498,10 @@ def constants(key: Codec, value: Codec, p: Plan, dtype: torch.dtype) -> dict[str
     }
 
 
-def merge_constants(value: Codec, logits: bool) -> dict[str, Any]:
+def merge_constants(value: Codec, logits: bool, step: int) -> dict[str, Any]:
     """The compile-time arguments of `merge_kernel`."""
     dim = value.head_dim
-    return {"D": dim, "BV": max(16, triton.next_power_of_2(dim)), "BM": _MERGE_ROWS, "LOGITS": logits}
+    return {"D": dim, "STEP": step, "BV": max(16, triton.next_power_of_2(dim)), "BM": MERGE_ROWS, "LOGITS": logits}
 
 
 def _mask(mask: Tensor | None, q: Tensor) -> tuple[int, list[int], Tensor]:

@@ -84,6 +84,16 @@ def coded_slots(first, length, RECENT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def place_of(slots, held, stride, table, page_stride, PAGE: tl.constexpr):
+    """Where tokens are: ``stride`` after each other, in one piece (``PAGE`` is 0) or on pages of so many tokens, which
+    a table names. A tile may begin anywhere on a page, so every token looks up its own."""
+    if PAGE:
+        page = tl.load(table + slots // PAGE, mask=held, other=0).to(tl.int64)
+        return page * page_stride + slots % PAGE * stride
+    return slots * stride
+
+
+@triton.jit
 def turn(position, freq):
     """Cosine and sine of RoPE angles, to 1e-6.
 
@@ -104,23 +114,23 @@ def turn(position, freq):
 
 @triton.jit
 def codewords(
-    codes, book, slots, held, stride, G: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
+    codes, book, at, held, G: tl.constexpr, GP: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
     N: tl.constexpr, BT: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Sums of the codewords of tokens, [BT, GP * WP]; rows of the book are aligned, so loads are of 16 bytes."""
     g, e = tl.arange(0, GP), tl.arange(0, WP)
     if N == G:  # one stage: nothing to sum
-        code = tl.load(codes + slots[:, None] * stride + g[None, :], mask=held[:, None] & (g < G)[None, :], other=0)
-        at = (g[None, :] * 256 + code.to(tl.int32)) * W
+        code = tl.load(codes + at[:, None] + g[None, :], mask=held[:, None] & (g < G)[None, :], other=0)
+        row = (g[None, :] * 256 + code.to(tl.int32)) * W
         inside = (g < G)[None, :, None] & (e < W)[None, None, :]
-        word = tl.load(book + at[:, :, None] + e[None, None, :], mask=inside, other=0.0)
+        word = tl.load(book + row[:, :, None] + e[None, None, :], mask=inside, other=0.0)
         return tl.reshape(word.to(DTYPE), [BT, GP * WP])
     y = tl.zeros([BT, GP, WP], DTYPE)
     for first in tl.range(0, N, G, loop_unroll_factor=2):
         m = first + g
         live = (g < G) & (m < N)
-        code = tl.load(codes + slots[:, None] * stride + m[None, :], mask=held[:, None] & live[None, :], other=0)
-        at = (m[None, :] * 256 + code.to(tl.int32)) * W
+        code = tl.load(codes + at[:, None] + m[None, :], mask=held[:, None] & live[None, :], other=0)
+        row = (m[None, :] * 256 + code.to(tl.int32)) * W
         inside = live[None, :, None] & (e < W)[None, None, :]
-        y += tl.load(book + at[:, :, None] + e[None, None, :], mask=inside, other=0.0).to(DTYPE)
+        y += tl.load(book + row[:, :, None] + e[None, None, :], mask=inside, other=0.0).to(DTYPE)
     return tl.reshape(y, [BT, GP * WP])

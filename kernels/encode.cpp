@@ -7,7 +7,6 @@
 namespace gsrq {
 namespace {
 
-constexpr int kSweeps = 1;        // torchgsrq/reference/coding.py, SWEEPS
 constexpr int64_t kStretch = 64;  // tokens of a row and head that are a task; the cut depends on sizes alone
 
 // The search for the codes of vectors of a head, in their metric: `search` of torchgsrq/reference/coding.py.
@@ -22,8 +21,10 @@ class Search {
   void run(const float* y, int64_t ldy, int64_t n, uint8_t* out) {
     const int64_t size = kWords * t_.width;
     for (int64_t group = 0; group < t_.groups; ++group) {
-      for (int64_t code = group, stage = 0; code < t_.codes; code += t_.groups, ++stage)
-        at::vec::convert(c_.words(head_, code), static_cast<float*>(words_) + stage * size, size);
+      for (int64_t code = group, stage = 0; code < t_.codes; code += t_.groups, ++stage) {
+        const at::Half* words = c_.words(head_, code);
+        for (int64_t i = 0; i < size; i += kWidth) load(words + i).store(words_ + stage * size + i);
+      }
       for (int64_t first = 0; first < n; first += kTile) {
         const int64_t some = std::min(kTile, n - first);
         side_by_side(whole_, y + first * ldy + group * t_.width, ldy, some, t_.width);
@@ -65,33 +66,40 @@ class Search {
     }));
   }
 
-  // Greedily the nearest; then, in sweeps, each stage in turn takes the codeword of least loss among the others:
+  // `search_group` of torchgsrq/reference/coding.py, of several stages. The loss of a codeword among the others is
   // |w|^2 + (eta - 1) (w . u)^2 - 2 w . (r + (eta - 1) (r . u) u) and a constant, with r the rest and u = y/|y|.
   void several(int64_t group, int64_t stages) {
-    const int64_t width = t_.width;
+    const int64_t width = t_.width, steps = extra_ > 0 && stages > 2 ? 2 * stages - 1 : stages;
     alignas(64) float along[kTile];
     products(along, whole_, whole_);
     for (int64_t r = 0; r < kTile; ++r) along[r] = along[r] > 0 ? 1 / std::sqrt(along[r]) : 0.f;
-    for (int64_t i = 0; i < width * kTile; ++i) unit_[i] = whole_[i] * along[i % kTile], rest_[i] = whole_[i];
+    each_row([&](int64_t i, int64_t r) { unit_[i] = whole_[i] * along[r], rest_[i] = whole_[i]; });
     const float* const rest[1] = {rest_};
     const float* const both[2] = {pull_, unit_};
-    for (int sweep = 0; sweep <= (extra_ > 0 ? kSweeps : 0); ++sweep)
-      for (int64_t stage = 0; stage < stages; ++stage) {
-        const float *words = words_ + stage * kWords * width, *squares = squares_of(stage * t_.groups + group);
-        if (!sweep) {
-          keep(stage, least_words(rest, words, squares, kWords, width, [](const Vec* sums, const Vec& of_word, int) {
-            return at::vec::fmadd(Vec(-2.f), sums[0], of_word);
-          }));
-        } else {
-          add_words(words, stage, 1.f);
-          products(along, rest_, unit_);
-          for (int64_t i = 0; i < width * kTile; ++i) pull_[i] = -2 * (rest_[i] + extra_ * along[i % kTile] * unit_[i]);
-          keep(stage, least_words(both, words, squares, kWords, width, [&](const Vec* sums, const Vec& of_word, int) {
-            return at::vec::fmadd(Vec(extra_) * sums[1], sums[1], of_word + sums[0]);
-          }));
-        }
-        add_words(words, stage, -1.f);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t stage = step % stages;
+      const float *words = words_ + stage * kWords * width, *squares = squares_of(stage * t_.groups + group);
+      if (step >= stages) add_words(words, stage, 1.f);
+      if (extra_ > 0 && step >= stages - 1) {
+        products(along, rest_, unit_);
+        each_row([&](int64_t i, int64_t r) { pull_[i] = -2 * (rest_[i] + extra_ * along[r] * unit_[i]); });
+        keep(stage, least_words(both, words, squares, kWords, width, [&](const Vec* sums, const Vec& of_word, int) {
+          return at::vec::fmadd(Vec(extra_) * sums[1], sums[1], of_word + sums[0]);
+        }));
+      } else {
+        keep(stage, least_words(rest, words, squares, kWords, width, [](const Vec* sums, const Vec& of_word, int) {
+          return at::vec::fmadd(Vec(-2.f), sums[0], of_word);
+        }));
       }
+      if (step < steps - 1) add_words(words, stage, -1.f);
+    }
+  }
+
+  // Calls f(element, row) for vectors [width, kTile].
+  template <typename F>
+  void each_row(F f) const {
+    for (int64_t e = 0; e < t_.width; ++e)
+      for (int64_t r = 0; r < kTile; ++r) f(e * kTile + r, r);
   }
 
   void add_words(const float* words, int64_t stage, float sign) {

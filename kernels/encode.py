@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from torchgsrq.codec import Codec, Codecs
-from torchgsrq.codec.layout import STAGES, SWEEPS
+from torchgsrq.codec.layout import STAGES
 from torchgsrq.codec.packed import Packed
 
 from .common import MOST_HEADS, Shape, bits_of, coded_slots, floor_div, layer_head, turn, window
@@ -37,13 +37,92 @@ def _exact_dot(r, words):
     return tl.dot(low, words, tl.dot(high, words)) * size
 
 
+@triton.jit
+def _row(x, window, new_at, old_at, new, held, index, inside, SOME_OLD: tl.constexpr):
+    """Elements of vectors, float32, of which some may not be new but in the window."""
+    if not SOME_OLD:
+        row = tl.load(x + new_at[:, None] + index[None, :], mask=held[:, None] & inside[None, :], other=0)
+        return row.to(tl.float32)
+    fresh = tl.load(x + new_at[:, None] + index[None, :], mask=(held & new)[:, None] & inside[None, :], other=0)
+    old = tl.load(
+        window + old_at[:, None] + index[None, :], mask=(held & (new == 0))[:, None] & inside[None, :], other=0
+    )
+    return tl.where(new[:, None], fresh.to(tl.float32), old.to(tl.float32))
+
+
+@triton.jit
+def encode_group(
+    x, window, new_at, old_at, new, held, place, to, mean, transform, book, inv_freq, h, g, N, SOME_OLD: tl.constexpr,
+    D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, INTERLEAVED: tl.constexpr,
+    FRAME: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, T: tl.constexpr, ETA: tl.constexpr,
+):  # fmt: skip
+    """Write the codes of group ``g`` of T vectors at positions ``place``, by head ``h`` of a codec, at ``to``."""
+    i, j = tl.arange(0, BP), tl.arange(0, BR)
+    first_of = i * 2 if INTERLEAVED else i
+    second_of = i * 2 + 1 if INTERLEAVED else i + PAIRS
+    rest_of = 2 * PAIRS + j
+    in_pair, in_rest = i < PAIRS, rest_of < D
+    a = _row(x, window, new_at, old_at, new, held, first_of, in_pair, SOME_OLD)
+    c = _row(x, window, new_at, old_at, new, held, second_of, in_pair, SOME_OLD)
+    r = _row(x, window, new_at, old_at, new, held, rest_of, in_rest, SOME_OLD)
+    # R(-frame start) x - R(place in the frame) mean, in the metric of the codes
+    w = tl.arange(0, WP)
+    row = transform + h * (G * W * D) + (g * W + w)[None, :] * D
+    inside = (w < W)[None, :]
+    m = tl.load(mean + h * D + rest_of, mask=in_rest, other=0)
+    y = tl.zeros([T, WP], tl.float32)
+    if 2 * PAIRS < D:
+        part = tl.load(row + rest_of[:, None], mask=in_rest[:, None] & inside, other=0)
+        y = tl.dot(r - m[None, :], part, input_precision="tf32x3")
+    if PAIRS:
+        freq = tl.load(inv_freq + i, mask=in_pair, other=0)
+        ma = tl.load(mean + h * D + first_of, mask=in_pair, other=0)
+        mb = tl.load(mean + h * D + second_of, mask=in_pair, other=0)
+        begin = floor_div(place, FRAME) * FRAME
+        cos, sin = turn(begin[:, None], freq[None, :])
+        place_cos, place_sin = turn((place - begin)[:, None], freq[None, :])
+        ya = a * cos + c * sin - (ma * place_cos - mb * place_sin)
+        yb = c * cos - a * sin - (mb * place_cos + ma * place_sin)
+        part = tl.load(row + first_of[:, None], mask=in_pair[:, None] & inside, other=0)
+        y = tl.dot(ya, part, y, input_precision="tf32x3")
+        part = tl.load(row + second_of[:, None], mask=in_pair[:, None] & inside, other=0)
+        y = tl.dot(yb, part, y, input_precision="tf32x3")
+    # `torchgsrq.reference.search_group`, in `torchgsrq.codec.layout.search_steps`
+    size = tl.sqrt(tl.sum(y * y, 1))[:, None]
+    unit = y / tl.where(size > 0, size, 1.0)
+    path = tl.zeros([T], tl.int64)  # the codes of all stages, a byte each
+    word = tl.arange(0, 256)
+    stages = tl.cdiv(N - g, G)
+    steps = stages
+    if ETA > 1:
+        steps = tl.where(stages > 2, 2 * stages - 1, stages)
+    for step in range(steps):
+        stage = step % stages
+        table = book + (h * N + stage * G + g) * (256 * W)
+        old = ((path >> (8 * stage)) & 255).to(tl.int32)
+        again = (tl.zeros([T, WP], tl.int32) + step >= stages) & inside  # its own word comes back
+        y += tl.load(table + old[:, None] * W + w[None, :], mask=again, other=0).to(tl.float32)
+        words = tl.load(table + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
+        wide = words.to(tl.float32)
+        loss = tl.sum(wide * wide, 0)[None, :] - 2 * _exact_dot(y, words)
+        if ETA > 1:
+            apart = tl.sum(y * unit, 1)[:, None] - _exact_dot(unit, words)
+            loss += tl.where(step >= stages - 1, ETA - 1.0, 0.0) * apart * apart
+        code = tl.argmin(loss, 1)
+        y -= tl.load(table + code[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
+        path = path ^ ((old ^ code).to(tl.int64) << (8 * stage))
+    for stage in range(stages):
+        code = (path >> (8 * stage)) & 255
+        tl.store(to + g + stage * G, code.to(tl.uint8), mask=held)
+
+
 @triton.jit(do_not_specialize=["heads", "N"])
 def encode_kernel(
     x, x_b, x_h, x_t, position, tokens, out, out_b, out_h, out_t, window, window_b, window_h, slots, start, encoded_,
     mean, transform, book, inv_freq, heads, HEADS, CAPACITY, N,
     APPEND: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr,
     INTERLEAVED: tl.constexpr, FRAME: tl.constexpr, G: tl.constexpr, W: tl.constexpr, WP: tl.constexpr,
-    T: tl.constexpr, ETA: tl.constexpr, SWEEPS: tl.constexpr,
+    T: tl.constexpr, ETA: tl.constexpr,
     SINKS: tl.constexpr, RING: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Codes of one group of T vectors of a row and head: of ``x``, or of the slots that are due to leave the window.
@@ -73,85 +152,11 @@ def encode_kernel(
         else:
             slot = t
             place = tl.load(position + b * tokens + t, mask=held, other=0).to(tl.int32)
-        base = b * x_b + head * x_h
-        i, j = tl.arange(0, BP), tl.arange(0, BR)
-        first_of = i * 2 if INTERLEAVED else i
-        second_of = i * 2 + 1 if INTERLEAVED else i + PAIRS
-        rest_of = 2 * PAIRS + j
-        in_pair, in_rest = i < PAIRS, rest_of < D
-        if APPEND:
-            a = _row(x + base, window, new_at, old_at, new, held, first_of, in_pair)
-            c = _row(x + base, window, new_at, old_at, new, held, second_of, in_pair)
-            r = _row(x + base, window, new_at, old_at, new, held, rest_of, in_rest)
-        else:
-            row_of = x + base + t[:, None].to(tl.int64) * x_t
-            a = tl.load(row_of + first_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
-            c = tl.load(row_of + second_of[None, :], mask=held[:, None] & in_pair[None, :], other=0).to(tl.float32)
-            r = tl.load(row_of + rest_of[None, :], mask=held[:, None] & in_rest[None, :], other=0).to(tl.float32)
-        # R(-frame start) x - R(place in the frame) mean, in the metric of the codes
-        w = tl.arange(0, WP)
-        row = transform + h * (G * W * D) + (g * W + w)[None, :] * D
-        inside = (w < W)[None, :]
-        m = tl.load(mean + h * D + rest_of, mask=in_rest, other=0)
-        y = tl.zeros([T, WP], tl.float32)
-        if 2 * PAIRS < D:
-            part = tl.load(row + rest_of[:, None], mask=in_rest[:, None] & inside, other=0)
-            y = tl.dot(r - m[None, :], part, input_precision="tf32x3")
-        if PAIRS:
-            freq = tl.load(inv_freq + i, mask=in_pair, other=0)
-            ma = tl.load(mean + h * D + first_of, mask=in_pair, other=0)
-            mb = tl.load(mean + h * D + second_of, mask=in_pair, other=0)
-            begin = floor_div(place, FRAME) * FRAME
-            cos, sin = turn(begin[:, None], freq[None, :])
-            place_cos, place_sin = turn((place - begin)[:, None], freq[None, :])
-            ya = a * cos + c * sin - (ma * place_cos - mb * place_sin)
-            yb = c * cos - a * sin - (mb * place_cos + ma * place_sin)
-            part = tl.load(row + first_of[:, None], mask=in_pair[:, None] & inside, other=0)
-            y = tl.dot(ya, part, y, input_precision="tf32x3")
-            part = tl.load(row + second_of[:, None], mask=in_pair[:, None] & inside, other=0)
-            y = tl.dot(yb, part, y, input_precision="tf32x3")
-        # `torchgsrq.reference.search_group`: greedily the nearest codewords, then sweeps in the loss; one stage needs a
-        # sweep alone.
-        size = tl.sqrt(tl.sum(y * y, 1))[:, None]
-        unit = y / tl.where(size > 0, size, 1.0)
-        path = tl.zeros([T], tl.int64)  # the codes of all stages, a byte each
-        word = tl.arange(0, 256)
-        stages = tl.cdiv(N - g, G)
-        first_step = 0
-        steps = stages
-        if ETA > 1:
-            first_step = tl.where(stages > 1, 0, 1)
-            steps = tl.where(stages > 1, (1 + SWEEPS) * stages, 2)
-        for step in range(first_step, steps):
-            stage = step % stages
-            table = book + (h * N + stage * G + g) * (256 * W)
-            old = ((path >> (8 * stage)) & 255).to(tl.int32)
-            sweeps = step >= stages
-            again = (tl.zeros([T, WP], tl.int32) + step >= stages) & inside & (stages > 1)  # its own word comes back
-            y += tl.load(table + old[:, None] * W + w[None, :], mask=again, other=0).to(tl.float32)
-            words = tl.load(table + word[None, :] * W + w[:, None], mask=(w < W)[:, None], other=0)
-            wide = words.to(tl.float32)
-            loss = tl.sum(wide * wide, 0)[None, :] - 2 * _exact_dot(y, words)
-            if ETA > 1:
-                apart = tl.sum(y * unit, 1)[:, None] - _exact_dot(unit, words)
-                loss += tl.where(sweeps, ETA - 1.0, 0.0) * apart * apart
-            code = tl.argmin(loss, 1)
-            y -= tl.load(table + code[:, None] * W + w[None, :], mask=inside, other=0).to(tl.float32)
-            path = path ^ ((old ^ code).to(tl.int64) << (8 * stage))
-        to = out + b * out_b + h * out_h + slot.to(tl.int64) * out_t + g
-        for stage in range(stages):
-            code = (path >> (8 * stage)) & 255
-            tl.store(to + stage * G, code.to(tl.uint8), mask=held)
-
-
-@triton.jit
-def _row(x, window, new_at, old_at, new, held, index, inside):
-    """Elements of vectors of which some are new and some in the window."""
-    fresh = tl.load(x + new_at[:, None] + index[None, :], mask=(held & new)[:, None] & inside[None, :], other=0)
-    old = tl.load(
-        window + old_at[:, None] + index[None, :], mask=(held & (new == 0))[:, None] & inside[None, :], other=0
-    )
-    return tl.where(new[:, None], fresh.to(tl.float32), old.to(tl.float32))
+            new, old_at = held, t
+            new_at = t.to(tl.int64) * x_t
+        to = out + b * out_b + h * out_h + slot.to(tl.int64) * out_t
+        encode_group(x + b * x_b + head * x_h, window, new_at, old_at, new, held, place, to, mean, transform, book,
+                     inv_freq, h, g, N, APPEND, D, PAIRS, BP, BR, INTERLEAVED, FRAME, G, W, WP, T, ETA)  # fmt: skip
 
 
 @triton.jit
@@ -190,7 +195,7 @@ def constants(codec: Codec) -> dict[str, Any]:
     """The compile-time arguments of `encode_kernel` that a codec decides; of its numbers of codes, none."""
     s = Shape.of(codec)
     sizes = {"D": s.d, "G": s.g, "W": s.w, "WP": max(16, s.wp), **s.rotary}
-    return {**sizes, "T": _TILE, "ETA": codec.eta, "SWEEPS": SWEEPS, "FRAME": codec.frame}
+    return {**sizes, "T": _TILE, "ETA": codec.eta, "FRAME": codec.frame}
 
 
 def _launch(codecs: Codecs, x: Tensor, position: Tensor, out: list[Tensor], kv: Packed | None, due: int) -> None:

@@ -7,10 +7,12 @@
 #include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -230,60 +232,104 @@ constexpr int kBlocks = 2;
 constexpr int64_t kTile = kBlocks * kWidth;
 
 struct Least {
-  Vec loss[kBlocks], word[kBlocks];
+  Vec loss[kBlocks] = {Vec(kInf), Vec(kInf)}, word[kBlocks] = {Vec(0.f), Vec(0.f)};
 
   // Ties go to the lower word, as words go up.
-  void see(int block, const Vec& found, float which) {
+  void see(int block, const Vec& found, const Vec& which) {
 #if defined(CPU_CAPABILITY_AVX512)
     const __mmask16 lower = _mm512_cmp_ps_mask(found, loss[block], _CMP_LT_OQ);
-    word[block] = _mm512_mask_mov_ps(word[block], lower, _mm512_set1_ps(which));
+    word[block] = _mm512_mask_mov_ps(word[block], lower, which);
+    loss[block] = _mm512_min_ps(found, loss[block]);
 #else
-    word[block] = Vec::blendv(word[block], Vec(which), found < loss[block]);
+    const Vec lower = found < loss[block];
+    word[block] = Vec::blendv(word[block], which, lower);
+    loss[block] = Vec::blendv(loss[block], found, lower);
 #endif
-    loss[block] = at::vec::minimum(found, loss[block]);
   }
 };
 
-// The words of least loss(sums, squared norm of the word, block), where sums[d] are the products of a word with the
-// vectors that x[d] begins with, [width, kTile]; words is [count, width].
-template <int kSums, typename Loss>
-Least least_words(const float* const (&x)[kSums], const float* words, const float* squares, int64_t count, int64_t width, Loss loss) {
-  constexpr int kAt = 4 / kSums;  // words at a time: with the blocks, as many sums as the units' latency asks for
+// The numbers of the words, since a load is cheaper than a conversion.
+inline const std::array<float, kWords> kNumbers = [] {
+  std::array<float, kWords> numbers;
+  std::iota(numbers.begin(), numbers.end(), 0.f);
+  return numbers;
+}();
+
+// Whether registers hold all elements of as many blocks, of a width that is known (0 is not).
+constexpr bool fits(int width, int sums, int blocks) { return kWidth == 16 && width && width * sums * blocks <= 16; }
+
+// `least_words` of kAtOnce blocks from `block` on.
+template <int kSums, int kSize, int kAtOnce, typename Loss>
+inline void see_words(
+    Least& least_, const float* const (&x)[kSums], const float* words, const float* squares, int64_t count, int64_t width_,
+    Loss loss, int block) {
+  constexpr bool kHeld = fits(kSize, kSums, kAtOnce);
+  constexpr int kAt = kHeld ? 2 : 4 / kSums;  // words at a time: as many sums as the units' latency asks for
+  const int64_t width = kSize ? kSize : width_;
+  const auto element = [&](int64_t e, int b, int d) { return Vec::loadu(x[d] + e * kTile + (block + b) * kWidth); };
+  Vec held[kHeld ? kSize : 1][kAtOnce][kSums];
+  if constexpr (kHeld) {
+#pragma GCC unroll 16
+    for (int e = 0; e < kSize; ++e)
+#pragma GCC unroll 4
+      for (int b = 0; b < kAtOnce; ++b)
+#pragma GCC unroll 4
+        for (int d = 0; d < kSums; ++d) held[e][b][d] = element(e, b, d);
+  }
   Least least;
-  for (int b = 0; b < kBlocks; ++b) least.loss[b] = Vec(kInf), least.word[b] = Vec(0.f);
   const auto some = [&](int64_t first, auto number) {
     constexpr int kMany = number.value;
-    Vec sums[kMany][kBlocks][kSums];
+    Vec sums[kMany][kAtOnce][kSums];
 #pragma GCC unroll 4
     for (int k = 0; k < kMany; ++k)
 #pragma GCC unroll 4
-      for (int b = 0; b < kBlocks; ++b)
+      for (int b = 0; b < kAtOnce; ++b)
 #pragma GCC unroll 4
         for (int d = 0; d < kSums; ++d) sums[k][b][d] = Vec(0.f);
+#pragma GCC unroll 16
     for (int64_t e = 0; e < width; ++e) {
-      Vec element[kBlocks][kSums];
+      Vec here[kAtOnce][kSums];
 #pragma GCC unroll 4
-      for (int b = 0; b < kBlocks; ++b)
+      for (int b = 0; b < kAtOnce; ++b)
 #pragma GCC unroll 4
-        for (int d = 0; d < kSums; ++d) element[b][d] = Vec::loadu(x[d] + e * kTile + b * kWidth);
+        for (int d = 0; d < kSums; ++d) here[b][d] = kHeld ? held[kHeld ? e : 0][b][d] : element(e, b, d);
 #pragma GCC unroll 4
       for (int k = 0; k < kMany; ++k) {
         const Vec of_word(words[(first + k) * width + e]);
 #pragma GCC unroll 4
-        for (int b = 0; b < kBlocks; ++b)
+        for (int b = 0; b < kAtOnce; ++b)
 #pragma GCC unroll 4
-          for (int d = 0; d < kSums; ++d) sums[k][b][d] = at::vec::fmadd(element[b][d], of_word, sums[k][b][d]);
+          for (int d = 0; d < kSums; ++d) sums[k][b][d] = at::vec::fmadd(here[b][d], of_word, sums[k][b][d]);
       }
     }
 #pragma GCC unroll 4
     for (int k = 0; k < kMany; ++k)
 #pragma GCC unroll 4
-      for (int b = 0; b < kBlocks; ++b)
-        least.see(b, loss(sums[k][b], Vec(squares[first + k]), b), static_cast<float>(first + k));
+      for (int b = 0; b < kAtOnce; ++b)
+        least.see(b, loss(sums[k][b], Vec(squares[first + k]), block + b), Vec(kNumbers[first + k]));
   };
   int64_t first = 0;
   for (; first + kAt <= count; first += kAt) some(first, std::integral_constant<int, kAt>());
   for (; first < count; ++first) some(first, std::integral_constant<int, 1>());
+  for (int b = 0; b < kAtOnce; ++b) least_.loss[block + b] = least.loss[b], least_.word[block + b] = least.word[b];
+}
+
+// The words of least loss(sums, squared norm of the word, block), where sums[d] are the products of a word with the
+// vectors that x[d] begins with, [width, kTile]; words is [count, width].
+template <int kSums, typename Loss>
+Least least_words(const float* const (&x)[kSums], const float* words, const float* squares, int64_t count, int64_t width, Loss loss) {
+  Least least;
+  const auto see = [&](auto size) {
+    constexpr int kSize = size.value;
+    constexpr int kAtOnce = fits(kSize, kSums, 1) && !fits(kSize, kSums, kBlocks) ? 1 : kBlocks;
+    for (int block = 0; block < kBlocks; block += kAtOnce)
+      see_words<kSums, kSize, kAtOnce>(least, x, words, squares, count, width, loss, block);
+  };
+  switch (width) {
+    case 8: see(std::integral_constant<int, 8>()); break;
+    case 16: see(std::integral_constant<int, 16>()); break;
+    default: see(std::integral_constant<int, 0>());
+  }
   return least;
 }
 

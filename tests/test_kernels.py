@@ -210,7 +210,7 @@ def check_codes(x, got, want, position, codec, rtol):
     apart = (got != want).any(-1)
     # Sums in another order decide near-ties otherwise; then both must be as near to the input, in the metric.
     assert int(apart.sum()) <= 2 + 0.03 * apart.numel()
-    # A near-tie may end elsewhere after sweeps, about as near.
+    # A near-tie in an early stage may end elsewhere, about as near.
     rtol = 0.3 if codec.layout.stages > 1 else rtol
     errors = [distance(x, codes, position, codec)[apart] for codes in (got, want)]
     torch.testing.assert_close(errors[0], errors[1], rtol=rtol, atol=1e-5)

@@ -1,4 +1,4 @@
-"""quantize_kv_ and dequantize_kv_: what users call."""
+"""The user API: quantize_kv_, dequantize_kv_ and new_cache."""
 
 from __future__ import annotations
 
@@ -34,20 +34,21 @@ def quantize_kv_(
 ) -> None:
     """Quantize a model's KV cache, in place. Weights are not touched; `dequantize_kv_` undoes it.
 
-    Afterwards ``generate`` (in every mode), pipelines and plain forwards with ``use_cache`` keep their
-    cache in codes. Without codebooks, those of the disk cache are used, else the model is calibrated
-    first, on text that it writes itself.
+    Afterwards, ``generate`` (in every mode), pipelines and plain forwards with ``use_cache`` store their
+    cache as codes. Without codebooks, those of the disk cache are used. If there are none, the model is
+    calibrated first, on text that it writes itself.
 
     Args:
-        model: any transformers decoder that uses the attention interface, also if `torch.compile` or PEFT wrapped it.
-        config: a `GSRQConfig`, or its fields as a dict.
-        codebooks: from `calibrate`, or the path of their file or folder. Without a config, they say what it is.
-        progress: show bars while calibrating.
+        model: any transformers decoder that uses the attention interface, also wrapped by `torch.compile` or PEFT.
+        config: a `GSRQConfig`, or its fields as a dict; by default the config that the codebooks were made for, or
+            ``GSRQConfig()`` without codebooks.
+        codebooks: from `calibrate`, or the path of their file or folder.
+        progress: show progress bars while calibrating.
 
     Raises:
-        TypeError: not a transformers model, or a config or codebooks of another type.
+        TypeError: the model is not a transformers model, or the config or codebooks have a wrong type.
         ValueError: an unsupported architecture, a model with no layer to quantize, a rate not offered for the
-            head_dim, codebooks of another model or for another config, or a model quantized already.
+            head_dim, codebooks of another model or for another config, or a model that is already quantized.
     """
     if isinstance(codebooks, (str, os.PathLike)):
         codebooks = Codebooks.load(codebooks)
@@ -99,7 +100,7 @@ def quantize_kv_(
     if codebooks is None:
         codebooks = cached_codebooks(model, layers, [config], progress)[0]
     books = _fitting(codebooks, layers, wanted, model, config)
-    if all(p.device.type != "meta" for p in model.parameters()):  # else each cache layer brings its own to its device
+    if all(p.device.type != "meta" for p in model.parameters()):  # else each cache layer moves its own to its device
         books = books.to(model.device)
 
     before = [(c, c._attn_implementation) for c in models.attention_configs(model)]
@@ -146,7 +147,7 @@ def quantize_kv_(
 
 
 def dequantize_kv_(model: PreTrainedModel) -> None:
-    """Undo `quantize_kv_`, exactly.
+    """Undo `quantize_kv_` exactly.
 
     Raises:
         ValueError: the model is not quantized.
@@ -168,7 +169,15 @@ def dequantize_kv_(model: PreTrainedModel) -> None:
 
 
 def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> GSRQCache:
-    """An empty cache for a quantized model; of fixed capacity, for `torch.compile`, with ``max_cache_len``."""
+    """Create an empty cache for a quantized model.
+
+    Args:
+        model: a model that `quantize_kv_` prepared.
+        max_cache_len: a fixed capacity in tokens, for `torch.compile`; without it, the cache grows.
+
+    Raises:
+        ValueError: the model is not quantized.
+    """
     model = models.unwrap(model)
     state = state_of(model)
     if state is None:
@@ -179,7 +188,7 @@ def new_cache(model: PreTrainedModel, max_cache_len: int | None = None) -> GSRQC
 
 
 def _table(name: str, layers: list[LayerInfo], books: Codebooks, skipped: tuple[int, ...] = ()) -> str:
-    """What happens to every layer's cache, consecutive layers alike but for their bits in one line."""
+    """A report of every layer's cache; consecutive layers that differ only in their bits share a line."""
     rows: list[tuple[list[int], str]] = []
     for info in layers:
         if info.index in books:
@@ -221,7 +230,7 @@ def _span(bits: list[float]) -> str:
 def _fitting(
     books: Codebooks, layers: list[LayerInfo], wanted: list[LayerInfo], model: PreTrainedModel, config: GSRQConfig
 ) -> Codebooks:
-    """The given codebooks, checked against the model and the config, and cut to its layers."""
+    """The given codebooks, checked against the model and the config, reduced to the layers to quantize."""
     has = books.metadata.get("config", {})
     for name in ("bits", "group_size", "recipe"):
         want = getattr(config, name)

@@ -16,8 +16,8 @@ from torchgsrq.tensor import GSRQTensor, attend, without_gradient
 
 NAME = "gsrq"
 
-# Arguments of transformers' attention functions that change nothing here: the mask, the cache and the scale carry
-# what they say. Any other that is given is refused, since ignoring it could change the result.
+# Arguments of transformers' attention functions that have no effect here: the mask, the cache and the scale already
+# include them. Any other argument is refused, since ignoring it could change the result.
 _NEUTRAL = frozenset(
     {
         "sliding_window",
@@ -37,8 +37,8 @@ _NEUTRAL = frozenset(
 
 
 class Incoming(NamedTuple):
-    """A quantized buffer and what its newest queries see in full precision (`ops.append_pair_`); and the new keys and
-    values themselves if a gradient with respect to them could be asked for."""
+    """A quantized buffer, and the tail that its newest queries read in full precision (`ops.append_pair_`). ``graph``
+    holds the new keys and values themselves if a gradient with respect to them could be requested."""
 
     buffer: GSRQTensor
     tail: Tensor
@@ -47,7 +47,7 @@ class Incoming(NamedTuple):
     graph: tuple[Tensor, ...] = ()
 
     def to(self, device: torch.device) -> Incoming:
-        """On a device, for layers that attend to another one's keys and values."""
+        """The same on a device, for layers that attend to another layer's keys and values."""
         if self.tail.device == device:
             return self
         buffer: Any = self.buffer
@@ -68,21 +68,22 @@ def gsrq_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in the form that transformers calls.
+    """The attention function that transformers calls.
 
     Args:
+        module: the attention module.
         query: ``[batch, q_heads, queries, head_dim]``.
-        key, value: what the cache's ``update`` returned: plain tensors (full-precision layers, an exact prefill), or
-            quantized buffers.
+        key, value: the return values of the cache's ``update``: plain tensors ``[batch, kv_heads, tokens, head_dim]``
+            (full-precision layers, an exact prefill), or quantized buffers.
         attention_mask: from `sdpa_mask`: bool, additive, or None for "causal".
         scaling, softcap, s_aux: multiplier of the scores, their soft cap, and a sink logit per query head.
 
     Returns:
-        ``[batch, queries, q_heads, head_dim]`` and None (no weights are ever formed).
+        ``[batch, queries, q_heads, head_dim]`` and None (attention weights are never computed).
 
     Raises:
-        ValueError: dropout, or attention weights asked for.
-        TypeError: an argument that this function does not know; ignoring it could change the result.
+        ValueError: dropout or attention weights were requested.
+        TypeError: an unknown argument; ignoring it could change the result.
     """
     if kwargs.get("output_attentions"):
         raise ValueError(
@@ -124,7 +125,7 @@ def dense_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Full-precision attention: transformers' SDPA, or plain PyTorch for what SDPA cannot do (soft cap, sinks)."""
+    """Full-precision attention: transformers' SDPA, or plain PyTorch for a soft cap or sinks. See `gsrq_attention`."""
     if attention_mask is not None and attention_mask.shape[-1] > key.shape[-2]:
         attention_mask = attention_mask[..., : key.shape[-2]]  # a mask of a static cache, for an exact prefill
     if softcap is None and s_aux is None:
@@ -138,7 +139,7 @@ def dense_attention(
         rows = torch.arange(query.shape[2], device=query.device)[:, None]
         attention_mask = torch.arange(key.shape[2], device=query.device) <= rows
     sinks = None if s_aux is None else s_aux.view(1, -1, 1, 1)
-    # The lowest number, not infinity: rows of padding see nothing.
+    # The lowest number, not infinity: rows of padding attend to nothing.
     lowest = torch.finfo(scores.dtype).min
     p = reference.probabilities(scores, softcap or 0.0, attention_mask, sinks, lowest).to(query.dtype)
     p = nn.functional.dropout(p, dropout, module.training)
@@ -148,7 +149,7 @@ def dense_attention(
 def observed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`dense_attention`, telling calibration's observer what it sees."""
+    """`dense_attention` that reports its inputs to calibration's observer."""
     scaling = kwargs.get("scaling")
     weigh = models.notify(
         module,

@@ -1,4 +1,4 @@
-"""GSRQConfig: what a user chooses. Not how it is laid out (layout.py) or learned (learning/)."""
+"""GSRQConfig: the settings of a quantized cache. Layouts are in codec/layout.py, training in learning/."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("torchgsrq")
-BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)  # that all heads can be given alike
-RATES = (4, 3, *BITS)  # what a head may be given, under a mean of any number
+BITS = (2, 1.5, 1, 0.75, 0.5, 0.375, 0.25)  # rates where all heads have the same
+RATES = (4, 3, *BITS)  # rates of a single head, under a mean of any number
 SLIDINGS = ("keep", "quantize")
 PREFILLS = ("exact", "quantized")
 ALLOCATIONS = ("sensitivity", "uniform")
@@ -28,29 +28,29 @@ class GSRQConfig:
     """How a model's KV cache is quantized.
 
     Args:
-        bits: mean bits per element of keys and values, from 0.25 to 2: any number where heads are given bits of their
-            own, else one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
-        group_size: elements of a vector that share a code, a multiple of 8; more where a rate has fewer codes than
-            that takes, fewer where it has more than 8 for each group. Larger groups cost more: tables, time to encode
-            and to attend (docs/choosing.md).
-        allocation: how calibration spreads bits over the keys and the values of all KV heads. ``"sensitivity"`` gives
-            more to those whose errors change more of what the model says, none more than 4 and none less than half of
-            the mean. ``"uniform"`` gives all the same, as does ``recipe="gsrq-paper"``. By default ``"sensitivity"``,
+        bits: mean bits per element of keys and values, from 0.25 to 2: any number if each head has its own rate,
+            else one of 2, 1.5, 1, 0.75, 0.5, 0.375, 0.25.
+        group_size: elements of a vector that share a code, a multiple of 8. Groups are larger if the rate has too few
+            codes for that, and smaller if it has more than 8 codes per group. Larger groups need larger codebooks
+            and more time for encoding and attention (docs/choosing.md).
+        allocation: how calibration allocates bits to the keys and the values of all KV heads. ``"sensitivity"`` gives
+            more bits to heads whose errors change the model's output more: at most 4, at least half of the mean.
+            ``"uniform"`` gives all heads the same, as does ``recipe="gsrq-paper"``. The default is ``"sensitivity"``,
             or, with a warning, ``"uniform"`` for a model without gradients.
-        sink_tokens: first real tokens of each row, kept in full precision.
-        recent_tokens: newest tokens, kept in full precision.
-        block_tokens: tokens that leave the recent window and are encoded together.
+        sink_tokens: number of first real tokens of each row kept in full precision.
+        recent_tokens: minimum number of newest tokens kept in full precision.
+        block_tokens: number of tokens that leave the recent window and are encoded together.
         prefill: what a prompt attends to: ``"exact"``, its own full-precision keys and values, or
-            ``"quantized"``, what a token-by-token decode would have seen. Use that to measure quality: it holds for
-            forwards with ``use_cache=False`` too, which else are those of the full-precision model.
+            ``"quantized"``, what a token-by-token decode would have seen. Use ``"quantized"`` to measure quality: it
+            also applies to forwards with ``use_cache=False``, which otherwise run the full-precision model.
         sliding: layers with a sliding window: ``"keep"`` their full-precision cache, which the window bounds, or
-            ``"quantize"`` them too. Codes of all tokens are then held: less than the window in full precision up to
-            contexts of 16 / bits times the window.
-        skip_layers: indices of the layers that keep their full-precision cache.
-        recipe: ``"gsrq"``, or ``"gsrq-paper"``, the paper's, with ``group_size=32``.
+            ``"quantize"`` them too. They then hold codes of all tokens, which take less memory than the
+            full-precision window up to contexts of 16 / bits times the window.
+        skip_layers: indices of layers that keep their full-precision cache.
+        recipe: ``"gsrq"``, or ``"gsrq-paper"``, our reading of the paper, with ``group_size=32``.
 
     Raises:
-        ValueError: a field has a value that is not offered; the message says what is.
+        ValueError: a field has an invalid value; the message lists the valid ones.
     """
 
     bits: float = 1
@@ -103,11 +103,11 @@ class GSRQConfig:
 
     @property
     def spreads_bits(self) -> bool:
-        """Whether heads get rates of their own."""
+        """Whether each head gets its own rate."""
         return self.recipe == "gsrq" and self.allocation != "uniform"
 
     def codec_fields(self) -> dict[str, Any]:
-        """The fields that decide what the codebooks are; the others only say how they are used."""
+        """The fields that the codebooks depend on."""
         return {
             "bits": float(self.bits),
             "group_size": self.group_size,
@@ -127,10 +127,10 @@ class GSRQConfig:
 
 
 def check_uniform(bits: float) -> None:
-    """Refuse a rate that cannot be that of every head.
+    """Check a rate that all heads share.
 
     Raises:
-        ValueError: it is none of ``BITS``.
+        ValueError: it is not one of ``BITS``.
     """
     if bits not in BITS:
         offered = ", ".join(map(str, BITS))
@@ -138,17 +138,17 @@ def check_uniform(bits: float) -> None:
 
 
 def encoded_tokens(length: int, recent_tokens: int, block_tokens: int) -> int:
-    """How many of a row's ``length`` appended tokens have been turned into codes.
+    """The number of a row's ``length`` appended tokens that are encoded.
 
-    A pure function of the length, so that appending in any chunking gives the same codes: whole
-    blocks leave the window, which so holds ``recent_tokens`` to ``recent_tokens + block_tokens - 1``.
+    It depends on the length alone, so appending in any chunking gives the same codes. Tokens leave the window in whole
+    blocks, so the window holds ``recent_tokens`` to ``recent_tokens + block_tokens - 1`` tokens.
     """
     return max(0, math.floor((length - recent_tokens) / block_tokens) * block_tokens)
 
 
 def cache_folder() -> Path:
-    """Where codebooks, kernels and the embedded model are kept: ``$TORCHGSRQ_CACHE``, or a folder in the user's cache
-    folder. It may not be there yet.
+    """The folder for codebooks, kernels and the embedded model: ``$TORCHGSRQ_CACHE``, or a folder in the user's cache
+    folder. It may not exist yet.
 
     Raises:
         OSError: the user has no home folder (containers).
@@ -161,7 +161,7 @@ def cache_folder() -> Path:
 
 
 def temporary_folder(what: str, error: Exception) -> Path:
-    """A folder of this process alone, with a warning, for what the cache folder could not keep."""
+    """A temporary folder of this process, with a warning, for when the cache folder cannot be written to."""
     log.warning("%s cannot be kept: %s. Set TORCHGSRQ_CACHE to a folder that can be written to", what, error)
     folder = tempfile.mkdtemp(prefix="torchgsrq-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

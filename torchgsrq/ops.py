@@ -383,9 +383,9 @@ def _triton() -> Any:
     if not _TRITON:
         log.warning("torchgsrq: triton is not installed, so the slower reference runs on this GPU")
         return None
-    from torchgsrq.kernels import attention, encode
+    from torchgsrq.kernels import attention, encode, paged
 
-    return SimpleNamespace(attention=attention, encode=encode)
+    return SimpleNamespace(attention=attention, encode=encode, paged=paged)
 
 
 def has_gpu_kernels(key: Codecs, value: Codecs) -> bool:
@@ -402,7 +402,8 @@ def _kernel(x: Tensor, name: str, *codecs: Codecs, caches: tuple[Packed, ...] = 
     """
     if not _on_gpu(x):
         return None
-    module = getattr(_triton(), "attention" if name == "attention" else "encode", None)
+    home = "paged" if name.startswith("paged_") else "attention" if name == "attention" else "encode"
+    module = getattr(_triton(), home, None)
     counted = all(kv.counts_up for kv in caches)
     if module is not None and counted and module.supports(*codecs) and x.dtype in module.DTYPES:
         return getattr(module, name)

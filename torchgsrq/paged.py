@@ -5,10 +5,13 @@ A layer's pages and codecs travel as plain tensors and integers; `reference.page
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from torchgsrq.codec import Codecs
-from torchgsrq.ops import like_query, nothing, op
+from torchgsrq.ops import _kernel, like_query, nothing, op
 from torchgsrq.reference import paged as reference
 from torchgsrq.reference.paged import Pages, Requests
 
@@ -20,6 +23,7 @@ _CODECS = "Tensor[] key_codec, int[] key_integers, Tensor[] value_codec, int[] v
     f"Tensor? window_table, {_CODECS}, int[] sizes) -> ()",
     nothing,
     compiled=True,
+    captured=True,
 )
 def paged_append_(
     codes: Tensor,
@@ -39,14 +43,15 @@ def paged_append_(
     """Write as codes what a step makes due (`reference.paged.paged_append_`); ``sizes`` as in `paged_attention`."""
     requests = Requests(query_start, lengths, lengths, table, window_table, None)
     pages = _pages(codes, window, None, key_codec, key_integers, value_codec, value_integers, sizes)
-    reference.paged_append_(pages, requests, k, v)
+    kernel = _kernel_for(k, "paged_append_", pages.key, pages.value, alike=(v, window))
+    (kernel or reference.paged_append_)(pages, requests, k, v)
 
 
-@op("(Tensor(a!) held, Tensor k, Tensor v, Tensor slots) -> ()", nothing, compiled=True)
+@op("(Tensor(a!) held, Tensor k, Tensor v, Tensor slots) -> ()", nothing, compiled=True, captured=True)
 def paged_hold_(held: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Write tokens ``[tokens, heads, head_dim]`` exactly, on pages of the window or of sinks
     (`reference.paged.paged_hold_`)."""
-    reference.paged_hold_(held, k, v, slots)
+    (_kernel(k, "paged_hold_") or reference.paged_hold_)(held, k, v, slots)
 
 
 @op(
@@ -55,6 +60,7 @@ def paged_hold_(held: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     f"{_CODECS}, int[] sizes, float scale, float softcap, int view) -> Tensor",
     like_query,
     compiled=True,
+    captured=True,
 )
 def paged_attention(
     q: Tensor,
@@ -85,7 +91,14 @@ def paged_attention(
     """
     pages = _pages(codes, window, sinks, key_codec, key_integers, value_codec, value_integers, sizes)
     requests = Requests(query_start, lengths, held_from, table, window_table, sink_pages)
-    return reference.paged_attention(q, k, v, pages, requests, scale=scale, softcap=softcap, view=view)
+    kernel = _kernel_for(q, "paged_attention", pages.key, pages.value, alike=(k, v, window, sinks))
+    attend = kernel or reference.paged_attention
+    return attend(q, k, v, pages, requests, scale=scale, softcap=softcap, view=view)
+
+
+def _kernel_for(x: Tensor, name: str, *codecs: Codecs, alike: tuple[Tensor | None, ...]) -> Callable[..., Any] | None:
+    """The Triton function of an op, as for all ops; it takes tensors of the dtype of ``x`` alone."""
+    return _kernel(x, name, *codecs) if all(t is None or t.dtype == x.dtype for t in alike) else None
 
 
 def _pages(

@@ -1,4 +1,4 @@
-"""The safety net of quantize_kv_: whether a model reads a quantized cache as it reads a plain one, seen in forwards."""
+"""The checks at the end of quantize_kv_: does the model read a quantized cache as it reads a plain one?"""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _WINDOWS: dict[str, Any] = {"sink_tokens": 1, "recent_tokens": 2, "block_tokens"
 
 @torch.no_grad()
 def check_entry(model: PreTrainedModel, layers: Iterable[int]) -> None:
-    """Go the ways that users go, without a cache: `generate`, and a forward with ``use_cache``. Both have to come back
-    with a `GSRQCache` that holds tokens of every quantized layer.
+    """Run `generate` and a forward with ``use_cache``, both without a cache. Both have to return a `GSRQCache` that
+    holds tokens in every quantized layer.
 
-    What another version of transformers renames would else leave a model in full precision, without a word.
+    Otherwise, an API renamed in another version of transformers would silently leave the model in full precision.
 
     Args:
-        model: quantized already.
-        layers: the quantized ones.
+        model: a quantized model.
+        layers: indices of the quantized layers.
 
     Raises:
-        ValueError: they do not, or fail; names the model and the versions of transformers.
+        ValueError: one of them fails or returns no such cache; names the model and the versions of transformers.
     """
     ids = torch.arange(3, 7, device=models.input_device(model))[None]
 
@@ -62,13 +62,13 @@ def _check_cache(model: PreTrainedModel, what: str, layers: Iterable[int], run: 
     except Exception as error:
         try:
             run(**models.with_cache(model, DynamicCache(config=models.text_config(model))))
-        except Exception:  # what fails without quantization too cannot quantize in silence
+        except Exception:  # it fails without quantization too, so no text can silently stay in full precision
             log.warning("%s was not checked, since it fails without a quantized cache too: %s", what, error)
             return
         what = f"{what} failed over a quantized cache ({type(error).__name__}: {error})"
         raise ValueError(f"{name} is not supported: {what}; {version}") from error
     if cache is None and not isinstance(model, GenerationMixin):
-        return  # a head that drops what its decoder returned
+        return  # a head that drops its decoder's cache
     if not isinstance(cache, GSRQCache):
         what = f"{what} came back with a {type(cache).__name__} instead of a GSRQCache, so no text would be quantized"
         raise ValueError(f"{name} is not supported: {what}; {version}")
@@ -78,15 +78,15 @@ def _check_cache(model: PreTrainedModel, what: str, layers: Iterable[int], run: 
 
 
 def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Callable[[GSRQConfig], GSRQCache]) -> None:
-    """Decode a token over a quantized cache, and over a plain cache that holds what the quantized one decodes to.
+    """Compare a decode step over a quantized cache with one over a plain cache that holds the same tokens, decoded.
 
-    The plain forward runs in the model's own eager attention, so this finds every model whose attention does more to
-    keys and values than transformers' attention interface says.
+    The plain forward uses the model's own eager attention. This detects every model whose attention does more with
+    keys and values than transformers' attention interface specifies.
 
     Args:
-        model: quantized already.
-        config: of its cache.
-        make_cache: an empty cache of another config.
+        model: a quantized model.
+        config: the config of its cache.
+        make_cache: creates an empty cache for a given config.
 
     Raises:
         ValueError: the forward fails, or the two differ by more than rounding; names the model.
@@ -103,7 +103,7 @@ def check_attention(model: PreTrainedModel, config: GSRQConfig, make_cache: Call
 
 
 def _difference(model: PreTrainedModel, inner: PreTrainedModel, cache: GSRQCache) -> float:
-    """How far apart, relatively, the two are."""
+    """The relative difference between the hidden states of the two forwards."""
     with models.plain_precision(model), models.evaluating(inner):
         x = models.some_input(model, _TOKENS)
         _forward(inner, x, slice(0, _TOKENS - 1), cache)

@@ -1,4 +1,4 @@
-"""What `quantize_kv_` leaves on a model: its state, and what gives its forwards and `generate` a quantized cache."""
+"""The state that `quantize_kv_` leaves on a model, and the hooks that pass quantized caches to its forwards."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNSUPPORTED = ("generate_batch", "init_continuous_batching", "continuous_batchin
 
 @dataclass
 class State:
-    """What `quantize_kv_` left on a model, and needs to undo it."""
+    """The state that `quantize_kv_` leaves on a model, with all that `dequantize_kv_` needs to undo it."""
 
     config: GSRQConfig
     codebooks: Codebooks
@@ -35,13 +35,13 @@ class State:
     attention: list[tuple[PreTrainedConfig, str]]
     hooks: list[Any]
     generating: list[nn.Module]
-    warned: set[str] = field(default_factory=set)  # of what was warned, once each
-    active: bool = True  # a shallow copy of a model shares this, and its layers
-    checking: bool = False  # while `quantize_kv_` compares with a plain cache
+    warned: set[str] = field(default_factory=set)  # warnings already issued
+    active: bool = True  # shared by shallow copies of a model, as are its layers
+    checking: bool = False  # True while `quantize_kv_` compares with a plain cache
 
     @property
     def decodes(self) -> bool:
-        """Whether the model's attention reads decoded tensors, and is left as it is."""
+        """Whether the model keeps its own attention, which reads decoded tensors."""
         return models.are_decoded(self.layers)
 
     def new_cache(
@@ -60,13 +60,13 @@ class State:
 
 
 def state_of(model: nn.Module) -> State | None:
-    """The state of a quantized model; None of another."""
+    """The state of a quantized model; None if the model is not quantized."""
     state = getattr(model, "_gsrq", None)
     return state if state is not None and state.active else None
 
 
 def refuse(what: str, model: PreTrainedModel, state: State, *args: Any, **kwargs: Any) -> Any:
-    """A method of a quantized model that would not use its cache, by name."""
+    """Replaces a method, named ``what``, of a quantized model that would not use its quantized cache."""
     if not state.active:  # a shallow copy was dequantized
         return getattr(type(model), what)(model, *args, **kwargs)
     raise ValueError(
@@ -77,18 +77,18 @@ def refuse(what: str, model: PreTrainedModel, state: State, *args: Any, **kwargs
 
 @torch.compiler.assume_constant_result
 def _log_warning(text: str) -> None:
-    """Also where a forward is traced: then once, while it is."""
+    """Works in traced forwards too: there it logs once, while tracing."""
     log.warning("%s", text)
 
 
 class GiveCache:
-    """A forward pre-hook: give a module a quantized cache where it would make its own; in the decoder, tell it where
-    rows begin, and refuse what would not be quantized as asked.
+    """A forward pre-hook that passes a quantized cache to a module that would create its own. In the decoder, it also
+    sets where the cache's rows begin, and refuses requests that cannot be quantized.
 
     Args:
-        module: of the model, on the way to its decoder.
-        state: of the model.
-        is_decoder: whether the module is the decoder itself, which sees masks and positions.
+        module: a module between the model and its decoder, both included.
+        state: the state of the model.
+        is_decoder: whether the module is the decoder itself, which gets masks and positions.
     """
 
     def __init__(self, module: nn.Module, state: State, is_decoder: bool) -> None:
@@ -96,7 +96,7 @@ class GiveCache:
         self.state, self.is_decoder = state, is_decoder
 
     def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments of the forward, all by name."""
+        """Return the arguments of the forward, all by name."""
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         given = [kwargs[name] for name in models.CACHE_NAMES if kwargs.get(name) is not None]
         if len(given) > 1 and given[0] is not given[1]:
@@ -105,7 +105,7 @@ class GiveCache:
                 f"{type(given[1]).__name__} (prefix tuning brings one of its own): it takes one, of torchgsrq.new_cache"
             )
         cache, use_cache = given[0] if given else None, kwargs.get("use_cache")
-        measured = self.state.config.prefill == "quantized"  # then every forward shall see what is stored
+        measured = self.state.config.prefill == "quantized"  # then every forward reads what is stored
         if use_cache is None:
             use_cache = getattr(module.config, "use_cache", False)
         if cache is None and module.training and (measured or use_cache) and self.is_decoder:
@@ -156,7 +156,7 @@ class GiveCache:
 
 
 def _knows_static_caches(function: Any) -> bool:
-    """Whether a function does something for transformers' own fixed cache alone, by its source."""
+    """Whether a function treats transformers' own StaticCache specially, judged by its source."""
     try:
         source = inspect.getsource(function)
     except (OSError, TypeError):  # typed into a shell, or no plain function
@@ -173,7 +173,7 @@ def prepare_cache_for_generation(
     batch_size: int,
     max_cache_length: int,
 ) -> None:
-    """What transformers does, with quantized layers in the cache that it made.
+    """transformers' method, with quantized layers in the cache that it creates.
 
     Raises:
         ValueError: a kind of cache that cannot be quantized, or RoPE that would change while tokens are generated.

@@ -24,31 +24,32 @@ PARTS = ("window", "start", "length", "encoded")
 
 
 class GSRQTensor(Tensor):
-    """A quantized KV buffer that stands in for a plain one.
+    """A quantized KV buffer that replaces a plain one of shape ``[batch, heads, capacity, head_dim]``.
 
-    Write with ``index_copy_(2, slots, x)`` or ``buffer[:, :, slots] = x``, read with
-    ``F.scaled_dot_product_attention`` (on the codes) or ``dequantize()``. Slots past the length never
-    take part in attention. Tokens are written in order; writing at an earlier slot rewinds to it.
+    Write with ``index_copy_(2, slots, x)`` or ``buffer[:, :, slots] = x``. Read with
+    ``F.scaled_dot_product_attention`` (on the codes) or ``dequantize()``. Attention ignores slots past the
+    length. Tokens are written in order; writing at an earlier slot discards the slots from there on.
 
     Tensor Attributes:
-        window: ``[batch, heads, sink_tokens + ring, head_dim]``: the first real tokens of each row, and a ring
-            of the newest, in full precision.
-        start: int32 ``[batch, 2]``: the slot of each row's position 0 (negative where positions begin above 0),
-            and the slot of its first real token (its left padding). ``[batch, 2 + capacity]`` where positions do not
+        window: ``[batch, heads, sink_tokens + ring, head_dim]``, the dtype of the buffer: the first real tokens of
+            each row, and a ring of the newest tokens, in full precision.
+        start: int32 ``[batch, 2]``: the slot of each row's position 0 (negative if positions begin above 0),
+            and the slot of its first real token (its left padding). ``[batch, 2 + capacity]`` if positions do not
             count up with the slots (padding in the middle, images): then also the position of every slot.
-        length: int32 ``[]``, slots held.
-        encoded: int32 ``[batch]``, the slots of each row, from the first on, that were turned into codes.
-        codes_0, codes_1, ...: of each part of the codecs, uint8 ``[batch, heads of the part, capacity, codes]``, the
+        length: int32 ``[]``, the number of slots held.
+        encoded: int32 ``[batch]``, the number of each row's first slots that are encoded.
+        codes_0, codes_1, ...: for each part of the codecs, uint8 ``[batch, heads of the part, capacity, codes]``, the
             encoded tokens; ``codes`` is their list.
         inv_freq, mean_0, transform_0, inverse_0, codebook_0, mean_1, ...: the tables of `Codecs`, shared.
 
     Non-Tensor Attributes:
         integers: sink, recent and block tokens, then `Codecs.integers`.
-        head_repeat: times that each head is repeated in the logical shape (``repeat_interleave`` is lazy).
-        read_only: a view; appending to it would leave the original behind.
-        split_heads: the repeated heads have a dimension of their own, as between ``expand`` and ``reshape``.
-        names, owned: of the tensor attributes, and how many of them, the first, are not shared.
-        parts: the tensor attributes, in their order, as ops take them.
+        head_repeat: how often each head is repeated in the logical shape (``repeat_interleave`` is lazy).
+        read_only: the buffer is a view; appending to it would not change the original.
+        split_heads: the repeated heads have their own dimension, as between ``expand`` and ``reshape``.
+        names: names of the tensor attributes.
+        owned: how many of the tensor attributes, counted from the first, are not shared.
+        parts: the tensor attributes in order, as ops take them.
     """
 
     window: Tensor
@@ -73,7 +74,7 @@ class GSRQTensor(Tensor):
         read_only: bool = False,
         split: bool = False,
     ) -> GSRQTensor:
-        """Wrap the tensor attributes, in their order; users call `empty`."""
+        """Wrap the tensor attributes, given in order; users call `empty`."""
         window, capacity = tensors[0], tensors[len(PARTS)].shape[2]
         batch, heads, _, head_dim = window.shape
         size = (batch, heads, repeat, capacity, head_dim) if split else (batch, heads * repeat, capacity, head_dim)
@@ -99,15 +100,20 @@ class GSRQTensor(Tensor):
         config: GSRQConfig | None = None,
         start: Tensor | None = None,
     ) -> GSRQTensor:
-        """An empty buffer.
+        """Create an empty buffer.
 
         Args:
-            codec: ``codebooks[layer].key`` or ``.value``, or a codec of all heads.
-            config: sink, recent and block tokens; the defaults of `GSRQConfig` without it.
-            start: int ``[batch]``, left padding of each row, or in full, see the tensor attribute; zeros by default.
+            batch, kv_heads, capacity, head_dim: the shape of the buffer; ``capacity`` is in tokens.
+            codec: ``codebooks[layer].key`` or ``.value``, or one codec for all heads.
+            device: device of all tensors.
+            dtype: dtype of the full-precision window and of decoded tensors; torch's default dtype by default.
+            config: sets the sink, recent and block tokens; the defaults of `GSRQConfig` without it.
+            start: int ``[batch]``, the left padding of each row, or all of the tensor attribute ``start``; zeros by
+                default.
 
         Raises:
-            ValueError: the codec is for another head_dim or number of heads, or a size is negative.
+            ValueError: the codec is for another head_dim or number of heads, a size is negative, or ``start`` has a
+                wrong shape.
         """
         codec = Codecs.of(codec)
         if (codec.heads, codec.head_dim) != (kv_heads, head_dim):
@@ -142,7 +148,7 @@ class GSRQTensor(Tensor):
             tensors[1] = start.to(device=device, dtype=torch.int32).clone()
         return cls(tensors, (config.sink_tokens, config.recent_tokens, config.block_tokens, *codec.integers))
 
-    # -- what torch asks of a wrapper subclass
+    # -- the interface of a wrapper subclass
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         return list(self.names), (self.integers, self.head_repeat, self.read_only, self.split_heads)
@@ -182,10 +188,14 @@ class GSRQTensor(Tensor):
             )
         return handler(*args, **(kwargs or {}))
 
-    # -- what users call
+    # -- the user API
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A plain tensor of everything held; zeros past the length."""
+        """Decode all tokens to a plain tensor of the buffer's shape; slots past the length are zero.
+
+        Args:
+            dtype: dtype of the result; that of the buffer by default.
+        """
         out = gsrq.dequantize(self.parts, self.integers, dtype or self.dtype)
         if self.split_heads:
             return out.unsqueeze(2).expand(-1, -1, self.head_repeat, -1, -1)
@@ -193,7 +203,7 @@ class GSRQTensor(Tensor):
 
     @property
     def codes(self) -> list[Tensor]:
-        """The encoded tokens of every part of the codecs."""
+        """The encoded tokens, one tensor per part of the codecs."""
         return self.parts[len(PARTS) : self.owned]
 
     @property
@@ -203,14 +213,14 @@ class GSRQTensor(Tensor):
 
     @property
     def packed(self) -> Packed:
-        """The parts by name."""
+        """The tensors by name."""
         return Packed.from_flat(self.parts, self.integers)
 
     def crop_(self, length: int) -> None:
-        """Forget all slots from ``length`` on. What remains decodes as before, so what became codes stays codes.
+        """Discard all slots from ``length`` on. The remaining tokens decode as before: encoded tokens stay encoded.
 
         Raises:
-            ValueError: ``length`` is negative or more than is held.
+            ValueError: ``length`` is negative or more than the tokens held.
         """
         held = int(self.length)
         if not 0 <= length <= held:
@@ -219,7 +229,7 @@ class GSRQTensor(Tensor):
         self.encoded.clamp_(max=length)
 
     def grown(self, capacity: int) -> GSRQTensor:
-        """A buffer of at least this capacity with the same tokens; its codes are moved, the rest is shared."""
+        """A buffer of at least this capacity with the same tokens; codes are copied, the rest is shared."""
         more = capacity - self.codes[0].shape[2]
         if more <= 0:
             return self
@@ -229,7 +239,7 @@ class GSRQTensor(Tensor):
         return _like(self, [window, fitted(start, capacity), *others])
 
     def placed(self, start: Tensor) -> GSRQTensor:
-        """The same buffer with another ``start``, of which it takes a copy, as a part or in place."""
+        """The same buffer with a copy of another ``start``, written in place if the shapes match."""
         start = start.to(self.start.device, self.start.dtype)
         if start.shape == self.start.shape:
             gsrq.kv_place_(self, start)
@@ -238,18 +248,18 @@ class GSRQTensor(Tensor):
         return _like(self, [window, start.clone(), *rest])
 
     def with_frequencies(self, inv_freq: Tensor) -> GSRQTensor:
-        """The same buffer with the frame rotation of other RoPE frequencies."""
+        """The same buffer with other RoPE frequencies in its frame rotation."""
         return _like(self, [inv_freq if t is self.inv_freq else t for t in self.parts])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GSRQTensor:
         return _clone(self)  # the tables are shared
 
     def held_on(self, device: torch.device | str) -> GSRQTensor:
-        """The same buffer with what it owns on a device; the tables stay where they are, for offloading."""
+        """The same buffer with the tensors it owns on a device, for offloading; the shared tables do not move."""
         return _like(self, [t.to(device) if i < self.owned else t for i, t in enumerate(self.parts)])
 
     def select_rows(self, rows: Tensor) -> GSRQTensor:
-        """The rows of the batch at ``rows`` (indices, or a bool mask), any of them, in any order; a copy."""
+        """A copy of the batch rows at ``rows`` (indices in any order, or a bool mask)."""
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         held = self.parts[: self.owned]
         held = [t.index_select(0, rows.to(t.device)) if t.ndim else t.clone() for t in held]  # the length is of all
@@ -257,26 +267,26 @@ class GSRQTensor(Tensor):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """Bytes that this buffer owns; its shape and dtype would say those of full precision."""
+        """Bytes that this buffer owns; its shape and dtype would imply those of full precision."""
         return sum(self.nbytes_by_part().values())
 
     def nbytes_by_part(self) -> dict[str, int]:
-        """Bytes of the storages that this buffer owns (not the shared tables), by part; codes together."""
+        """Bytes of the storages that this buffer owns, without the shared tables, by attribute; codes together."""
         found = {name: getattr(self, name).untyped_storage().nbytes() for name in PARTS}
         return found | {"codes": sum(codes.untyped_storage().nbytes() for codes in self.codes)}
 
 
 @functools.cache
 def _names(parts: int) -> tuple[tuple[str, ...], int]:
-    """The names of a buffer's tensors, of codecs of so many parts, and how many of them it owns."""
+    """The names of a buffer's tensors for codecs with this many parts, and how many of them it owns."""
     owned = (*PARTS, *(f"codes_{i}" for i in range(parts)))
     return (*owned, "inv_freq", *(f"{table}_{i}" for i in range(parts) for table in TABLES)), len(owned)
 
 
 def _made_in_graph(args: Any) -> bool:
-    """Whether a buffer was put together from plain tensors in a graph that is being exported.
+    """Whether a buffer was built from plain tensors in a graph that is being exported.
 
-    Exported graphs for AOTInductor take plain tensors only, and know such a buffer only by its parts.
+    Exported graphs for AOTInductor take plain tensors only, and see such a buffer only as its parts.
     """
     mode = get_proxy_mode() if torch.compiler.is_exporting() else None
     known = getattr(getattr(mode, "tracer", None), "tensor_tracker", None)
@@ -304,9 +314,10 @@ def _append(kv: GSRQTensor, x: Tensor, slots: Tensor) -> None:
 def append_pair_(
     key: GSRQTensor, value: GSRQTensor, k: Tensor, v: Tensor, slots: Tensor, tails: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Append to both buffers or to neither; gives the tails that the newest queries see, if asked (`ops.append_pair_`).
+    """Append to both buffers or to neither. With ``tails``, return the tails that the newest queries read in full
+    precision (`ops.append_pair_`).
 
-    One op does it all, once for each layer and step.
+    This is a single op per layer and step.
     """
     if torch.compiler.is_compiling():
         return gsrq.kv_append_pair_(key, value, k, v, slots, tails)
@@ -458,7 +469,7 @@ def _repeat_interleave(kv: GSRQTensor, repeats: Any, dim: int | None = None, **_
 
 
 def _repeat_heads(kv: GSRQTensor, repeats: int) -> Tensor:
-    """Repeat heads lazily, through the ops that plain code would use, so that tracing sees them."""
+    """Repeat heads lazily, with the ops that plain code would use, so that tracing records them."""
     if _made_in_graph((kv,)):
         return _like(kv, kv.parts, repeat=kv.head_repeat * repeats, read_only=True)
     batch, heads, capacity, dim = kv.shape
@@ -472,10 +483,13 @@ def _repeat_heads(kv: GSRQTensor, repeats: int) -> Tensor:
 def attend(q: Tensor, key: Any, value: Any, options: Options) -> Tensor:
     """Attention of plain queries ``[batch, query heads, queries, head_dim]`` on the codes of two buffers.
 
+    Returns:
+        ``[batch, query heads, queries, head_dim]``.
+
     Raises:
         TypeError: the keys or the values are a plain tensor.
     """
-    # Outside of graphs without the op's way through the subclass, which costs as much as attention on short texts.
+    # Outside of graphs, skip the subclass dispatch of the op, which costs as much as attention on short texts.
     traced = torch.compiler.is_compiling() and not _made_in_graph((key, value))
     return (gsrq.kv_attention if traced else _attention)(q, key, value, *options)
 
@@ -526,7 +540,7 @@ class _WithoutGradient(torch.autograd.Function):
 
 
 def without_gradient(out: Tensor, *inputs: Tensor) -> Tensor:
-    """What attention on codes gave for these inputs: asked for a gradient, it raises instead of losing it silently."""
+    """The output of attention on codes for these inputs: its backward raises, instead of silently losing a gradient."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return _WithoutGradient.apply(out, *inputs)
     return out

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Generate on a 1-bit cache
 #
-# A language model keeps the keys and values of all tokens that it has read: its KV cache. It grows with the text,
-# and for long texts it can take more memory than the model itself. Here a real model writes text while its cache
-# holds 1 bit per element, and you see where every byte is.
+# A language model keeps the keys and values of all tokens that it has read: its KV cache. The cache grows with the
+# text, and for long texts it can take more memory than the model itself. In this tutorial, a real model generates
+# text with a cache of 1 bit per element, and you see where every byte is.
 #
-# Run it with `python tutorials/1_generate.py`; it takes about a minute on two cores, most of it for codebooks, and
-# less the next time. The picture is written beside the script. What is printed here, and the picture, are from a
+# Run it with `python tutorials/1_generate.py`. It takes about a minute on two cores, most of it for codebooks, and
+# less the next time. The picture is saved next to the script. The output and the picture shown here are from a
 # 2-core Intel Xeon (Sapphire Rapids), torch 2.13.0, 2026-11-30.
 
 # %%
@@ -25,8 +25,8 @@ MiB = 2**20
 # %% [markdown]
 # ## A model and a text
 #
-# `load_model` gives SmolLM2-135M, which comes as a Python package, and `document` the Python language reference.
-# Nothing is downloaded. With a model of yours, use `AutoModelForCausalLM.from_pretrained` as always.
+# `load_model` returns SmolLM2-135M, which comes as a Python package, and `document` returns the Python language
+# reference. Nothing is downloaded. For your own model, use `AutoModelForCausalLM.from_pretrained` as usual.
 
 # %%
 model, tokenizer = load_model()
@@ -35,9 +35,9 @@ ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbo
 # %% [markdown]
 # ## Codebooks, once
 #
-# A code is one byte. What it stands for is written in a **codebook**, which is learned from text that the model
-# reads. We learn from the last 1024 tokens of the document, to be quick, and keep the file beside this script,
-# where the other tutorials find it. The [next tutorial](2_calibrate.py) says how to do it well: with more text.
+# A code is one byte. It selects an entry of a **codebook**, which is learned from text that the model reads. To be
+# quick, we learn from the last 1024 tokens of the document. We save the file next to this script, where the other
+# tutorials find it. The [next tutorial](2_calibrate.py) shows how to do it well: with more text.
 
 # %%
 file = here / "smollm2.safetensors"
@@ -47,7 +47,7 @@ if not file.exists():
 # %% [markdown]
 # ## Quantize, then generate as before
 #
-# `quantize_kv_` changes the model in place, but not its weights. From now on its caches hold codes.
+# `quantize_kv_` changes the model in place, but not its weights. From now on, its caches hold codes.
 
 # %%
 prompt = ids[None, :400]
@@ -75,8 +75,8 @@ print("1 bit:", go_on(prompt))
 # %% [markdown]
 # ## Where every byte is
 #
-# `new_cache` makes a cache that you can look into. The first 4 tokens (**sinks**) and at least the newest 128 (the
-# **window**) stay in full precision; all others become codes. Let us read 2048 tokens in pieces, and ask
+# `new_cache` creates a cache that you can inspect. The first 4 tokens (**sinks**) and at least the newest 128 (the
+# **window**) stay in full precision; all others are stored as codes. We read 2048 tokens in pieces, and call
 # `cache.memory()` after each.
 
 # %%
@@ -106,8 +106,8 @@ print(f"bits per element: {report.bits_per_element_codes:.2f} of codes, {report.
 #
 # `total` is what this cache owns. Codebooks are shared by all caches of a model.
 #
-# The codes grow with the text; sinks and window do not. So a short text saves little, and a long one a lot. (The
-# model is in float32 here; in bfloat16 the window and the dashed line are half as large, and the codes are the
+# The codes grow with the text; sinks and window do not. A short text therefore saves little, and a long one a lot.
+# (The model is in float32 here. In bfloat16, the window and the dashed line are half as large; the codes are the
 # same.)
 
 # %%
@@ -130,9 +130,9 @@ figure.savefig(here / "1_generate.png", dpi=110)
 # %% [markdown]
 # ![bytes of a cache at 1 bit and in full precision, and its parts, by the tokens that it holds](1_generate.png)
 #
-# ## Keep a prompt for tomorrow
+# ## Save a prompt
 #
-# `save` writes the whole cache; `load` fills an empty one, in another process too. Then the prompt is not read
+# `save` writes the whole cache, and `load` fills an empty one, also in another process. The prompt is not read
 # again, and the answer is the same.
 
 # %%
@@ -152,9 +152,9 @@ print("the same answer:", now == later)
 # the same answer: True
 # ```
 #
-# ## Put the model back
+# ## Restore the model
 #
-# `dequantize_kv_` undoes it all: the model is what it was.
+# `dequantize_kv_` undoes `quantize_kv_`: the model is as before.
 
 # %%
 dequantize_kv_(model)
@@ -169,5 +169,5 @@ print("full precision:", go_on(prompt))
 #    assignment_stmt
 # ```
 #
-# On a short text both say the same: of 400 tokens, 132 to 163 are exact anyway. How much is lost on longer ones,
-# and how to measure it, is in [Measure it yourself](5_measure.py).
+# On this short text, the two differ by a few words: of 400 tokens, 132 to 163 are in full precision anyway.
+# [Measure it yourself](5_measure.py) shows how to measure the loss on longer texts.

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # Calibrate for your model and your text
 #
-# Codebooks are learned from keys and values of one model. Which text it reads while they are learned, and how many
-# bits they have, decides how well the cache works later. Here you learn codebooks, look at how bits are dealt to
-# the heads, and measure what a lower rate and another text cost.
+# Codebooks are learned from keys and values of one model. The calibration text and the number of bits decide how well
+# the cache works later. In this tutorial, you learn codebooks, see how bits are allocated to the heads, and measure
+# the cost of a lower rate and of another text.
 #
-# Run it with `python tutorials/2_calibrate.py`; it takes about two minutes on two cores, most of it to learn
-# codebooks. What is printed here, and the picture, are from a 2-core Intel Xeon (Sapphire
-# Rapids), torch 2.13.0, 2026-11-30.
+# Run it with `python tutorials/2_calibrate.py`. It takes about two minutes on two cores, most of it to learn
+# codebooks. The output and the picture shown here are from a 2-core Intel Xeon (Sapphire Rapids), torch 2.13.0,
+# 2026-11-30.
 
 # %%
 from pathlib import Path
@@ -25,18 +25,18 @@ ids = tokenizer(document(), return_tensors="pt", add_special_tokens=False, verbo
 # %% [markdown]
 # ## Your text
 #
-# `calibrate` takes strings (and a tokenizer), tensors of token ids, or batches. It reads up to 32768 tokens of
-# them, which takes minutes, and half as much again that it makes of them: text that repeats itself, and lists to look
-# things up in. If your text has fewer than 16384, the model writes the rest itself. To be quick we say `tokens=1024`,
-# and 1024 are all that it reads: far too few for real work. The model must not be quantized yet.
+# `calibrate` takes strings (and a tokenizer), tensors of token IDs, or batches. It reads up to 32768 tokens, which
+# takes minutes, and adds half as much again: text that repeats itself, and lists to look things up in. If your text
+# has fewer than 16384 tokens, the model writes the rest. To be quick, we set `tokens=1024`, so that it reads only 1024
+# tokens: far too few for real work. The model must not be quantized yet.
 #
 # ```python
 # books = calibrate(model, GSRQConfig(bits=1), data=texts, tokenizer=tokenizer)
 # ```
 #
-# Several configs are learned from one reading, which costs little more than one. Here for 1 bit and half a bit; `bits`
-# may be any number from 0.25 to 2, since it is the mean over all heads. Codebooks are saved to a file with a checksum,
-# which names the model that they belong to, and [another tutorial](5_measure.py) takes them from there.
+# Several configs can share one reading, which costs little more than a single config. Here we use 1 bit and half a
+# bit. `bits` is the mean over all heads and can be any number from 0.25 to 2. Codebooks are saved to a file that has a
+# checksum and names the model that they belong to. [Another tutorial](5_measure.py) loads them from there.
 
 # %%
 rates = (1, 0.5)
@@ -49,9 +49,9 @@ books = Codebooks.load(files[0])
 # %% [markdown]
 # ## Which head gets how many bits
 #
-# KV heads are not alike: an error in one changes what the model says, an error in another hardly does. Calibration
-# measures this with backward passes, and deals out the bits so that their mean is what you asked for. `describe`
-# has a line for each layer, with the bits of each of its heads where they differ.
+# KV heads differ: an error in one changes the model's output, an error in another hardly does. Calibration measures
+# this with backward passes, and allocates the bits so that their mean is the requested rate. `describe` prints a line
+# per layer, with the bits of each head where they differ.
 
 # %%
 print("\n".join(books.describe().splitlines()[:8]), "\n...")
@@ -69,16 +69,16 @@ print("\n".join(books.describe().splitlines()[:8]), "\n...")
 # ...
 # ```
 #
-# With `GSRQConfig(allocation="uniform")` all heads get the same. That is quicker to learn, and is what models
-# without gradients get, those with quantized weights for example.
+# With `GSRQConfig(allocation="uniform")`, all heads get the same bits. This is faster to learn. Models without
+# gradients, for example with quantized weights, always get the same bits.
 #
-# How many elements share a code is decided here too: `group_size=8` by default. Larger groups lose less, and take
-# longer to encode and to attend to. [Which setting?](../docs/choosing.md) helps to choose.
+# Calibration also fixes how many elements share a code: `group_size=8` by default. Larger groups lose less, but
+# encoding and attention take longer. [Which setting?](../docs/choosing.md) helps to choose.
 #
 # ## What a lower rate costs
 #
-# `quality` reads a text through the quantized cache and compares with full precision. We read 384 tokens that were
-# not learned from, and keep only 32 recent tokens exact, so that even this short text is mostly codes.
+# `quality` reads a text through the quantized cache and compares it with full precision. We read 384 held-out tokens,
+# and keep only 32 recent tokens in full precision, so that most of even this short text is read from codes.
 
 # %%
 candidates = {
@@ -86,11 +86,11 @@ candidates = {
 }
 
 # %% [markdown]
-# ## Own text against your text
+# ## The model's own text or your text
 #
-# Without `data`, `calibrate` lets the model write text itself: this is also what `quantize_kv_` does when it finds
-# no codebooks. It needs nothing from you, and costs quality. Two small codebooks of 512 tokens each, with the same
-# bits in all heads to be quick, show the difference.
+# Without `data`, the model writes the calibration text itself. `quantize_kv_` does the same when it finds no
+# codebooks. This needs no data, and costs quality. Two sets of codebooks show the difference. To be quick, each is
+# learned from 512 tokens, with the same bits in all heads.
 
 # %%
 quick = GSRQConfig(bits=1, allocation="uniform", recent_tokens=32)
@@ -111,10 +111,10 @@ for name, q in found.items():
 # your text  KL 0.050 (0.024 to 0.078) nats, perplexity 19.18 of 18.27
 # ```
 #
-# A KL divergence of 0 would mean that the model says the same as in full precision. 384 tokens are few, so all of
-# this is noisy: the intervals overlap, and perplexity even comes out better than in full precision, which is
-# chance. It points where [more tokens](../docs/results/quality.md) point too: your kind of text is better than the
-# model's own, and bits for the heads that need them are better than the same for all.
+# A KL divergence of 0 means the same output as in full precision. 384 tokens are few, so these figures are noisy: the
+# intervals overlap, and perplexity is even better than in full precision at 1 and 0.5 bit, by chance. They agree with
+# [measurements on more tokens](../docs/results/quality.md): your kind of text is better than the model's own, and
+# bits by head are better than the same bits for all.
 
 # %%
 blue, orange, green = "#0072B2", "#E69F00", "#009E73"
@@ -143,9 +143,9 @@ figure.savefig(here / "2_calibrate.png", dpi=110)
 # %% [markdown]
 # ![bits of keys and values by layer and head, and KL divergence by rate and by calibration text](2_calibrate.png)
 #
-# ## And then
+# ## Next
 #
-# Give the codebooks, or the path of their file, to `quantize_kv_`:
+# Pass the codebooks, or the path of their file, to `quantize_kv_`:
 #
 # ```python
 # quantize_kv_(model, codebooks="smollm2.safetensors")

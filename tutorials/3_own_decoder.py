@@ -1,12 +1,11 @@
 # %% [markdown]
 # # Your own decoder
 #
-# `quantize_kv_` is for models of transformers. A decoder that you wrote yourself keeps its keys and values in
-# buffers of its own, and there a `GSRQTensor` takes the place of a plain tensor: the decoder's code stays as it is,
-# under `torch.compile` too.
+# `quantize_kv_` is for transformers models. A decoder of your own keeps its keys and values in its own buffers. There,
+# a `GSRQTensor` replaces a plain tensor, and the decoder's code stays the same, also under `torch.compile`.
 #
-# Run it with `python tutorials/3_own_decoder.py`; it takes about half a minute on two cores. What is printed here,
-# and the picture, are from a 2-core Intel Xeon (Sapphire Rapids), torch 2.13.0, 2026-11-30.
+# Run it with `python tutorials/3_own_decoder.py`. It takes about half a minute on two cores. The output and the
+# picture shown here are from a 2-core Intel Xeon (Sapphire Rapids), torch 2.13.0, 2026-11-30.
 
 # %%
 import time
@@ -28,8 +27,8 @@ torch.set_grad_enabled(False)
 # %% [markdown]
 # ## A small decoder
 #
-# Two layers, RoPE, and 4 query heads that share 2 KV heads (GQA). It reads bytes, and its weights are random:
-# enough to show how things fit together, and nothing here says how good a real model would be.
+# It has two layers, RoPE, and 4 query heads that share 2 KV heads (GQA). It reads bytes, and its weights are random.
+# This is enough to show how the parts fit together, but says nothing about the quality of a real model.
 
 # %%
 LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM, WIDTH = 2, 4, 2, 64, 256
@@ -86,13 +85,13 @@ model = Decoder().eval()
 text = torch.tensor(list(document().encode("ascii", "ignore")))[None]
 
 # %% [markdown]
-# The buffers are not the decoder's business: `forward` is given pairs of them, writes with `index_copy_` and reads
-# with `scaled_dot_product_attention`. Those two calls are all that a `GSRQTensor` has to understand.
+# The decoder does not create the buffers: `forward` gets pairs of them, writes with `index_copy_` and reads with
+# `scaled_dot_product_attention`. A `GSRQTensor` implements these two calls.
 #
 # ## Codebooks
 #
 # `calibrate` takes transformers models. For a decoder of your own, `calibrate_qkv` takes the queries, keys and values
-# of each layer, one layer after the other, and learns by the same recipe, with the same bits for all heads.
+# of each layer, one layer after the other. It uses the same recipe, with the same bits for all heads.
 
 
 # %%
@@ -117,7 +116,7 @@ print(books.describe())
 #
 # ## Buffers of codes
 #
-# The same shape as a plain buffer, and far fewer bytes.
+# They have the same shape as plain buffers, and far fewer bytes.
 
 # %%
 CAPACITY = 4096
@@ -147,12 +146,12 @@ print(f"coded: {sum(x.nbytes for pair in coded for x in pair) / 1024:.0f} KiB")
 #
 # ## Read a prompt, then decode with torch.compile
 #
-# The prompt is read in full precision, as serving systems do, and its keys and values are then written to the codes
-# in one call. (A prompt that is read straight through a buffer of codes works too; its queries then see codes also
-# where a token-by-token decode would still have seen the exact window.)
+# The prompt is read in full precision, as in serving systems. Its keys and values are then written to the buffers of
+# codes in one call. (You can also read a prompt directly through a buffer of codes. Its queries then read codes even
+# where a token-by-token decode would still have read the full-precision window.)
 #
-# Each step is compiled into one graph, `fullgraph=True`, for both kinds of buffers. A clone of the buffers is
-# decoded without the compiler, to compare.
+# For both kinds of buffers, each step is compiled into one graph with `fullgraph=True`. For comparison, we decode with
+# a clone of the buffers without the compiler.
 
 # %%
 PROMPT, STEPS = 3000, 32
@@ -189,12 +188,12 @@ print(f"one step at {PROMPT} tokens: {plain_ms:.2f} ms in full precision, {coded
 # one step at 3000 tokens: 7.84 ms in full precision, 7.35 ms on codes
 # ```
 #
-# The times are of a tiny model, in which attention is a small part; [Speed](../docs/results/speed.md) has real ones.
+# These times are for a tiny model, in which attention is a small part. [Speed](../docs/results/speed.md) has real ones.
 #
 # ## The error of attention, by rate
 #
-# How far is the output of attention from that of full precision? We read 3000 bytes that the codebooks have not
-# seen, and compare the last 1024 queries in both layers.
+# How far is the output of attention from full precision? We read 3000 bytes that were not used for calibration, and
+# compare the output of the last 1024 queries in both layers.
 
 # %%
 rates = (2, 1.5, 1, 0.75, 0.5)
@@ -243,5 +242,5 @@ for rate, errors in zip(rates, learned.tolist(), strict=True):
 # 0.5 bits: 0.2469, 0.2584
 # ```
 #
-# Keys and values of random weights have little structure that could be learned, so these errors say little about
-# real models. From 1 to 2 bits the error falls to a third.
+# Keys and values of random weights have little structure to learn, so these errors say little about real models. From
+# 1 to 2 bits, the error falls to a third.

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Codes in pictures
 #
-# What is a code, and why do a few bits per element suffice? Here are the four ideas of this library in two
-# dimensions, where they can be drawn, with the library's own functions.
+# What is a code, and why are a few bits per element enough? This tutorial shows the four ideas of this library with
+# its own functions, in two dimensions, where they can be drawn.
 #
-# Run it with `python tutorials/4_codes_in_pictures.py`; it takes a few seconds. What is printed here, and the
-# pictures, are from a 2-core Intel Xeon (Sapphire Rapids), torch 2.13.0, 2026-11-30.
+# Run it with `python tutorials/4_codes_in_pictures.py`. It takes a few seconds. The output and the pictures shown here
+# are from a 2-core Intel Xeon (Sapphire Rapids), torch 2.13.0, 2026-11-30.
 
 # %%
 from pathlib import Path
@@ -26,13 +26,13 @@ blue, orange, green, pink, grey = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#
 # %% [markdown]
 # ## 1. Residual stages
 #
-# A **codebook** is a small table of vectors, its **codewords**. A vector is replaced by the number of the nearest
-# codeword: that number is its code. `cluster` finds good codewords.
+# A **codebook** is a small table of vectors, its **codewords**. A vector is replaced by the index of the nearest
+# codeword: this index is its code. `cluster` finds good codewords.
 #
-# One large table would be best, but a table for 64 bits would have 2^64 rows. So codes come in **stages**: the
-# second codebook codes what the first left over, the third what the second left over. The vector is the sum of its
-# codewords. Here 3 stages have 8 codewords each: 9 bits, 24 rows instead of 512. (In the library a codebook has 256
-# codewords, so that a code is one byte.)
+# One large table would be best, but a table for 64 bits would have 2^64 rows. Vectors are therefore coded in
+# **stages**: the second codebook codes the residual of the first, and the third the residual of the second. The vector
+# is the sum of its codewords. Here, 3 stages have 8 codewords each: 9 bits, with 24 rows instead of 512. (In the
+# library, a codebook has 256 codewords, so that a code is one byte.)
 
 # %%
 points = torch.randn(2000, 2) @ torch.tensor([[1.6, 0.9], [0.0, 0.6]])
@@ -68,14 +68,14 @@ figure.savefig(here / "4_stages.png", dpi=110)
 #
 # ![three residual stages of 8 codewords each, and all their sums](4_stages.png)
 #
-# The sums lie close where the vectors lie close. Each stage more refines the one before it.
+# The sums are dense where the vectors are dense. Each additional stage refines the one before it.
 #
 # ## 2. Gain and shape
 #
-# A codeword can be seen as a **gain** (its length) times a **shape** (its direction). Attention asks for
-# directions: a query looks for the keys that point where it points. Gain-shape k-means, `method="gskm"`, learns the
-# two apart: the shape is the mean direction of its vectors, in which short ones count as much as long ones, and the
-# gain is their mean length along it. In plain k-means long vectors pull a codeword towards themselves.
+# A codeword is a **gain** (its length) times a **shape** (its direction). Attention depends on directions: a query
+# looks for keys that point in its direction. Gain-shape k-means, `method="gskm"`, learns the two separately. The shape
+# is the mean direction of the vectors, in which short ones count as much as long ones. The gain is their mean length
+# along it. In plain k-means, long vectors pull a codeword towards themselves.
 
 # %%
 direction = torch.randn(4000, 2)
@@ -114,19 +114,19 @@ figure.savefig(here / "4_gain_shape.png", dpi=110)
 # gskm    squared error 0.1265, cosine error 0.0412
 # ```
 #
-# Directions come out better and squared errors about the same. On keys and values of a real model the gain is
-# [smaller](../docs/research/quality.md#what-gain-shape-k-means-gives), and with several stages plain k-means was ahead;
-# so the library learns its codebooks by plain k-means, and this is for looking at the idea.
+# Directions are better, and squared errors about the same. On keys and values of a real model the difference is
+# [smaller](../docs/research/quality.md#what-gain-shape-k-means-gives), and with several stages plain k-means was ahead.
+# The library therefore learns its codebooks by plain k-means; this section only illustrates the idea.
 #
 # ## 3. Anchored frames
 #
-# RoPE turns a key by an angle that grows with its position. So a key of position 30000 lies where no key of a
-# calibration text lay, and its codebook knows no codeword there. Therefore positions are cut into **frames**, and a
-# key is stored as if its frame began at 0: it is turned back by the start of its frame before it is coded, and
+# RoPE rotates a key by an angle that grows with its position. A key at position 30000 is therefore far from all keys of
+# a calibration text, and its codebook has no codeword near it. To avoid this, positions are split into **frames**, and
+# a key is stored as if its frame began at 0. It is rotated back by the start of its frame before it is encoded, and
 # forward again when it is read. A key that moves by whole frames keeps its code.
 #
-# Here keys have four pairs of elements, turned fast to slowly, and frames have 64 tokens. Both codebooks, with
-# frames and without, learn from positions 0 to 255.
+# Here, keys have four pairs of elements, which rotate at different speeds, and frames have 64 tokens. Two codebooks,
+# one with frames and one without, learn from positions 0 to 255.
 
 # %%
 DIM, FRAME = 8, 64
@@ -135,7 +135,7 @@ content = torch.tensor([1.0, 1.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0]) + 0.4 * torch.r
 
 
 def keys_at(positions: Tensor) -> Tensor:
-    """The same keys wherever they stand: turned to these positions, [1, 1, n, DIM]."""
+    """The same keys, rotated to these positions: [1, 1, n, DIM]."""
     return rotate(content[: len(positions)], positions, inv_freq)[None, None]
 
 
@@ -198,21 +198,21 @@ figure.savefig(here / "4_frames.png", dpi=110)
 #
 # ![keys at positions that were not learned from, and the error of keys by position](4_frames.png)
 #
-# Left: the same 64 keys at two places where nothing was learned. Turned back by the start of their frames they fall
-# on the same points, among those that were learned from.
+# Left: the same 64 keys at two ranges of positions that were not learned from. Rotated back by the start of their
+# frames, both fall on the same points, among those that were learned from.
 #
-# Without frames the error is small again where the slowest pair has made a whole turn, near position 1571. In real
-# models the slowest pairs take many thousands of tokens for that.
+# Without frames, the error is small again where the slowest pair has completed a full rotation, near position 1571. In
+# real models, the slowest pairs take many thousands of tokens for a rotation.
 #
 # ## 4. Score-aware codes
 #
-# What attention reads of a key is `q . k`. The queries that count point along the key, so an error **along** the
-# key moves the score, and one **across** it hardly does. The encoder minimises `|e|^2 + (eta - 1) (e . y/|y|)^2`:
-# with `eta=8` an error along the vector counts 8 times as much. The bytes are as many as before, only chosen
-# better.
+# Attention uses a key only in the score `q . k`. The queries that matter are aligned with the key, so an error
+# **along** the key changes the score, and an error **across** it hardly does. The encoder minimizes
+# `|e|^2 + (eta - 1) (e . y/|y|)^2`: with `eta=8`, an error along the vector counts 8 times as much. The number of bytes
+# is the same; only the choice of codes is better.
 #
-# Left, one vector and the codewords near it: the nearest one, and the one of least loss, which lies in the ellipse.
-# Right, 4096 vectors of 16 elements with 4 stages of 256 codewords.
+# Left: one vector and the codewords near it, among them the nearest one and the one of least loss, which lies on the
+# ellipse. Right: 4096 vectors of 16 elements with 4 stages of 256 codewords.
 
 # %%
 vector = torch.tensor([2.0, 1.2])
@@ -265,5 +265,5 @@ figure.savefig(here / "4_score_aware.png", dpi=110)
 # eta=8: along 0.0431, across 0.0746 per direction, score 1.5166
 # ```
 #
-# The error across the vector grows, and that of the score, which is what counts, falls. [How it
-# works](../docs/design/how-it-works.md) has the rest.
+# The error across the vector grows, and the error of the score, which matters, falls.
+# [How it works](../docs/design/how-it-works.md) describes the whole method.

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # Measure it yourself
 #
-# Does a quantized cache still say the same? Here are the measures that tell, each in a few lines: KL divergence,
-# perplexity, answers found in a text, and bits with everything counted. Measure with your own model and text:
-# numbers of others seldom carry over.
+# Does a model with a quantized cache still give the same output? This tutorial shows the measures that answer this,
+# each in a few lines: KL divergence, perplexity, answers found in a text, and bits with everything counted. Measure
+# with your own model and text: results of other models seldom carry over.
 #
-# Run it with `python tutorials/5_measure.py`; it takes about a minute on two cores, less with codebooks from
-# another tutorial. What is printed here, and the picture, are from a 2-core Intel Xeon (Sapphire Rapids), torch
+# Run it with `python tutorials/5_measure.py`. It takes about a minute on two cores, less with codebooks from
+# another tutorial. The output and the picture shown here are from a 2-core Intel Xeon (Sapphire Rapids), torch
 # 2.13.0, 2026-11-30.
 
 # %%
@@ -34,12 +34,12 @@ if not all(file.exists() for file in files):
 books, half = (Codebooks.load(file) for file in files)
 
 # %% [markdown]
-# ## A trap: what a prompt sees
+# ## A pitfall: what a prompt attends to
 #
-# By default a prompt attends to its own keys and values in full precision (`prefill="exact"`), as in serving
-# systems: only what is generated later reads codes. So a forward over a whole text, which is how likelihoods are
-# measured, would measure the model without any quantization. With `prefill="quantized"` each token sees what it
-# would have seen if the text had been written token by token.
+# By default, a prompt attends to its own keys and values in full precision (`prefill="exact"`), as in serving
+# systems; only tokens generated later read codes. Likelihoods are measured by one forward over a whole text, and such a
+# forward would measure the model without any quantization. With `prefill="quantized"`, each token sees what it would
+# have seen if the text had been generated token by token.
 
 # %%
 window = ids[None, :512]
@@ -63,9 +63,9 @@ for prefill in ("exact", "quantized"):
 # prefill="quantized": KL divergence 0.0104 nats
 # ```
 #
-# The KL divergence says how far the distribution of the next token is from that of full precision: 0 is the same.
-# It needs no right answers, and a few hundred tokens tell a good deal. By position it shows how things work: as
-# long as the text fits into the exact window there is no error; after that more and more is read from codes.
+# The KL divergence measures how far the distribution of the next token is from that of full precision: 0 means equal.
+# It needs no right answers, and a few hundred tokens are informative. By position, it shows the effect of the window:
+# as long as the text fits into the full-precision window, there is no error; later, more and more is read from codes.
 
 # %%
 short = GSRQConfig(bits=1, prefill="quantized", recent_tokens=32)
@@ -89,8 +89,8 @@ left.legend()
 # %% [markdown]
 # ## Perplexity, agreement, and an interval
 #
-# `quality` does all this for several settings at once (and sets `prefill="quantized"` itself). The interval is a
-# bootstrap over stretches of 64 tokens. With 512 tokens it is wide: use many windows for real work.
+# `quality` measures several settings at once, and sets `prefill="quantized"` itself. The interval is a bootstrap over
+# stretches of 64 tokens. With 512 tokens it is wide: use many windows for real work.
 
 # %%
 candidates = {
@@ -112,8 +112,9 @@ for name, q in quality(model, [window[0]], candidates).items():
 # ## Answers found in a text
 #
 # A cache can have a small KL divergence and still lose the one token that a question asks for. `trials` hides facts
-# in a text and asks for them; `retrieval` lets the model answer. An answer counts if greedy decoding would write
-# all of it. `nll`, the negative log-likelihood of the right answer, tells more when answers are few, as here.
+# in a text and asks for them; `retrieval` lets the model answer. An answer counts as found if greedy decoding would
+# write all of it. `nll`, the negative log-likelihood of the right answer, is more reliable when there are few answers,
+# as here.
 
 # %%
 asked = trials(tokenizer, document(), tokens=512, tasks=("keys",), count=2)
@@ -133,14 +134,14 @@ for name, candidate in settings.items():
 # 0.5 bit         found 25% of 16, 1.15 nats per token of the answer
 # ```
 #
-# So a small KL divergence can go with a loss of answers. Our codebooks were learned from 1024 tokens of plain
-# text; from 16k tokens, with the lists that calibration then adds, [more is found](../docs/results/quality.md). Sixteen
+# A small KL divergence can come with a loss of answers. Our codebooks were learned from 1024 tokens of plain text.
+# From 16k tokens, with the lists that calibration then adds, [more is found](../docs/results/quality.md). Sixteen
 # answers are few: one more or less is 6%.
 #
 # ## True bits
 #
 # "1 bit" is the rate of the codes. `true_bits` counts everything: sinks and window (in 16 bits), and codebooks as
-# if this were their only cache. In truth all caches of a model share them.
+# if this were their only cache. In practice, all caches of a model share them.
 
 # %%
 contexts = [2**n for n in range(9, 18)]
@@ -169,8 +170,8 @@ figure.savefig(here / "5_measure.png", dpi=110)
 #
 # ## With lm-evaluation-harness
 #
-# Its tasks score likelihoods in one forward over prompt and answer, so here too `prefill="quantized"` is what you
-# want. This is not run here; it needs `pip install lm-eval`.
+# Its tasks score likelihoods in one forward over prompt and answer, so use `prefill="quantized"` here too. This code is
+# not run by the tutorial; it needs `pip install lm-eval`.
 #
 # ```python
 # import lm_eval

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Two processes, one model
 #
-# Reading a prompt and writing an answer are different work, and large services do them on different machines:
-# **prefill** here, **decode** there. In between the KV cache has to travel. Codes are small, so it travels fast.
+# Reading a prompt (**prefill**) and writing an answer (**decode**) are different workloads, and large services run them
+# on different machines. The KV cache is sent from one to the other. Codes are small, so this is fast.
 #
-# Run it with `python tutorials/6_two_processes.py`; it takes about half a minute on two cores, and longer without
-# codebooks from another tutorial. What is printed here, and the picture, are from a 2-core AMD EPYC (Zen 4,
+# Run it with `python tutorials/6_two_processes.py`. It takes about half a minute on two cores, and longer without
+# codebooks from another tutorial. The output and the picture shown here are from a 2-core AMD EPYC (Zen 4,
 # AVX-512), torch 2.13.0, 2026-11-27.
 
 # %%
@@ -26,14 +26,14 @@ lengths = (256, 512, 1024, 1536)
 # %% [markdown]
 # ## The writer
 #
-# This function runs in a process of its own, with its own copy of the model and the **same codebooks**: codes mean
-# something with these alone, and a cache of others is refused. It gets the tokens and the bytes of the cache, and
-# writes the answer without reading the prompt again.
+# This function runs in its own process, with its own copy of the model and the **same codebooks**. Codes are valid only
+# with the codebooks that made them, and a cache made with others is refused. The writer gets the tokens and the bytes
+# of the cache, and writes the answer without reading the prompt again.
 
 
 # %%
 def go_on(model: torch.nn.Module, ids: torch.Tensor, cache: object) -> list[int]:
-    """The next 16 tokens, greedily; what the cache holds is not read again."""
+    """The next 16 tokens by greedy decoding; tokens that the cache holds are not read again."""
     mask = torch.ones_like(ids)
     out = model.generate(ids, attention_mask=mask, cache=cache, max_new_tokens=16, do_sample=False)
     return out[0, ids.shape[1] :].tolist()
@@ -51,8 +51,8 @@ def writer(line: Connection) -> None:
 # %% [markdown]
 # ## The reader
 #
-# It reads the prompt in pieces, and after each asks `cache.dumps()` what would have to be sent. At the end it sends
-# the cache. Here the line is a pipe; any other will do, since `dumps` gives plain `bytes`.
+# The reader reads the prompt in pieces, and after each piece measures the size of `cache.dumps()`. At the end it sends
+# the cache. Here it uses a pipe; any other connection works, since `dumps` returns plain `bytes`.
 
 
 # %%
@@ -80,9 +80,9 @@ def reader(line: Connection, model: torch.nn.Module, tokenizer: object) -> tuple
 # %% [markdown]
 # ## Both at once
 #
-# The writer is started first, so that it loads its model while the reader reads. `spawn` starts a fresh
-# interpreter, which imports this script: so all that is done, and not only defined, stands under `if __name__ ==
-# "__main__"`. If no codebooks are there yet, they are learned first.
+# The writer is started first, so that it loads its model while the reader reads. `spawn` starts a fresh interpreter
+# that imports this script, so everything except definitions is under `if __name__ == "__main__"`. If there are no
+# codebooks yet, they are learned first.
 
 # %%
 if __name__ == "__main__":
@@ -123,13 +123,12 @@ if __name__ == "__main__":
 #
 # ![bytes sent for a prompt at 1 bit, in float32 and in bfloat16, by its length](6_two_processes.png)
 #
-# What is sent is what `cache.memory()` counts: most of it is the window, 7.2 MiB with the sinks in float32,
-# whatever the length. In bfloat16 it would be half of that, and `GSRQConfig(recent_tokens=32)` makes it smaller
-# still.
+# The size is what `cache.memory()` counts. Most of it is the window: 7.2 MiB with the sinks in float32, for any length.
+# In bfloat16 it would be half of that, and `GSRQConfig(recent_tokens=32)` makes it still smaller.
 #
 # ## Over torch.distributed
 #
-# Between two machines, send the size, then the bytes; rank 0 reads, rank 1 writes:
+# Between two machines, send the size, then the bytes. Rank 0 reads, rank 1 writes:
 #
 # ```python
 # size = torch.zeros(1, dtype=torch.long)
@@ -148,8 +147,8 @@ if __name__ == "__main__":
 #
 # ## One model on several devices
 #
-# In tensor parallelism each process has a part of every layer's heads. transformers does this under `torchrun`, and
-# each process quantizes its own heads. One file of codebooks, learned by one process, serves all:
+# In tensor parallelism, each process has a part of every layer's heads. transformers does this under `torchrun`, and
+# each process quantizes its own heads. One file of codebooks, learned by one process, works for all:
 #
 # ```python
 # # run.py

@@ -1,12 +1,12 @@
 # %% [markdown]
 # # A library of documents
 #
-# Many prompts contain the same documents: manuals, contracts, source files. Reading one costs a forward over all of
-# its tokens, every time. Here each document is read **once**, alone; its codes are kept, and later **spliced** behind
-# whatever a prompt begins with, without reading or decoding anything.
+# Many prompts contain the same documents: manuals, contracts, source files. Each time, reading a document costs a
+# forward over all of its tokens. In this tutorial, each document is read **once**, alone, and its codes are kept. Later
+# they are **spliced** behind the beginning of any prompt, without reading or decoding the document again.
 #
-# Run it with `python tutorials/7_library.py`; it takes about half a minute on two cores, and longer without codebooks
-# from another tutorial. What is printed here, and the picture, are from a 2-core Intel Xeon (Sapphire Rapids), torch
+# Run it with `python tutorials/7_library.py`. It takes about half a minute on two cores, and longer without codebooks
+# from another tutorial. The output and the picture shown here are from a 2-core Intel Xeon (Sapphire Rapids), torch
 # 2.13.0, 2026-11-30.
 
 # %%
@@ -30,10 +30,10 @@ if not file.exists():
         calibrate(model, GSRQConfig(bits=1), data=[ids[0, -1024:]], tokens=1024).save(file)
 
 # %% [markdown]
-# ## Full precision, to compare with
+# ## The full-precision baseline
 #
-# A prompt is a head, a document of 700 tokens and 96 tokens that follow it. We keep what the model says of these last
-# ones when it reads everything in one piece in full precision.
+# A prompt consists of a head, a document of 700 tokens, and 96 tokens that follow it. As a baseline, we keep the
+# model's predictions for the last 96 tokens when it reads everything at once in full precision.
 
 # %%
 head, documents = ids[:, 20000:20060], [ids[:, 5000 * i : 5000 * i + 700] for i in range(3)]
@@ -51,9 +51,9 @@ without = [log_probs(torch.cat((head, tail), 1)) for tail in following]
 # %% [markdown]
 # ## Read each document once
 #
-# A cache of its own for each; they could be written to disk with `save`. Models treat the first tokens of any text in
-# a way of their own: other tokens attend to these **sinks** when they look for nothing. So we read every document
-# behind the first 4 tokens of the head, which are left out later: then the document has no sinks of its own.
+# Each document gets its own cache, which could be written to disk with `save`. Models treat the first tokens of any
+# text specially: other tokens attend to these **sinks** when nothing else is relevant. We therefore read every document
+# behind the first 4 tokens of the head, and leave these out later: then the document has no sinks of its own.
 
 # %%
 quantize_kv_(model, GSRQConfig(bits=1), codebooks=file)
@@ -77,8 +77,8 @@ print(f"{len(library)} documents, {sum(len(piece.dumps()) for piece in library) 
 # ## Put one behind a prompt
 #
 # Keys are stored relative to the frame of 1024 positions in which they were read, so codes can be moved by whole
-# frames: only their positions change. The newest 128 tokens of the document are exact, and are turned to just where
-# they follow; what was exact in the head becomes codes.
+# frames: only their positions change. The newest 128 tokens of the document are in full precision, and are rotated to
+# the positions that follow the head. The full-precision tokens of the head become codes.
 
 # %%
 took, kl = {"read": [], "spliced": []}, {"read": [], "spliced": [], "no document": []}
@@ -113,9 +113,9 @@ for name in kl:
 #
 # The machine was busy with other work: only the ratio of the two times counts.
 #
-# The document did not see the head when it was read, and the positions of its codes overlap with the head's. Yet the
-# model goes on nearly as if it had read everything, in an eighth of the time (most of which is the head). 96 tokens of
-# three documents are few: measure with your own texts before you rely on it.
+# The document did not attend to the head when it was read, and the positions of its codes overlap with the head's.
+# Still, the model continues nearly as if it had read everything, in an eighth of the time (most of it for the head). 96
+# tokens of three documents are few: measure with your own texts before you rely on it.
 
 # %%
 blue, orange, green = "#0072B2", "#E69F00", "#009E73"
@@ -133,4 +133,4 @@ figure.savefig(here / "7_library.png", dpi=110)
 # %% [markdown]
 # ![seconds to read and to splice a document, and KL divergence of the tokens after it](7_library.png)
 #
-# `generate` goes on from a spliced cache as from any other: give it all tokens, of head, document and question.
+# `generate` continues from a spliced cache as from any other: pass all tokens, those of head, document and question.

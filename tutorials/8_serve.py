@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Serving on codes
 #
-# vLLM serves many requests at once, and its KV cache decides how many. Here the embedded model gets codebooks, vLLM
-# keeps its cache as pages of **codes** and answers, and we look at what fits into a gigabyte.
+# vLLM serves many requests at once, and the size of its KV cache limits how many. In this tutorial, we calibrate the
+# embedded model, serve it with vLLM on pages of **codes**, and see how many tokens fit into a gigabyte.
 #
 # It needs the environment that `make vllm` sets up: run it with `.venv-vllm/bin/python tutorials/8_serve.py`. It takes
 # about two minutes on two cores. The OpenAI server takes the same settings: docs/serving.md.
@@ -23,8 +23,8 @@ folder, file = here / "smollm2-for-vllm", here / "smollm2.safetensors"
 # %% [markdown]
 # ## Calibrate once
 #
-# Codebooks are learned in transformers, and kept in a file. The model goes to a folder that vLLM can read; the
-# codebooks stay outside of it, since vLLM takes every safetensors file there for weights.
+# Codebooks are learned in transformers and saved to a file. The model is saved to a folder that vLLM can read. The
+# codebooks stay outside of it, since vLLM loads every safetensors file there as weights.
 
 # %%
 model, tokenizer = load_model()
@@ -39,7 +39,7 @@ del model
 # %% [markdown]
 # ## Serve
 #
-# `additional_config` is all that asks for codes. The log says what is quantized, and how many tokens fit.
+# `additional_config` enables codes. The log reports what is quantized, and how many tokens fit.
 
 
 # %%
@@ -62,8 +62,8 @@ if __name__ == "__main__":  # vLLM starts processes, which read this file again
 # %% [markdown]
 # ## What fits
 #
-# A request holds codes of all its tokens, and its sinks and newest tokens exactly. The longer requests are, the less
-# the latter weigh.
+# A request holds codes of all its tokens, and its sinks and newest tokens in full precision. In longer requests, the
+# latter are a smaller part.
 
 # %%
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What transformers keeps while it generates: layers on quantized buffers, the cache of a model, and its file."""
+"""The cache that transformers uses while it generates: quantized layers, the cache of a model, and its file."""
 
 from torchgsrq.cache.cache import GSRQCache
 from torchgsrq.cache.hybrid import GSRQHybridLayer

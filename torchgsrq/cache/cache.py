@@ -1,4 +1,4 @@
-"""GSRQCache: transformers' Cache of quantized layers (layer.py) and others (kept.py)."""
+"""GSRQCache: a transformers Cache of quantized layers (layer.py) and other layers (kept.py)."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ from torchgsrq.models import Rotary
 
 
 class GSRQCache(Cache):
-    """A model's KV cache, quantized layer by layer; layers without codebooks keep transformers' own.
+    """A model's KV cache, quantized layer by layer. Layers without codebooks keep transformers' own cache.
 
-    Supports what `DynamicCache` and, with ``max_cache_len``, `StaticCache` do. Made for models that
-    `quantize_kv_` prepared, whose attention reads it; `torchgsrq.new_cache` makes one.
+    Supports the operations of `DynamicCache` and, with ``max_cache_len``, `StaticCache`. It requires a model that
+    `quantize_kv_` prepared, whose attention can read it. Create one with `torchgsrq.new_cache`.
 
     Args:
-        codebooks: for the layers to quantize.
+        codebooks: codebooks of the layers to quantize.
         config: sinks, window and prefill.
         model_config: the decoder's transformers config, for the other layers.
-        max_cache_len: fixed capacity; grows without it.
-        template: a cache that transformers made for this model, whose other layers and offloading are taken over.
-        rotaries: by layer, the model's present RoPE frequencies where they depend on the length of the input.
-        decodes: hand out decoded tensors, to a model whose attention cannot read buffers.
+        max_cache_len: fixed capacity in tokens; without it, the cache grows.
+        template: a cache that transformers made for this model; its other layers and its offloading are kept.
+        rotaries: by layer, the model's current RoPE frequencies, if they depend on the length of the input.
+        decodes: return decoded tensors from ``update``, for a model whose attention cannot read buffers.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class GSRQCache(Cache):
         offload_only_non_sliding = getattr(template, "only_non_sliding", True)
         super().__init__(layers, offloading=template.offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.codebooks, self.config = codebooks, config
-        self.model_dtype: torch.dtype | None = None  # what `load` converts to, where it is known
+        self.model_dtype: torch.dtype | None = None  # the dtype that `load` converts to, if known
         self.model_device: torch.device | None = None
         self.rows_are_placed = False
-        self.unmovable = ""  # why `splice` cannot be, if it cannot
+        self.unmovable = ""  # why `splice` is not possible, if it is not
 
     def __iter__(self) -> Any:
         raise TypeError(
@@ -84,12 +84,12 @@ class GSRQCache(Cache):
         return self.__iter__()
 
     def reset(self) -> None:
-        """Forget everything, keep the memory."""
+        """Discard all tokens; allocated memory is kept."""
         super().reset()
         self.rows_are_placed = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end, see `GSRQLayer.crop`."""
+        """Remove tokens from the end; see `GSRQLayer.crop`."""
         super().crop(tokens_to_remove)
         if self.rows_are_placed and self.quantized_layers:
             start = next((x.row_start for x in self.quantized_layers if x.is_initialized), None)
@@ -98,13 +98,13 @@ class GSRQCache(Cache):
 
     @property
     def is_linear(self) -> list[bool]:
-        """Which layers have linear attention alone."""
+        """Which layers have only linear attention."""
         return [
             isinstance(x, LinearAttentionCacheLayerMixin) and not isinstance(x, CacheLayerMixin) for x in self.layers
         ]
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep these rows, see `GSRQLayer.batch_select_indices`; of linear attention too."""
+        """Keep these batch rows, also of linear attention; see `GSRQLayer.batch_select_indices`."""
         for layer in self.layers:
             if hasattr(layer, "batch_select_indices"):
                 layer.batch_select_indices(indices)
@@ -112,7 +112,7 @@ class GSRQCache(Cache):
                 kept.select_rows(layer, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
+        """Repeat every batch row ``repeats`` times."""
         rows = next((x.batch_size for x in self.quantized_layers if x.is_initialized), 0)
         if rows:
             self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
@@ -123,17 +123,17 @@ class GSRQCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, GSRQLayer)]
 
     def place_rows(self, tokens: Tensor, attention_mask: Any, position_ids: Tensor | None) -> None:
-        """Tell the cache where rows begin, and the positions of their tokens where these do not count up with the
-        slots: after left padding, padding in the middle, at images, or where they do not begin at 0.
+        """Set where rows begin, and the positions of their tokens if these do not count up with the slots: after left
+        padding, with padding in the middle or images, or if they do not begin at 0.
 
-        Called with every input that is not traced; traced ones, after the first, must count up.
+        Called with every input that is not traced. Positions of traced inputs after the first must count up.
 
         Args:
-            tokens: ``[batch, n, ...]``, the input, for its shape.
+            tokens: ``[batch, n, ...]``, the input; only its shape is used.
             attention_mask: ``[batch, past + n]`` with 1 for real tokens, a 4-D mask (bool or additive), a dict of
-                them by layer type, or None.
-            position_ids: ``[batch or 1, n]``; of several axes (M-RoPE) ``[axes, batch or 1, n]``, of which the
-                first of the last three, that of time, is the position; or None where transformers counts slots.
+                masks by layer type, or None.
+            position_ids: ``[batch or 1, n]``; or, with several axes (M-RoPE), ``[axes, batch or 1, n]``, where the
+                position is the time axis, the first of the last three; or None if transformers counts slots.
         """
         layers = self.quantized_layers
         if not layers:
@@ -157,12 +157,12 @@ class GSRQCache(Cache):
             begun = torch.stack((origin, first), 1).int()
             if start is None:
                 start = begun
-            else:  # rows that began in an earlier chunk stay
+            else:  # rows that began in an earlier chunk do not change
                 start = torch.cat((torch.where(first[:, None] >= past, begun, start[:, :2]), start[:, 2:]), 1)
             self.rows_are_placed = traced or bool((first < past + n).all())
         if start is not None and not traced:
             off = (positions - positions_of(start, past, past + n)) * new
-            if bool(off.any()):  # read back from a GPU, which has just been waited for: the token is known
+            if bool(off.any()):  # a GPU sync, cheap here: the token is known, so the GPU has just been waited for
                 last = past + n - 1 - new.flip(1).int().argmax(1)  # the last real token; later ones count on from it
                 ahead = positions.expand(batch, -1).gather(1, (last - past)[:, None]) + (past + n - last)[:, None]
                 known = positions_of(start, 0, past)
@@ -174,11 +174,11 @@ class GSRQCache(Cache):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the quantized layers hold no token."""
+        """Whether the quantized layers hold no tokens."""
         return all(layer.is_empty for layer in self.quantized_layers)
 
     def memory(self) -> MemoryReport:
-        """Bytes by part, from the storages themselves."""
+        """Bytes by part, measured from the tensors' storages."""
         parts = dict.fromkeys(("codes", "unused", "sinks", "window", "counters", "full_precision_layers"), 0)
         elements = full = 0
         for layer in self.layers:
@@ -208,41 +208,51 @@ class GSRQCache(Cache):
         return MemoryReport(**parts, codebooks=sum(tables.values()), elements=elements, full_precision_bytes=full)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the whole cache to a safetensors file, to `load` with the same model and codebooks."""
+        """Write the whole cache to a safetensors file; `load` reads it, with the same model and codebooks.
+
+        Raises:
+            ValueError: the cache has sliding-window layers of fixed size.
+            OSError: the file cannot be written.
+        """
         files.CACHE.save(*files.pack(self), path)
 
     def load(self, path: str | os.PathLike[str]) -> GSRQCache:
-        """Fill this cache from a file that `save` wrote; of any kind, growing or fixed. Returns this cache.
-
-        Raises:
-            ValueError: not such a file, damaged, written with other codebooks or windows, or too long for this cache,
-                which is left as it was.
-        """
-        files.fill(self, os.fspath(path), os.fspath(path))
-        return self
-
-    def splice(self, piece: GSRQCache, *, skip: int) -> GSRQCache:
-        """Put a text that was read elsewhere behind what this cache holds, without decoding it: from a library of
-        documents, each read once.
-
-        Keys are coded relative to their frame, so codes of the piece are moved by whole frames, to the positions
-        nearest before those that would follow (these very positions, if the piece was read from position
-        ``len(here) % frame`` on, ``position_ids=``). Its window is exact, and moves to just where it follows; so do
-        all later tokens. The piece saw nothing of what is before it here, as it was read alone.
-
-        Models treat the first tokens of a text in a way of their own (sinks), and codes hold these badly. So read a
-        piece behind the first ``sink_tokens`` that the prompts begin with, and leave these out with ``skip``.
-
-        Args:
-            piece: a cache of the same model, codebooks and window, of one row or as many as here. It is left as it is.
-            skip: so many of its first tokens are left out.
+        """Fill this empty cache from a file written by `save`. Growing and fixed caches read each other's files.
 
         Returns:
             This cache.
 
         Raises:
-            ValueError: other codebooks or windows, rows or RoPE frequencies; a fixed capacity that is too small; a
-                model whose positions are not RoPE, or with layers that stay in full precision. Nothing is changed then.
+            ValueError: not a cache file, a damaged file, other codebooks or windows, more tokens than fit, or a cache
+                that already holds tokens. The cache is left unchanged.
+        """
+        files.fill(self, os.fspath(path), os.fspath(path))
+        return self
+
+    def splice(self, piece: GSRQCache, *, skip: int) -> GSRQCache:
+        """Append the tokens of another cache without reading or decoding them again: for a library of documents, each
+        read once.
+
+        Keys are coded relative to their frame, so codes of the piece move by whole frames, to the nearest positions at
+        or before those that would follow. (The two are equal if the piece was read from position
+        ``len(here) % frame`` on, with ``position_ids=``.) The full-precision window of the piece moves to the positions
+        that directly follow, as do all later tokens. The piece was read alone, so its tokens did not attend to the
+        tokens before it here.
+
+        Models treat the first tokens of a text (sinks) specially, and codes represent these badly. So read a piece
+        behind the first ``sink_tokens`` tokens of the prompts, and leave these out with ``skip``.
+
+        Args:
+            piece: a cache of the same model, codebooks and window, with one row or as many as this cache. It is not
+                changed.
+            skip: number of the piece's first tokens to leave out.
+
+        Returns:
+            This cache.
+
+        Raises:
+            ValueError: other codebooks, windows, rows or RoPE frequencies; a fixed capacity that is too small; a
+                model without RoPE, or with layers in full precision. The cache is left unchanged.
         """
         self._check_piece(piece, skip)
         held, more = int(self.get_seq_length()), int(piece.get_seq_length()) - skip
@@ -253,7 +263,7 @@ class GSRQCache(Cache):
         return self
 
     def _check_piece(self, piece: GSRQCache, skip: int) -> None:
-        """Refuse what cannot be moved, or not here."""
+        """Refuse a piece that cannot be moved, or does not fit this cache."""
         if piece is self:
             raise ValueError("splice: a cache cannot be put behind itself; save it, and load it into another one")
         if self.unmovable:
@@ -275,19 +285,19 @@ class GSRQCache(Cache):
             raise ValueError(f"splice: skip={skip}; it must lie between 0 and the piece's {held} tokens")
 
     def dumps(self) -> bytes:
-        """What `save` writes, to send to another process: prefill here, decode there."""
+        """The bytes of the file that `save` writes, to send to another process: prefill here, decode there."""
         return safetensors.torch.save(*files.CACHE.sealed(*files.pack(self)))
 
     def loads(self, data: bytes) -> GSRQCache:
-        """Fill this cache with what `dumps` gave, and return it; raises as `load` does."""
+        """Fill this empty cache from the bytes of `dumps`, and return it. Raises the errors of `load`."""
         files.fill(self, data, f"what was given, {len(data)} bytes,")
         return self
 
 
 def _real_tokens(mask: Any, batch: int, first: int, last: int, device: torch.device) -> Tensor:
-    """Which of the slots ``[first, last)`` hold real tokens, bool ``[batch, last - first]``: from a 2-D mask, what any
-    query sees by a 4-D one (of several, by kind of layer, the one that sees most), or all. Slots past the mask hold
-    none."""
+    """Which of the slots ``[first, last)`` hold real tokens, bool ``[batch, last - first]``: those of a 2-D mask, those
+    that any query of a 4-D mask sees, or all without a mask. Of a dict of masks by kind of layer, the widest is used.
+    Slots past the mask hold none."""
     if isinstance(mask, dict):
         some = [m for m in mask.values() if isinstance(m, Tensor) and m.ndim in (2, 4)]
         wide = [mask[kind] for kind in ("full_attention", "hybrid") if kind in mask]

@@ -1,4 +1,4 @@
-"""A cache as a file: what stands in it, and what is checked before a cache is filled from one."""
+"""Cache files: their content, and the checks before a cache is filled from one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ WINDOWS = ("sink_tokens", "recent_tokens", "block_tokens")
 
 
 def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A GSRQCache as named tensors and texts.
+    """Convert a GSRQCache to named tensors and texts.
 
     Raises:
-        ValueError: it has fixed sliding-window layers.
+        ValueError: it has sliding-window layers of fixed size.
     """
     tensors = {}
     for i, layer in enumerate(cache.layers):
@@ -32,12 +32,12 @@ def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
             state = layer.state()
         elif layer.is_sliding and layer.is_compileable:
             raise ValueError(f"layer {i} is a {type(layer).__name__}, which cannot be saved; use a growing cache")
-        else:  # a fixed layer is longer than what it holds
+        else:  # a fixed layer has more slots than tokens
             held = layer.keys.shape[2] if layer.is_sliding else int(layer.get_seq_length())
             state = {"keys": layer.keys[:, :, :held], "values": layer.values[:, :, :held]}
         tensors.update({f"{i}.{name}": tensor for name, tensor in state.items()})
     attention = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
-    whole = int(cache.get_seq_length())  # linear attention has seen it, and does not count
+    whole = int(cache.get_seq_length())  # linear attention has no length of its own
     lengths = [int(layer.get_seq_length()) if layer in attention else whole for layer in cache.layers]
     rows = next((layer.keys.shape[0] for layer in attention if layer.is_initialized), 0)
     windows = {field: getattr(cache.config, field) for field in WINDOWS}
@@ -47,10 +47,10 @@ def pack(cache: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def fill(cache: Any, source: str | bytes, name: str) -> None:
-    """Fill an empty GSRQCache from a file of what `pack` gave, or from its bytes; ``name`` is for messages.
+    """Fill an empty GSRQCache from a file with the content of `pack`, or from its bytes; ``name`` is for messages.
 
     Raises:
-        ValueError: it does not fit this cache, which is left as it was.
+        ValueError: the file does not fit this cache, which is left unchanged.
     """
     if int(cache.get_seq_length()):
         raise ValueError("this cache holds tokens already; load into a new one")
@@ -83,12 +83,13 @@ def fill(cache: Any, source: str | bytes, name: str) -> None:
             )
             layer.update(keys, values)
             if isinstance(getattr(layer, "cumulative_length", None), int):
-                layer.cumulative_length = length  # a sliding window saw more tokens than it holds
+                layer.cumulative_length = length  # a sliding window has seen more tokens than it holds
     cache.rows_are_placed = longest > 0
 
 
 def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int, list[list[str]]]:
-    """Tokens of every layer, rows, and the names of its states, after a look at whether they are for this cache."""
+    """The number of tokens of every layer, the number of rows, and the names of every layer's states, checked against
+    this cache."""
     try:
         facts = json.loads(meta["facts"])
         lengths, rows = [int(x) for x in facts["lengths"]], int(facts["rows"])
@@ -111,19 +112,19 @@ def _facts(cache: Any, meta: dict[str, str], name: str) -> tuple[list[int], int,
 
 
 def _split(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The states of linear attention among a file's tensors for a layer, and those of its keys and values."""
+    """Split a file's tensors for a layer into states of linear attention, and tensors of keys and values."""
     linear = {name: x for name, x in state.items() if name.partition(".")[0] in kept.STATES}
     return linear, {name: x for name, x in state.items() if name not in linear}
 
 
 def _wrong_with(layer: Any, state: dict[str, Tensor], length: int, rows: int, states: list[str]) -> str | None:
-    """What is wrong with a file's tensors for a layer, if anything."""
+    """Describe what is wrong with a file's tensors for a layer; None if they are valid."""
     linear, state = _split(state)
     if linear or isinstance(layer, LinearAttentionCacheLayerMixin):
         wrong = kept.wrong_with_linear(layer, linear, rows, states)
         if wrong or not isinstance(layer, CacheLayerMixin):
             return wrong
-    if not state:  # of a layer that a model has no attention in, nothing
+    if not state:  # a layer without attention has no tensors
         missing = length and isinstance(layer, CacheLayerMixin)
         return f"is missing, and should hold {length} tokens" if missing else None
     if isinstance(layer, GSRQLayer):

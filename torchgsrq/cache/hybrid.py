@@ -12,7 +12,7 @@ from torchgsrq.cache.layer import GSRQLayer
 
 
 class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
-    """A layer that has linear attention, kept as it is, beside attention whose keys and values are quantized."""
+    """A layer with linear attention, which is not changed, beside attention whose keys and values are quantized."""
 
     is_compileable = False  # shadows a property of linear attention
 
@@ -23,7 +23,8 @@ class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
         GSRQLayer.__init__(self, *args, **kwargs)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Of the attention, by position; of the linear attention, by name: as transformers' own hybrid layers."""
+        """Initialize the attention (positional arguments) or the linear attention (keyword arguments), like
+        transformers' own hybrid layers."""
         kind: Any = GSRQLayer if args else LinearAttentionLayer
         kind.lazy_initialization(self, *args, **kwargs)
 
@@ -33,12 +34,12 @@ class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
         GSRQLayer.offload(self)
 
     def prefetch(self) -> None:
-        """Bring it back."""
+        """Move it back to its device."""
         LinearAttentionLayer.prefetch(self)
         GSRQLayer.prefetch(self)
 
     def reset(self) -> None:
-        """Forget everything, keep the memory."""
+        """Discard all tokens; allocated memory is kept."""
         LinearAttentionLayer.reset(self)
         GSRQLayer.reset(self)
 
@@ -47,11 +48,11 @@ class GSRQHybridLayer(LinearAttentionLayer, GSRQLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep these rows, see `GSRQLayer.batch_select_indices`."""
+        """Keep these batch rows; see `GSRQLayer.batch_select_indices`."""
         kept.select_rows(self, indices)
         GSRQLayer.batch_select_indices(self, indices)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end, where linear attention can."""
+        """Remove tokens from the end, if linear attention supports it."""
         LinearAttentionLayer.crop(self, tokens_to_remove)
         GSRQLayer.crop(self, tokens_to_remove)

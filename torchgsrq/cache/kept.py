@@ -1,4 +1,4 @@
-"""Layers of a cache that stay transformers' own: sliding windows, linear attention and others; what they hold."""
+"""Layers of a cache that stay transformers' own (sliding windows, linear attention and others), and their state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATES = ("conv_states", "recurrent_states")  # of linear attention, each a dict
 
 
 def linear_state(layer: Any) -> dict[str, Tensor]:
-    """The states of a layer of linear attention, or of one that has such beside its attention; else nothing."""
+    """The states of a layer that has linear attention, alone or beside other attention; else an empty dict."""
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return {}
     named = {f"{name}.{i}": t for name in STATES for i, t in getattr(layer, name).items()}
@@ -22,7 +22,7 @@ def linear_state(layer: Any) -> dict[str, Tensor]:
 
 
 def set_linear_state(layer: Any, state: dict[str, Tensor], device: torch.device | None = None) -> None:
-    """Fill a layer with what `linear_state` gave, in the states' own dtypes."""
+    """Fill a layer with the states of `linear_state`, in their own dtypes."""
     for name, tensor in state.items():
         which, _, index = name.partition(".")
         tensor = tensor if device is None else tensor.to(device)
@@ -32,14 +32,15 @@ def set_linear_state(layer: Any, state: dict[str, Tensor], device: torch.device 
 
 
 def select_rows(layer: Any, rows: Any) -> None:
-    """Keep these rows of the states of linear attention: indices, or a bool mask."""
+    """Keep these batch rows (indices, or a bool mask) of the states of linear attention."""
     for name, tensor in linear_state(layer).items():
         which, _, index = name.partition(".")
         getattr(layer, which)[int(index)] = tensor[torch.as_tensor(rows, device=tensor.device)]
 
 
 def wrong_with_linear(layer: Any, state: dict[str, Tensor], rows: int, said: list[str]) -> str | None:
-    """What is wrong with a file's tensors for the states of linear attention, of these names, if anything."""
+    """Describe what is wrong with a file's tensors for the states of linear attention, whose names are ``said``; None
+    if they are valid."""
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
         return f"has {', '.join(sorted(state))}, but no linear attention"
     if sorted(state) != sorted(said):
@@ -54,7 +55,7 @@ def wrong_with_linear(layer: Any, state: dict[str, Tensor], rows: int, said: lis
 
 
 def nbytes(layer: Any) -> int:
-    """Bytes that a layer holds in full precision."""
+    """Bytes of a layer's full-precision tensors."""
     own = [getattr(layer, name, None) for name in ("keys", "values")]
     plain = [t for t in own if isinstance(t, Tensor) and not isinstance(t, GSRQTensor)]
     return sum(t.untyped_storage().nbytes() for t in [*linear_state(layer).values(), *plain])

@@ -1,4 +1,4 @@
-"""GSRQLayer: one layer of a cache, on quantized buffers. What holds the layers of a model is in cache.py."""
+"""GSRQLayer: one layer of a cache, on quantized buffers. The cache of all layers is in cache.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ hf_log = hf_logging.get_logger(__name__)
 
 
 def _owned(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make tensors outside of inference mode, so that a cache filled there can be written elsewhere too."""
+    """Create tensors outside of inference mode, so that a cache filled in inference mode can be written outside of
+    it."""
 
     @functools.wraps(function)
     def outside(*args: Any, **kwargs: Any) -> Any:
@@ -43,14 +44,14 @@ class GSRQLayer(CacheLayerMixin):
     Args:
         codec: the layer's codecs.
         config: sink, recent and block tokens, and ``prefill``.
-        max_cache_len: a fixed capacity, for `torch.compile`; grows without it.
-        index: the layer's number, for messages.
-        rotary: the model's present RoPE frequencies, where they depend on the length of the input.
-        decodes: hand out decoded tensors, to a model whose attention cannot read buffers.
+        max_cache_len: a fixed capacity in tokens, for `torch.compile`; without it, the layer grows.
+        index: the layer's index, for messages.
+        rotary: the model's current RoPE frequencies, if they depend on the length of the input.
+        decodes: return decoded tensors from ``update``, for a model whose attention cannot read buffers.
     """
 
     is_sliding = False
-    is_croppable = True  # what is left decodes as before; a block that became codes stays codes
+    is_croppable = True  # the remaining tokens decode as before; encoded blocks stay encoded
 
     keys: GSRQTensor
     values: GSRQTensor
@@ -71,18 +72,18 @@ class GSRQLayer(CacheLayerMixin):
         self.max_cache_len = max_cache_len
         self.index, self.rotary, self.decodes = index, rotary, decodes
         self._followed: Tensor | None = None  # the frequencies that the buffers are known to have
-        # transformers compiles with CUDA graphs, which only the kernels can be captured in.
+        # transformers compiles with CUDA graphs, which can capture only the kernels.
         captured = not torch.cuda.is_available() or ops.has_gpu_kernels(codec.key, codec.value)
         self.is_compileable = max_cache_len is not None and captured and rotary is None and not decodes
         self.is_empty = True
         self.row_start: Tensor | None = None
-        # The length, kept beside the buffers: traced code must not read their inner tensors. A tensor where the
-        # capacity is fixed, so that a compiled step serves every length.
+        # The length, stored outside of the buffers: traced code must not read their inner tensors. It is a tensor if
+        # the capacity is fixed, so that a compiled step works for every length.
         self.cumulative_length: Any = 0 if max_cache_len is None else torch.zeros((), dtype=torch.long)
 
     @_owned
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate for these heads and device, and a dtype that holds both."""
+        """Allocate buffers for the shapes and device of these keys and values, in a dtype that holds both."""
         self.dtype, self.device = torch.promote_types(key_states.dtype, value_states.dtype), key_states.device
         capacity = _round_up(key_states.shape[2]) if self.max_cache_len is None else self.max_cache_len
         for name, states in (("keys", key_states), ("values", value_states)):
@@ -106,21 +107,24 @@ class GSRQLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _hold(self, keys: GSRQTensor, values: GSRQTensor) -> None:
-        """Take these buffers. Those of a fixed capacity stay where they are, which CUDA graphs want to know."""
+        """Set the buffers. Those of a fixed capacity are marked as static addresses, for CUDA graphs."""
         self.keys, self.values = keys, values
-        # Read here once: what a subclass of Tensor is asked goes through Python each time.
+        # Read once here: every attribute access on a tensor subclass goes through Python.
         self._rows, self._capacity, self._place = keys.shape[0], keys.shape[2], keys.device
         if self.max_cache_len is not None and not torch.compiler.is_compiling():
             for tensor in (keys, values, self.cumulative_length):
                 torch._dynamo.mark_static_address(tensor)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """Append, and return what attention reads: the buffers, with what the new queries see exactly if they
-        are several; or the incoming tensors themselves, for an exact prefill of an empty cache.
+        """Append keys and values ``[batch, kv_heads, tokens, head_dim]``, and return what attention reads.
+
+        Returns:
+            The buffers, with the full-precision tail of the new queries if there are several; or the incoming tensors
+            themselves, for an exact prefill of an empty cache; or decoded tensors, if the layer ``decodes``.
 
         Raises:
-            ValueError: what cannot be written (`reference.check_append`), naming the layer and the row; RoPE
-                frequencies other than those of the tokens held. Nothing is written then.
+            ValueError: the tensors cannot be written (`reference.check_append`; the message names the layer and the
+                row), or the RoPE frequencies differ from those of the tokens held. Nothing is written.
         """
         incoming = (key_states, value_states)
         other_batch = self.is_initialized and key_states.shape[0] != self._rows
@@ -131,7 +135,7 @@ class GSRQLayer(CacheLayerMixin):
             self.prefetch()
         if self.rotary is not None:
             self.follow(self.rotary())
-        # Autocast gives keys and values of several dtypes, and other ones than outside of it.
+        # With autocast, keys and values can differ in dtype, from each other and from those outside of autocast.
         key_states, value_states = key_states.detach().to(self.dtype), value_states.detach().to(self.dtype)
         tokens = key_states.shape[2]
         slots = self._next_slots(tokens, key_states.device)
@@ -156,8 +160,8 @@ class GSRQLayer(CacheLayerMixin):
         )
 
     def _decoded(self, key_states: Tensor, value_states: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Append, and give plain keys and values of all tokens: of several new ones as they came, over the past as it
-        was stored before them."""
+        """Append, and return plain keys and values of all tokens. If there are several new tokens, these are returned
+        as they came, after the earlier tokens as they were stored before the append."""
         tokens, held = key_states.shape[2], int(self.cumulative_length)
         new = (key_states, value_states)
         past = [x.dequantize() for x in (self.keys, self.values)] if tokens > 1 else []
@@ -185,7 +189,11 @@ class GSRQLayer(CacheLayerMixin):
 
     @_owned
     def follow(self, inv_freq: Tensor) -> None:
-        """Code keys in frames of the frequencies that the model uses now."""
+        """Use the model's current RoPE frequencies in the frames of the keys.
+
+        Raises:
+            ValueError: the frequencies changed while the cache holds tokens.
+        """
         if inv_freq is self._followed:
             return
         if torch.equal(self.keys.inv_freq, inv_freq.to(self.keys.inv_freq)):
@@ -203,8 +211,8 @@ class GSRQLayer(CacheLayerMixin):
 
     @_owned
     def set_row_start(self, start: Tensor) -> None:
-        """Set where each row begins, and the positions of slots, int32 (`GSRQTensor.start`; of any number of slots,
-        those beyond count on)."""
+        """Set where each row begins, and the positions of any number of slots, int32 (`GSRQTensor.start`); positions of
+        later slots count up."""
         self.row_start = start
         if self.is_initialized and start.shape[0] == self._rows:
             keys, values = (
@@ -216,42 +224,42 @@ class GSRQLayer(CacheLayerMixin):
 
     @_owned
     def offload(self) -> None:
-        """Move what the layer owns to the CPU; the tables stay."""
+        """Move the tensors that the layer owns to the CPU; the shared tables do not move."""
         if self.is_initialized:
             self._hold(self.keys.held_on("cpu"), self.values.held_on("cpu"))
 
     @_owned
     def prefetch(self) -> None:
-        """Bring it back."""
+        """Move them back to the layer's device."""
         if self.is_initialized and self._place != self.device:
             self._hold(self.keys.held_on(self.device), self.values.held_on(self.device))
 
     @_owned
     def reserve(self, tokens: int) -> None:
-        """Room for this many tokens, in a growing layer."""
+        """Grow the capacity to at least this many tokens, in a growing layer."""
         if self.max_cache_len is not None:
             return
         capacity = self._capacity
         if tokens > capacity:
             capacity = _round_up(max(tokens, capacity + capacity // 8))
             self._hold(self.keys.grown(capacity), self.values.grown(capacity))
-            if self.row_start is not None:  # it may know slots beyond the old capacity
+            if self.row_start is not None:  # it may have positions beyond the old capacity
                 self.set_row_start(self.row_start)
 
     def take_length(self, length: int) -> None:
-        """Hold this many tokens, which the buffers were given by other means than `update`."""
+        """Set the length after tokens were written to the buffers by other means than `update`."""
         self._set_length(length)
         self.is_empty = length == 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Width and offset of the mask of the next step."""
+        """Width and offset of the mask for the next step."""
         if self.max_cache_len is not None and not self.decodes:
             return self.max_cache_len, 0
         held = int(self.cumulative_length) if self.decodes else self.cumulative_length
         return held + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens held; a tensor where the capacity is fixed."""
+        """Number of tokens held; a tensor if the capacity is fixed."""
         return self.cumulative_length if self.is_initialized else 0
 
     def get_max_length(self) -> int:
@@ -264,11 +272,11 @@ class GSRQLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        """Rows."""
+        """Number of batch rows; -1 before the first update."""
         return self._rows if self.is_initialized else -1
 
     def reset(self) -> None:
-        """Forget everything, keep the memory."""
+        """Discard all tokens; allocated memory is kept."""
         if self.is_initialized:
             self.keys.zero_()
             self.values.zero_()
@@ -276,8 +284,8 @@ class GSRQLayer(CacheLayerMixin):
         self.is_empty, self.row_start = True, None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens from the end, as transformers does it: ``-n`` removes n, or all that there are; a positive
-        number, which transformers will drop, is the length to keep."""
+        """Remove tokens from the end, like transformers: ``-n`` removes n tokens, or all if there are fewer. A positive
+        number (deprecated) is the length to keep."""
         held = int(self.get_seq_length())
         if tokens_to_remove > 0:
             hf_log.warning_once("crop with a positive number is deprecated: pass -n to remove n tokens")
@@ -304,13 +312,13 @@ class GSRQLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row."""
+        """Repeat every batch row ``repeats`` times."""
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     @_owned
     def batch_select_indices(self, indices: Any) -> None:
-        """Keep these rows: a tensor, list or tuple of indices, or a bool mask; with all that is known of them."""
+        """Keep these batch rows: a tensor, list or tuple of indices, or a bool mask."""
         if self.is_initialized:
             rows = torch.as_tensor(indices, device=self._place)
             rows = rows if rows.numel() else rows.long()
@@ -319,7 +327,7 @@ class GSRQLayer(CacheLayerMixin):
                 self.row_start = self.row_start[rows.to(self.row_start.device)]
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that this layer owns, by name, without slots that no token has used."""
+        """The tensors that this layer owns, by name, without unused slots."""
         held, coded = int(self.keys.length), int(self.keys.encoded.max()) if self.batch_size else 0
         found = {} if self.rotary is None else {"keys.inv_freq": self.keys.inv_freq}
         for name, buffer in (("keys", self.keys), ("values", self.values)):
@@ -329,7 +337,8 @@ class GSRQLayer(CacheLayerMixin):
         return found
 
     def check_state(self, state: dict[str, Tensor], length: int, rows: int) -> str | None:
-        """What is wrong with a file's tensors for this layer, if anything: `state` of ``length`` tokens in ``rows``."""
+        """Describe what is wrong with a file's tensors for this layer, a `state` of ``length`` tokens in ``rows`` rows;
+        None if they are valid."""
         c = self.config
         inv_freq = state.get("keys.inv_freq")
         if (inv_freq is None) != (self.rotary is None):
@@ -367,7 +376,7 @@ class GSRQLayer(CacheLayerMixin):
 
     @_owned
     def set_state(self, state: dict[str, Tensor], length: int, dtype: torch.dtype | None) -> None:
-        """Take over what `state` gave, of a layer of any capacity that held ``length`` tokens (`check_state`)."""
+        """Load a checked `state` of a layer of any capacity that held ``length`` tokens (`check_state`)."""
         c = self.config
         capacity = _round_up(length) if self.max_cache_len is None else self.max_cache_len
         key = self.codec.key
@@ -389,7 +398,7 @@ class GSRQLayer(CacheLayerMixin):
 
 
 def _start_of(codec: Codecs, start: Tensor, capacity: int) -> Tensor:
-    """What a buffer of this many slots is told of its rows; only what is in frames needs the positions of slots."""
+    """The `GSRQTensor.start` for a buffer of this capacity; only codecs with frames need the positions of slots."""
     return fitted(start, capacity) if codec.inv_freq.numel() else start[:, :2]
 
 

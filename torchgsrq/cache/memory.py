@@ -1,4 +1,4 @@
-"""MemoryReport: where the bytes of a cache are."""
+"""MemoryReport: the bytes of a cache by part."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of a cache by part. ``total`` is what the cache owns; the tables are shared by all caches of a model.
+    """Bytes of a cache by part. ``total`` is what the cache owns; codebooks are shared by all caches of a model.
 
     Attributes:
-        codes: codes of the tokens that left the window, and of slots not used yet.
-        unused: the part of ``codes`` that no token has used so far.
-        sinks, window: full-precision tokens. counters: lengths and row offsets.
-        full_precision_layers: layers that are not quantized.
-        codebooks: shared tables.
-        elements: key and value elements held by quantized layers.
-        full_precision_bytes: what the same tokens take in the model's dtype.
+        codes: bytes of all code slots, used or not.
+        unused: the part of ``codes`` that no token uses yet.
+        sinks, window: bytes of full-precision tokens.
+        counters: bytes of lengths and row offsets.
+        full_precision_layers: bytes of layers that are not quantized.
+        codebooks: bytes of the shared tables.
+        elements: number of key and value elements held by quantized layers.
+        full_precision_bytes: bytes of the same tokens in the model's dtype.
     """
 
     codes: int
@@ -46,7 +47,7 @@ class MemoryReport:
 
     @property
     def bits_per_element_with_codebooks(self) -> float:
-        """All counted: `bits_per_element`, with the tables, as if this were the model's only cache."""
+        """`bits_per_element` including the codebooks, as if this were the model's only cache."""
         return 8 * (self.total - self.full_precision_layers + self.codebooks) / max(self.elements, 1)
 
     def __str__(self) -> str:

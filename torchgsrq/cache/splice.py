@@ -1,4 +1,4 @@
-"""A text that was read elsewhere, put behind what a cache holds: its codes are moved, not decoded."""
+"""Append the tokens of one cache to another: codes are moved to other positions, not decoded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ Pairs = list[tuple[GSRQLayer, GSRQLayer]]  # the quantized layers of a cache, an
 
 @torch.no_grad()
 def splice(pairs: Pairs, held: int, more: int, skip: int, dtype: torch.dtype | None) -> bool:
-    """Put what the layers of a piece hold past ``skip``, ``more`` tokens, behind the ``held`` ones of these layers; see
-    `GSRQCache.splice`, and `check` first.
+    """Append ``more`` tokens of the layers of a piece, those after its first ``skip``, to the ``held`` tokens of these
+    layers. See `GSRQCache.splice`; call `check` first.
 
     Args:
-        dtype: of layers that hold nothing yet; that of the piece by default.
+        pairs: the layers of this cache and of the piece.
+        held: tokens that these layers hold.
+        more: tokens to append.
+        skip: tokens of the piece to leave out.
+        dtype: dtype of layers that hold nothing yet; that of the piece by default.
 
     Returns:
-        Whether every row has begun.
+        Whether every row has a real token.
     """
     layers = _written(pairs)
     ours, theirs = layers[0]
@@ -50,7 +54,11 @@ def splice(pairs: Pairs, held: int, more: int, skip: int, dtype: torch.dtype | N
 
 
 def check(pairs: Pairs, whole: int) -> None:
-    """Refuse a piece that these layers cannot take, ``whole`` tokens with what they hold."""
+    """Refuse a piece that does not fit these layers; ``whole`` is the number of tokens after the splice.
+
+    Raises:
+        ValueError: the piece does not fit.
+    """
     if any(layer.is_initialized and not source.is_initialized for layer, source in pairs):
         raise ValueError("splice: the piece holds nothing in a layer that this cache has tokens of")
     empty = all(layer.is_empty for layer, _ in pairs)
@@ -67,15 +75,16 @@ def check(pairs: Pairs, whole: int) -> None:
 
 
 def _written(pairs: Pairs) -> Pairs:
-    """Those that the piece holds tokens of: a model may lack some (pruned ones)."""
+    """The pairs whose piece holds tokens; a pruned model does not write to all layers."""
     return [(layer, source) for layer, source in pairs if source.is_initialized]
 
 
 def _moved(
     layer: GSRQLayer, source: GSRQLayer, held: int, more: int, skip: int, rows: int, frame: int
 ) -> tuple[Tensor, Tensor]:
-    """Where rows begin and the positions of all slots (`GSRQTensor.start`), and how far each slot of the piece moves,
-    ``[rows, more]``: codes by whole frames, what is exact to just where it follows."""
+    """Where rows begin and the positions of all slots (`GSRQTensor.start`), and by how many positions each slot of the
+    piece moves, ``[rows, more]``: codes by whole frames, full-precision tokens to the positions that directly
+    follow."""
     theirs = _start(source).expand(rows, -1)
     places = positions(theirs, skip, skip + more)
     theirs = torch.stack((theirs[:, 0] - skip, (theirs[:, 1] - skip).clamp(min=0)), 1)  # of what is left of it
@@ -99,13 +108,13 @@ def _moved(
 
 
 def _start(layer: GSRQLayer) -> Tensor:
-    """`GSRQTensor.start` of a layer's keys, as far as its cache knows the slots."""
+    """The `GSRQTensor.start` of a layer's keys, with the positions that its cache has."""
     return layer.keys.start if layer.row_start is None else layer.row_start.to(layer.keys.start.device)
 
 
 def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Tensor) -> None:
-    """Append what a piece holds past ``skip``, each slot moved by ``shift [rows, more]`` positions. What is exact in
-    both stays so as far as the window reaches; what was codes in the piece stays just these codes."""
+    """Append the tokens of a piece after ``skip``, each moved by ``shift [rows, more]`` positions. Codes of the piece
+    do not change. Full-precision tokens stay in full precision as far as the window reaches."""
     more, rows = int(piece.length) - skip, buffer.shape[0]
     kv, coded = buffer.packed, (piece.encoded - skip).clamp(min=0).expand(rows)
     sinks = kv.sink_tokens
@@ -118,7 +127,7 @@ def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Te
         )
 
     due = reference.coded_slots(kv.sink_start, held + more, kv.recent_tokens, kv.block_tokens)
-    # Codes are a row's first slots: where some follow, all before them become codes too.
+    # Codes are a row's first slots: if codes are appended, all tokens before them must be encoded too.
     _encode_up_to(buffer, torch.where(coded > 0, held, due.clamp(max=held)))
     last = int(coded.max())
     for codes, moved in zip(kv.codes, piece.packed.coded(skip, skip + last), strict=True):
@@ -129,7 +138,7 @@ def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Te
     buffer.window[:, :, sinks + (held + slots).remainder(kv.ring)] = exact
     source = kv.sink_slots() - held
     new = ((source >= 0) & (source < more))[:, None, :, None]
-    if bool(new.any()):  # a row that has not begun, or has fewer tokens than sinks
+    if bool(new.any()):  # a row without a real token, or with fewer tokens than sinks
         at = source.clamp(0, more - 1)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
         kept = buffer.window[:, :, :sinks]
         kept.copy_(
@@ -141,7 +150,7 @@ def _join(buffer: GSRQTensor, piece: GSRQTensor, held: int, skip: int, shift: Te
 
 
 def _encode_up_to(buffer: GSRQTensor, slots: Tensor) -> None:
-    """Make codes of what the window holds of slots before these, ``[rows]``."""
+    """Encode the window's tokens in slots before these, ``[rows]``."""
     kv = buffer.packed
     low, high = int(kv.encoded.min()), int(slots.max())
     if high <= low or not bool((slots > kv.encoded).any()):

@@ -1,4 +1,4 @@
-"""What all commands share: the application, options, reading texts."""
+"""Shared by all commands: the application, options, reading of texts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from torchgsrq.learning.disk import cached_codebooks
 from torchgsrq.measure.embedded import document
 from torchgsrq.models import inspect_layers
 
-LONG = 131072  # tokens, where window and codebooks weigh little
-WIDTH = 80  # columns of what commands print, in a log file too
-HELP = "An LLM's KV cache in few bits: a demo, codebooks, and what they cost and save."
+LONG = 131072  # tokens, a context at which window and codebooks are a small part
+WIDTH = 80  # columns of printed output, also in a log file
+HELP = "Quantized KV caches for LLMs: run a demo, learn codebooks, and measure quality and memory."
 
 
 class _Commands(typer.core.TyperGroup):
-    """The boundary of errors: what a user can mend is one line, with `--verbose` a traceback."""
+    """Error handling: errors that a user can fix print one line, or a traceback with `--verbose`."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
@@ -44,12 +44,12 @@ app = typer.Typer(
 console = Console(stderr=True)
 Model = Annotated[str | None, typer.Option("--model", help="hub ID or folder; the embedded model by default")]
 TextFile = Annotated[Path | None, typer.Option("--text", help="a text file; the Python language reference by default")]
-Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element, 1 by default; may be repeated")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON only, for a program")]
+Bits = Annotated[list[float] | None, typer.Option("--bits", help="bits per element, 1 by default; can be repeated")]
+Json = Annotated[bool, typer.Option("--json", help="print only JSON")]
 Seed = Annotated[int, typer.Option("--seed")]
 GroupSize = Annotated[int, typer.Option("--group-size", help="elements that share a code, a multiple of 8")]
 Books = Annotated[
-    Path | None, typer.Option("--codebooks", help="a file or folder of codebooks; else cached or calibrated")
+    Path | None, typer.Option("--codebooks", help="codebook file or folder; by default cached or calibrated ones")
 ]
 Uniform = Annotated[bool, typer.Option("--uniform", help="the same bits for all heads")]
 
@@ -72,7 +72,7 @@ def read(text: Path | None) -> str:
 
 
 def config_of(**fields: Any) -> GSRQConfig:
-    """A config, of which a bad field is an error of the command line."""
+    """A config; an invalid field is reported as a command-line error."""
     try:
         return GSRQConfig(**fields)
     except ValueError as error:
@@ -80,7 +80,7 @@ def config_of(**fields: Any) -> GSRQConfig:
 
 
 def books_at(path: Path) -> Codebooks:
-    """The codebooks of a file, or of a folder that `calibrate` wrote."""
+    """The codebooks of a file, or of a folder written by `calibrate`."""
     try:
         return Codebooks.load(path)
     except (OSError, ValueError) as error:
@@ -88,12 +88,13 @@ def books_at(path: Path) -> Codebooks:
 
 
 def rates_of(bits: list[float] | None, path: Path | None) -> list[float]:
-    """The rates that were asked for; else that of the given codebooks, or 1 bit."""
+    """The requested rates; by default that of the given codebooks, or 1 bit."""
     return bits or [books_at(path).metadata.get("config", {}).get("bits", 1.0) if path else 1.0]
 
 
 def with_books(llm: Any, configs: list[GSRQConfig], path: Path | None) -> list[tuple[GSRQConfig, Codebooks]]:
-    """Each config and its codebooks: those of the disk cache; or the given ones, with what they are made for."""
+    """Each config with its codebooks: those at ``path``, with the config that they were made for, or those of the disk
+    cache."""
     if path is None:
         return list(zip(configs, cached_codebooks(llm, inspect_layers(llm), configs), strict=True))
     books, found = books_at(path), []
@@ -106,12 +107,12 @@ def with_books(llm: Any, configs: list[GSRQConfig], path: Path | None) -> list[t
 
 
 def mib(nbytes: int) -> str:
-    """Bytes, to read."""
+    """Format bytes as MiB."""
     return f"{nbytes / 2**20:.1f} MiB"
 
 
 def bar(share: float, width: int) -> str:
-    """A bar as long as a share of the width, in eighths of a column; of ``#`` where the output has no blocks."""
+    """A bar that fills a share of the width, in eighths of a column, or with ``#`` if the output is not UTF-8."""
     eighths = round(max(0.0, min(share, 1.0)) * width * 8)
     if not (sys.stdout.encoding or "").lower().startswith("utf"):
         return "#" * round(eighths / 8) or "|"

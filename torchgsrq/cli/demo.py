@@ -45,7 +45,7 @@ def demo(
     codebooks: Books = None,
     json_only: Json = False,
 ) -> None:
-    """Read a document with a quantized KV cache, and compare with full precision."""
+    """Read a document with a quantized KV cache, and compare it with full precision."""
     rates = rates_of(bits, codebooks)
     configs = [config_of(bits=b, group_size=group_size) for b in rates]
     console.print(f"Loading {model or NAME} ...")
@@ -123,7 +123,7 @@ def demo(
 
 
 def _side_by_side(tokenizer: Any, full: Any, configs: list[GSRQConfig], said: list[Any]) -> Table:
-    """What each goes on with, in columns; underlined from where it is no longer what full precision says."""
+    """The continuations in columns, underlined from the first token that differs from full precision."""
     table = Table(title="and goes on", show_lines=False, expand=True)
     table.add_column("full precision", ratio=1, overflow="fold")
     cells = [Text(tokenizer.decode(full))]

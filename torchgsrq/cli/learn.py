@@ -31,19 +31,17 @@ from torchgsrq.measure.embedded import load_model
 @app.command("calibrate")
 def calibrate_command(
     output: Annotated[
-        Path, typer.Argument(help="file to write (.safetensors), or a folder, which gets a model card too")
+        Path, typer.Argument(help="output file (.safetensors), or a folder, which also gets a model card")
     ],
     model: Model = None,
     bits: Annotated[float, typer.Option(help="bits per element")] = 1,
     text: Annotated[
         Path | None,
-        typer.Option(
-            "--text", help=f"calibration text; what is missing of --tokens, or of {OWN_TOKENS}, the model writes"
-        ),
+        typer.Option("--text", help=f"calibration text; up to --tokens (or {OWN_TOKENS}), the model adds its own"),
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(min=FEWEST, help=f"how many to read; up to {TOKENS} of the text by default", show_default=False),
+        typer.Option(min=FEWEST, help=f"tokens to read; up to {TOKENS} of the text by default", show_default=False),
     ] = None,
     group_size: GroupSize = GSRQConfig.group_size,
     recipe: Annotated[str, typer.Option(help="gsrq or gsrq-paper")] = "gsrq",
@@ -51,15 +49,15 @@ def calibrate_command(
     seed: Seed = 0,
     json_only: Json = False,
 ) -> None:
-    """Learn a model's codebooks, measure them on text that was not read, and write them to a file or a folder."""
+    """Learn a model's codebooks, measure them on held-out text, and write them to a file or a folder."""
     allocation = "uniform" if uniform else None
     config = config_of(bits=bits, group_size=group_size, recipe=recipe, allocation=allocation)
     if output.suffix != ".safetensors" and output.is_file():
         raise typer.BadParameter(f"{output} is a file; name one that ends in .safetensors, or a folder")
     llm, tokenizer = load_model(model)
-    words = read(text)  # without --text only measured on
+    words = read(text)  # without --text, used only for measuring
     ids = token_ids(tokenizer, words)
-    if text is not None and tokens is None:  # a window is for measuring, if enough are left to learn from
+    if text is not None and tokens is None:  # hold out a window for measuring, if enough tokens remain for learning
         tokens = min(TOKENS, max(OWN_TOKENS, ids.numel() - WINDOW))
     unread = ids if text is None else ids[tokens:]
     data = None if text is None else [ids]
@@ -75,13 +73,13 @@ def calibrate_command(
 
 
 def _measure(llm: Any, config: GSRQConfig, books: Codebooks, ids: Tensor, name: str) -> None:
-    """Put into the metadata what a cache with these codebooks costs on a window of text that was not read."""
+    """Measure these codebooks on a held-out window of text, and add the result to their metadata."""
     if ids.numel() < WINDOW:
         console.print(f"Not measured: the text has fewer than {WINDOW} tokens besides those that were read.")
         return
     try:
         found = measures.quality(llm, [ids[:WINDOW]], {"": (config, books)})[""]
-    except ValueError as error:  # a model that is decoded on reading
+    except ValueError as error:  # a model that is decoded on every read
         console.print(f"Not measured: {error}")
         return
     known = ("kl", "kl_low", "kl_high", "ppl", "ppl_full")

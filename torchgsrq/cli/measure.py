@@ -44,34 +44,34 @@ from torchgsrq.measure.embedded import NAME, load_model
 def evaluate_command(
     model: Model = None,
     text: TextFile = None,
-    context: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 1024,
-    windows: Annotated[int, typer.Option(min=1, help="windows, evenly spread from the start of the text")] = 3,
+    context: Annotated[int, typer.Option(min=2, help="tokens per window")] = 1024,
+    windows: Annotated[int, typer.Option(min=1, help="number of windows, from the start of the text")] = 3,
     stride: Annotated[int, typer.Option(min=1, help="tokens between the starts of windows")] = 4096,
-    recipe: Annotated[list[str] | None, typer.Option(help="recipes; may be repeated")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="gsrq or gsrq-paper; can be repeated")] = None,
     bits: Bits = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="calibration text; the model's own by default", show_default=False)
+        Path | None, typer.Option(help="calibration text; by default the model writes its own", show_default=False)
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
-            min=FEWEST, help=f"how many to read of --calibration; up to {TOKENS} by default", show_default=False
+            min=FEWEST, help=f"tokens of --calibration to read; up to {TOKENS} by default", show_default=False
         ),
     ] = None,
     group_size: Annotated[
-        list[int] | None, typer.Option(help="elements that share a code; may be repeated", show_default=False)
+        list[int] | None, typer.Option(help="elements that share a code; can be repeated", show_default=False)
     ] = None,
     uniform: Uniform = False,
     sinks: Annotated[int, typer.Option(min=0, help="sink tokens")] = GSRQConfig.sink_tokens,
     recent: Annotated[int, typer.Option(min=0, help="recent tokens")] = GSRQConfig.recent_tokens,
     block: Annotated[int, typer.Option(min=1, help="tokens encoded together")] = GSRQConfig.block_tokens,
-    shift: Annotated[int, typer.Option(min=0, help="move all positions by this much")] = 0,
-    retrieval: Annotated[int, typer.Option(min=0, help="also trials of each retrieval task, of --context tokens")] = 0,
+    shift: Annotated[int, typer.Option(min=0, help="added to all positions")] = 0,
+    retrieval: Annotated[int, typer.Option(min=0, help="trials per retrieval task, of --context tokens")] = 0,
     codebooks: Books = None,
     seed: Seed = 0,
     json_only: Json = False,
 ) -> None:
-    """What quantized caches cost: perplexity, KL divergence, error of attention, and what they still find."""
+    """Measure quantized caches: perplexity, KL divergence, error of attention, and retrieval."""
     rates = sorted(rates_of(bits, codebooks), reverse=True)
     llm, tokenizer = load_model(model)
     document_text = read(text)
@@ -195,7 +195,7 @@ def memory(
     codebooks: Books = None,
     json_only: Json = False,
 ) -> None:
-    """KV bytes by part, with a cache filled to a context."""
+    """Print the bytes of a KV cache by part, for a cache filled to a context."""
     llm, _ = load_model(model)
     rows = []
     configs = [config_of(bits=rate) for rate in rates_of(bits, codebooks)]
@@ -251,7 +251,7 @@ def memory(
 
 
 def _print_bars(rows: list[dict[str, Any]]) -> None:
-    """Bytes by context, each beside what the same tokens take in bfloat16."""
+    """Print bytes by context, relative to the same tokens in bfloat16."""
     print("\nby context, as a share of bfloat16 (the window in the model's own dtype)")
     for context in (512, 2048, 8192, 32768, LONG):
         bf16 = 2 * rows[0]["elements"] * context // rows[0]["context"]
@@ -264,6 +264,6 @@ def _print_bars(rows: list[dict[str, Any]]) -> None:
 
 
 def bytes_at(row: dict[str, Any], context: int) -> int:
-    """What the quantized layers take at another context than that of ``row``: every slot has room for its codes, and
-    the window does not grow."""
+    """Bytes of the quantized layers at another context than that of ``row``: codes grow with the slots, the window does
+    not."""
     return int(row["sinks"] + row["window"] + row["counters"] + row["codes"] * context // row["slots"])

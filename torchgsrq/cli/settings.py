@@ -24,11 +24,11 @@ from torchgsrq.measure.recommend import choose, full_precision, markdown_tables,
 def recommend(
     model: Annotated[str | None, typer.Option("--model", help="hub ID or folder; only its config is read")] = None,
     context: Annotated[int, typer.Option(min=1, help="tokens to hold")] = 32768,
-    memory: Annotated[float | None, typer.Option(min=0, help="GiB for the cache, beside the weights")] = None,
-    table: Annotated[bool, typer.Option("--table", help="print tables for models of usual sizes, as Markdown")] = False,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB for the cache, besides the weights")] = None,
+    table: Annotated[bool, typer.Option("--table", help="print Markdown tables for models of usual sizes")] = False,
     json_only: Json = False,
 ) -> None:
-    """Which bits and group size: what each takes, what fits, and where to begin."""
+    """Recommend bits and group size: the size of each setting, what fits, and a setting to start with."""
     if table:
         print(markdown_tables())
         return

@@ -1,4 +1,4 @@
-"""What is learned of a model, and how it is laid out: layouts, clustering, `Codec`, `Codebooks`."""
+"""What is learned from a model, and its layout: layouts, clustering, `Codec`, `Codebooks`."""
 
 from torchgsrq.codec.codebooks import Codebooks
 from torchgsrq.codec.codec import Codec, Codecs, LayerCodec

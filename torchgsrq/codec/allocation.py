@@ -1,4 +1,4 @@
-"""How many bits the keys and the values of each head are given, under one mean rate."""
+"""Allocation of bits to the keys and the values of each head, under one mean rate."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ def allocate(
 ) -> dict[Unit, float]:
     """The rates of least total cost ``sum_i cost_i 4^-rate_i`` among those whose mean is at most ``bits``.
 
-    A bit more quarters the squared error of a code, so what a step up saves falls with every step, and taking the step
-    that saves most per bit again and again is best, but for the last steps, which have to fit.
+    Each additional bit quarters the squared error of a code, so each step up saves less than the one before. Repeatedly
+    taking the step that saves most per bit is optimal, except for the last steps, which have to fit.
 
     Args:
-        costs: of an error at rate 0. sizes: elements, the weights of the mean. offered: rates of each, in any order.
+        costs: cost of each unit's errors at rate 0.
+        sizes: elements of each unit, the weights of the mean.
+        offered: valid rates of each unit, in any order.
+        bits: the mean rate, in bits per element.
+
+    Returns:
+        The rate of each unit.
 
     Raises:
         ValueError: even the lowest rates are more than ``bits``.
@@ -32,7 +38,7 @@ def allocate(
     queue: list[tuple[float, float, int, Unit]] = []
 
     def offer(order: int, unit: Unit) -> None:
-        """Queue the next step up of a unit: by what it saves per bit, then who has fewest, then as they came."""
+        """Queue the next step up of a unit, ordered by savings per bit, then lowest rate, then input order."""
         rate = rates[unit]
         higher = next((r for r in steps[unit] if r > rate), None)
         if higher is not None:
@@ -44,7 +50,7 @@ def allocate(
     while queue:
         _, rate, order, unit = heapq.heappop(queue)
         higher = next(r for r in steps[unit] if r > rate)
-        if (higher - rate) * sizes[unit] <= left:  # a step that does not fit now never will
+        if (higher - rate) * sizes[unit] <= left:  # a step that does not fit now never fits
             left -= (higher - rate) * sizes[unit]
             rates[unit] = higher
             offer(order, unit)
@@ -59,12 +65,17 @@ def head_rates(
 ) -> dict[int, list[tuple[float, float]]]:
     """Rates of the keys and values of every layer's heads, under one mean.
 
-    None is lower than half of it, if that is offered: a head that calibration text does not need may be needed by
-    another text.
+    No rate is lower than half of the mean, if such rates are offered: another text may need a head that the calibration
+    text does not.
 
     Args:
         costs: as in `allocate`, by layer and head, for keys and for values.
-        dims: elements of a vector, by layer. offered: rates, by layer.
+        dims: elements of a vector, by layer.
+        offered: valid rates, by layer.
+        bits: the mean rate, in bits per element.
+
+    Returns:
+        By layer, the rates of the keys and of the values of each head.
     """
     units = [(layer, head, kind) for layer, some in costs.items() for head in range(len(some)) for kind in (0, 1)]
     enough = {layer: [r for r in rates if r >= bits / 2] or [max(rates)] for layer, rates in offered.items()}

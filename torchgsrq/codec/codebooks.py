@@ -16,14 +16,14 @@ from torchgsrq.codec.codec import Codec, Codecs, LayerCodec
 
 
 class Codebooks:
-    """One key and one value codec per layer, and where they came from.
+    """The key and value codecs of every layer, and their origin.
 
     Args:
         layers: layer index to `LayerCodec`; layers that stay in full precision are absent.
-        metadata: JSON-able facts: ``model`` (`models.fingerprint`), ``config`` (what was asked), ``source``,
-            ``tokens``; ``name``, of a model of a hub; ``measured``, by ``torchgsrq calibrate``; where heads have rates
-            of their own, ``sensitivity``: layer to the costs of the keys and values of each head
-            (`learning.sensitivity`).
+        metadata: JSON-serializable facts: ``model`` (`models.fingerprint`), ``config`` (the requested settings),
+            ``seed``, ``source`` and ``tokens`` of the calibration text; ``name`` of a hub model; ``measured``, set by
+            ``torchgsrq calibrate``; and, if each head has its own rate, ``sensitivity``: layer to the costs of the
+            keys and values of each head (`learning.sensitivity`).
     """
 
     def __init__(self, layers: dict[int, LayerCodec], metadata: dict[str, Any]) -> None:
@@ -45,7 +45,7 @@ class Codebooks:
         return len(self.layers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codebooks:
-        return self  # read only, so copies of a model share it
+        return self  # read-only, so copies of a model share it
 
     def __repr__(self) -> str:
         return f"Codebooks({len(self)} layers, {self.bits:.3g} bits, source={self.metadata.get('source')!r})"
@@ -58,8 +58,8 @@ class Codebooks:
 
     @cached_property
     def digest(self) -> str:
-        """A hash of all tables: codes of a cache mean something with these codebooks alone. How the encoder minds
-        errors (eta) changes nothing in what codes mean."""
+        """A hash of all tables: a cache's codes are valid only with these codebooks. The encoder's ``eta`` is left out,
+        because it does not affect decoding."""
         found = hashlib.sha256()
         for i, layer in self.layers.items():
             for codecs in layer:
@@ -71,8 +71,8 @@ class Codebooks:
         return found.hexdigest()
 
     def describe(self) -> str:
-        """A line for every layer: bits per element of its keys and of its values, of each head where they differ; and,
-        where these follow what errors cost, the share of its heads, each alone, if all heads had the same rate."""
+        """A line per layer with the bits per element of its keys and of its values, listed by head where they differ.
+        If bits follow the cost of errors, also the layer's share of that cost at equal rates, each head alone."""
         costs = {int(i): sum(map(sum, heads)) for i, heads in self.metadata.get("sensitivity", {}).items()}
         total = max(sum(costs[i] for i in self.layers), 1e-300) if costs else 1
         lines = [
@@ -83,12 +83,12 @@ class Codebooks:
         return "\n".join((repr(self), *lines))
 
     def shard(self, rank: int, ranks: int) -> Codebooks:
-        """Those of one rank of a tensor-parallel model, which has an equal part of every layer's KV heads.
+        """The codebooks of one rank of a tensor-parallel model, which has an equal part of every layer's KV heads.
 
         Each head keeps its bits.
 
         Raises:
-            ValueError: the heads of a layer cannot be dealt equally.
+            ValueError: the number of ranks does not divide a layer's heads.
         """
 
         def part(codecs: Codecs) -> list[Codec]:
@@ -112,21 +112,25 @@ class Codebooks:
         return Codebooks(layers, self.metadata)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file. Codewords are float16 (they are rounded to it when learned)."""
+        """Write a safetensors file. Codewords are stored in float16, to which training already rounds them.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         files.write(self.layers, self.metadata, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Codebooks:
-        """Read what `save` wrote, or, of a folder, `save_pretrained`.
+        """Read a file written by `save`, or a folder written by `save_pretrained`.
 
         Raises:
             FileNotFoundError: no such file, or no codebooks in the folder.
-            ValueError: not a codebook file, damaged, or of an unknown format version.
+            ValueError: not a codebook file, a damaged file, or an unknown format version.
         """
         return cls(*files.read(hub.find(path) if os.path.isdir(path) else path))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write `save`'s file into a folder, as ``codebooks.safetensors``, and a model card beside it."""
+        """Write ``codebooks.safetensors`` (see `save`) and a model card into a folder."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         self.save(path / hub.FILE)
@@ -137,11 +141,12 @@ class Codebooks:
     def from_pretrained(
         cls, name: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
     ) -> Codebooks:
-        """Read what `save_pretrained` or `push_to_hub` wrote.
+        """Read codebooks written by `save_pretrained` or `push_to_hub`.
 
         Args:
             name: a folder, or a repository of the Hugging Face hub, ``"user/repo"``.
-            revision: branch, tag or commit of the repository. token: for private ones.
+            revision: branch, tag or commit of the repository.
+            token: access token for private repositories.
 
         Raises:
             FileNotFoundError: no such folder or repository, or no codebooks in it.
@@ -157,18 +162,21 @@ class Codebooks:
         token: str | None = None,
         commit_message: str = "Codebooks of torchgsrq",
     ) -> str:
-        """Upload the files of `save_pretrained` to a repository of the hub, made if it is not there.
+        """Upload the files of `save_pretrained` to a hub repository, which is created if it does not exist.
 
         Args:
-            repo_id: ``"user/repo"``. private: of a new repository. token: with the right to write.
+            repo_id: ``"user/repo"``.
+            private: whether a new repository is private.
+            token: access token with write permission.
+            commit_message: message of the commit.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
         """
         return hub.push(self.save_pretrained, repo_id, private, token, commit_message)
 
 
 def _by_head(codecs: Codecs) -> str:
-    """Bits per element, of each head where they differ."""
+    """Bits per element, listed by head where they differ."""
     each = codecs.head_bits
     return f"{codecs.bits:g}" if len(set(each)) == 1 else ", ".join(f"{bits:g}" for bits in each)

@@ -1,4 +1,4 @@
-"""Codec: how the vectors of one layer are coded. Not how that was learned (learning/)."""
+"""Codec: how the vectors of one layer are coded. Training is in learning/."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ TABLES = ("mean", "transform", "inverse", "codebook")
 
 @dataclass(frozen=True, eq=False)
 class Codec:
-    """How the keys (or the values) of some KV heads of a layer are coded, all by one layout.
+    """How the keys (or the values) of some KV heads of a layer are coded, all with one layout.
 
-    A vector at position p, frame start s = p - p % frame, means
-    ``R(s) (R(p - s) mean + inverse @ sum_m codeword_m)``. Values and models without RoPE are the case of an empty
-    ``inv_freq``.
+    A vector at position p, with frame start s = p - p % frame, decodes to
+    ``R(s) (R(p - s) mean + inverse @ sum_m codeword_m)``. For values, and for models without RoPE, ``inv_freq`` is
+    empty and there is no rotation.
 
-    Tensor attributes (float32 but for ``codebook``, read only, shared by every cache):
+    Tensor attributes (float32 except ``codebook``, read-only, shared by all caches):
         mean: ``[heads, head_dim]``, un-rotated.
-        transform: ``[heads, head_dim, head_dim]``, into the metric that the codewords were learned in.
-        inverse: ``[heads, head_dim, head_dim]``, and back.
-        codebook: float16 ``[heads, codes, 256, width]``, gains multiplied in; its shape is the `layout`.
-        inv_freq: ``[pairs]``, RoPE frequencies of the frame rotation; empty for none.
+        transform: ``[heads, head_dim, head_dim]``, into the metric in which the codewords were learned.
+        inverse: ``[heads, head_dim, head_dim]``, back from the metric.
+        codebook: float16 ``[heads, codes, 256, width]``, gains included; its shape determines the `layout`.
+        inv_freq: ``[pairs]``, RoPE frequencies of the frame rotation; empty for no rotation.
 
     Non-tensor attributes:
-        interleaved: RoPE pairs are ``(2i, 2i + 1)``.
-        eta: how much more the encoder minds an error along the vector than one across it; 1: equally.
+        interleaved: RoPE pairs are ``(2i, 2i + 1)`` instead of ``(i, i + pairs)``.
+        eta: weight, in the encoder's loss, of an error along the vector relative to one across it.
         frame: tokens per anchored frame; 1 without RoPE.
     """
 
@@ -58,7 +58,7 @@ class Codec:
         interleaved: bool = False,
         eta: int = 1,
     ) -> Codec:
-        """A codec from its mean ``[heads, head_dim]`` and tables, of any dtype; ``inverse`` may be left out."""
+        """A codec from its mean ``[heads, head_dim]`` and tables, of any dtype; ``inverse`` is computed if absent."""
         inv_freq = mean.new_zeros(0) if inv_freq is None else inv_freq.float().to(mean.device)
         inverse = torch.linalg.inv(transform.double()) if inverse is None else inverse
         return cls(
@@ -105,7 +105,7 @@ class Codec:
 
     @classmethod
     def from_flat(cls, tensors: Sequence[Tensor], integers: Sequence[int]) -> Codec:
-        """A codec from what ops carry: `tensors` and `integers`."""
+        """A codec from `tensors` and `integers`, as ops carry them."""
         inv_freq, mean, transform, inverse, codebook = tensors
         interleaved, eta, frame = integers
         return cls(mean, transform, inverse, codebook, inv_freq, bool(interleaved), eta, frame)
@@ -115,24 +115,24 @@ class Codec:
         return dataclasses.replace(self, **attributes)
 
     def of_heads(self, heads: slice) -> Codec:
-        """The codec of some of its heads; views."""
+        """The codec of a slice of its heads, as views."""
         return self.replaced(**{name: getattr(self, name)[heads] for name in TABLES})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codec:
-        return self  # read only
+        return self  # read-only
 
 
 @dataclass(frozen=True, eq=False)
 class Codecs:
-    """The codecs of a layer's keys, or of its values: heads of one rate share one.
+    """The codecs of a layer's keys, or of its values: heads with the same rate share one.
 
     Attributes:
-        parts: heads of the layer, in ascending order, and their codec; all heads in all. The codecs differ in their
-            tables alone.
+        parts: pairs of head indices, in ascending order, and their codec. Every head of the layer is in exactly one
+            part. The codecs differ only in their tables.
     """
 
     parts: tuple[tuple[tuple[int, ...], Codec], ...]
-    _said: str = dataclasses.field(default="", repr=False)  # `integers`, in words: see there
+    _said: str = dataclasses.field(default="", repr=False)  # `integers` as text: see there
     _copies: dict[torch.device, Codecs] = dataclasses.field(default_factory=dict, repr=False)
     _turned: list[Codecs] = dataclasses.field(default_factory=list, repr=False)
 
@@ -146,12 +146,12 @@ class Codecs:
 
     @classmethod
     def of(cls, codec: Codec | Codecs) -> Codecs:
-        """One codec for all heads."""
+        """`Codecs` from one codec for all heads; `Codecs` are returned unchanged."""
         return codec if isinstance(codec, Codecs) else cls(((tuple(range(codec.heads)), codec),))
 
     @property
     def first(self) -> Codec:
-        """A codec, for what all have alike: head_dim, frames and their rotation."""
+        """The first codec, for what all codecs have in common: head_dim, frames and their rotation."""
         return self.parts[0][1]
 
     @property
@@ -186,15 +186,15 @@ class Codecs:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tables, in the order of `from_flat`: the frequencies once, then those of every part."""
+        """All tables, in the order of `from_flat`: the frequencies once, then the tables of every part."""
         return [self.inv_freq, *(t for _, codec in self.parts for t in codec.tensors[1:])]
 
     @property
     def integers(self) -> list[int]:
-        """The integers of all codecs, then the heads of every part, each with their number before them.
+        """The integers of the codecs, then, for every part, the number of its heads and their indices.
 
-        They are kept in words, since torch.compile guards a text, where of numbers it may make symbols, which one graph
-        then has for the codecs of several layers.
+        They are stored as text: torch.compile guards a string, but could turn numbers into symbols, and one graph would
+        then serve the codecs of several layers.
         """
         return [int(word) for word in self._said.split()] if self._said else self._integers()
 
@@ -203,19 +203,19 @@ class Codecs:
 
     @classmethod
     def from_flat(cls, tensors: Sequence[Tensor], integers: Sequence[int]) -> Codecs:
-        """From what ops and tensor subclasses carry: `tensors` and `integers`."""
+        """`Codecs` from `tensors` and `integers`, as ops and tensor subclasses carry them."""
         shared, several = integers[:3], heads_of(integers)
         tables = [tensors[1 + 4 * i : 5 + 4 * i] for i in range(len(several))]
         codecs = [Codec.from_flat([tensors[0], *some], shared) for some in tables]
         return cls(tuple(zip(several, codecs, strict=True)))
 
     def by_head(self) -> list[Codec]:
-        """The codec of each head alone, in order; views."""
+        """The codec of each head alone, in order, as views."""
         each = {head: codec.of_heads(slice(i, i + 1)) for heads, codec in self.parts for i, head in enumerate(heads)}
         return [each[head] for head in range(self.heads)]
 
     def merged(self, parts: Sequence[Tensor]) -> Tensor:
-        """What was made part by part, ``[batch, heads of the part, ...]``, as ``[batch, heads, ...]``."""
+        """Merge results of each part, ``[batch, heads of the part, ...]``, into ``[batch, heads, ...]``."""
         if len(parts) == 1:
             return parts[0]
         order = [head for heads, _ in self.parts for head in heads]
@@ -223,7 +223,7 @@ class Codecs:
         return _cat(parts, 1)[:, back]
 
     def with_frequencies(self, inv_freq: Tensor) -> Codecs:
-        """The same for keys that a model turned by other RoPE frequencies; the last few are kept."""
+        """The same for keys that a model rotates by other RoPE frequencies; the last two results are cached."""
         for known in self._turned:
             if torch.equal(known.inv_freq, inv_freq.to(known.inv_freq.device)):
                 return known
@@ -233,7 +233,7 @@ class Codecs:
         return turned
 
     def to(self, device: torch.device | str) -> Codecs:
-        """The same on a device; made once for each."""
+        """The same on a device; copied once per device."""
         here, there = self.inv_freq.device, torch.device(device)
         if here.type == there.type and there.index in (None, here.index):
             return self
@@ -242,7 +242,7 @@ class Codecs:
         return self._copies[there]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Codecs:
-        return self  # read only
+        return self  # read-only
 
     def nbytes(self) -> int:
         """Bytes of all tables."""
@@ -250,16 +250,16 @@ class Codecs:
 
 
 class LayerCodec(NamedTuple):
-    """The codecs of one layer: heads that share one for their keys share one for their values."""
+    """The codecs of one layer: heads that share a codec for their keys also share one for their values."""
 
     key: Codecs
     value: Codecs
 
     @classmethod
     def of_heads(cls, keys: Sequence[Codec], values: Sequence[Codec]) -> LayerCodec:
-        """The codecs of a layer from those of each head alone (`Codecs.by_head`)."""
+        """The codecs of a layer from the codecs of single heads (`Codecs.by_head`)."""
         sides = (keys, values)
-        if all(len({codec.layout for codec in side}) == 1 for side in sides):  # there may be other numbers of them
+        if all(len({codec.layout for codec in side}) == 1 for side in sides):  # keys and values may differ in number
             return cls(*(Codecs.of(_stacked(side)) for side in sides))
         alike: dict[tuple[Layout, Layout], list[int]] = {}
         for head, (key, value) in enumerate(zip(keys, values, strict=True)):
@@ -269,7 +269,7 @@ class LayerCodec(NamedTuple):
 
 
 def heads_of(integers: Sequence[int]) -> list[tuple[int, ...]]:
-    """The heads of every part, of `Codecs.integers`."""
+    """The heads of every part, from `Codecs.integers`."""
     rest, found = list(integers[3:]), []
     while rest:
         count, *rest = rest
@@ -279,11 +279,11 @@ def heads_of(integers: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _stacked(codecs: Sequence[Codec]) -> Codec:
-    """One codec of heads with the same layout."""
+    """Stack codecs with the same layout into one."""
     return codecs[0].replaced(**{name: _cat([getattr(codec, name) for codec in codecs]) for name in TABLES})
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    """`torch.cat`, within autocast too, which refuses it for float16 if its own type is another."""
+    """`torch.cat` that also works within autocast, which refuses float16 if its own dtype differs."""
     with torch.autocast(tensors[0].device.type, enabled=False):
         return torch.cat(list(tensors), dim)

@@ -1,4 +1,4 @@
-"""A file of codebooks: what stands in it, and what is checked before anything of it is used."""
+"""Codebook files: their content, and the checks before any of it is used."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def write(layers: dict[int, LayerCodec], metadata: dict[str, Any], path: str | o
                 tensors |= {f"{name}.{j}.{table}": getattr(codec, table) for table in TABLES}
             fields = {field: getattr(side.first, field) for field in _FIELDS}
             codecs[name] = {"heads": [heads for heads, _ in side.parts], **fields}
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # some are one tensor, which no file may hold
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # safetensors refuses shared storages
     CODEBOOKS.save(tensors, {"codecs": json.dumps(codecs), "metadata": json.dumps(metadata)}, path)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str, Any]]:
-    """The layers and metadata that `write` was given.
+    """Read the layers and metadata of a file written by `write`.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a codebook file, damaged, or of an unknown format version.
+        ValueError: not a codebook file, a damaged file, or an unknown format version.
     """
     name = os.fspath(path)
     if not os.path.exists(path):
@@ -95,7 +95,7 @@ def _check_tables(heads: int, tables: dict[str, Tensor], what: str) -> None:
 
 
 def _makes_sense(metadata: dict[str, Any], layers: dict[int, LayerCodec]) -> bool:
-    """Whether what the metadata says of the cost of heads can be used."""
+    """Whether the costs of heads in the metadata are usable."""
     costs, asked = metadata.get("sensitivity"), metadata.get("config")
     return costs is None or (
         all(len(costs[str(i)]) == layer.key.heads for i, layer in layers.items())

@@ -13,10 +13,10 @@ FILE = "codebooks.safetensors"
 
 
 def find(name: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> str:
-    """The file of codebooks of a folder, or of a repository of the hub, downloaded if need be.
+    """The path of the codebook file of a folder, or of a hub repository, downloaded if necessary.
 
     Raises:
-        FileNotFoundError: a folder without one; a repository that is not there, has none, or cannot be reached.
+        FileNotFoundError: the folder has no such file; or the repository does not exist, has none, or is unreachable.
     """
     if os.path.isdir(name):
         path = Path(name) / FILE
@@ -27,7 +27,7 @@ def find(name: str | os.PathLike[str], revision: str | None = None, token: str |
 
     try:
         return str(hf_hub_download(os.fspath(name), FILE, revision=revision, token=token))
-    except Exception as error:  # whatever a network, a hub or its own checks of a name can raise
+    except Exception as error:  # the network, the hub and its checks of names raise various types
         raise FileNotFoundError(
             f"{os.fspath(name)!r} is no folder here, and no {FILE} was had from a repository of that name "
             f"({type(error).__name__}: {error})"
@@ -35,7 +35,7 @@ def find(name: str | os.PathLike[str], revision: str | None = None, token: str |
 
 
 def push(save_pretrained: Any, repo_id: str, private: bool | None, token: str | None, message: str) -> str:
-    """Upload what ``save_pretrained(folder)`` writes; gives the address."""
+    """Upload the files that ``save_pretrained(folder)`` writes; returns the URL of the commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -46,7 +46,7 @@ def push(save_pretrained: Any, repo_id: str, private: bool | None, token: str | 
 
 
 def card(layers: dict[int, LayerCodec], metadata: dict[str, Any], bits: float, description: str) -> str:
-    """A model card: whose codebooks these are, how they were learned, what was measured."""
+    """A model card: the model of the codebooks, how they were learned, what was measured."""
     config, owner = metadata.get("config", {}), metadata.get("model") or {}
     base = metadata.get("name")
     head = ["---", "library_name: torchgsrq", *([f"base_model: {base}"] if base else []), "tags: [kv-cache]", "---"]

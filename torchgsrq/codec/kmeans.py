@@ -1,7 +1,7 @@
-"""Clustering: gain-shape k-means (GSKM) and plain k-means, weighted and batched, residual stages of them, and codewords
-fitted to the encoder's loss.
+"""Clustering: weighted and batched k-means and gain-shape k-means (GSKM), residual stages, and codewords fitted to the
+encoder's loss.
 
-What is clustered, and how it is weighed, is decided in learning/train.py.
+learning/train.py decides what is clustered, and with which weights.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 
 from torchgsrq.codec.layout import CODEWORDS, Layout
 
-_ops = torch.ops.torchgsrq  # compiled where they can be; `nearest` and the sums below say what they mean
+_ops = torch.ops.torchgsrq  # compiled where possible; `nearest` and the sums below are their specification
 METHODS = ("kmeans", "gskm")
-_PART, _EARLY, _ENOUGH = 3, 5, 48  # the first 5 rounds read every third vector, if those are 16 a codeword
-_ROWS = 1024  # rows of a distance block: stays in cache, and a larger one is slower on CPU
+_PART, _EARLY, _ENOUGH = 3, 5, 48  # the first 5 rounds read every third vector, if that gives 16 per codeword
+_ROWS = 1024  # rows of a distance block: it stays in cache; larger ones are slower on CPU
 
 
 def cluster(
@@ -31,11 +31,11 @@ def cluster(
 ) -> Tensor:
     """Cluster vectors into codewords, independently for every entry of the batch.
 
-    Both methods assign by least squared distance, which for a gain-shape codeword ``g u`` is
-    ``argmax 2 g (x . u) - g^2`` (arXiv 2607.01065); they differ in start and update:
+    Both methods assign each vector to the nearest codeword by squared distance, which for a gain-shape codeword ``g u``
+    is ``argmax 2 g (x . u) - g^2`` (arXiv 2607.01065). They differ in initialization and update:
 
-    - ``"kmeans"``: starts from weighted samples; a codeword becomes the weighted mean.
-    - ``"gskm"``: the paper's. Starts from spherical k-means. Shape: normalised weighted mean of the normalised inputs.
+    - ``"kmeans"`` starts from weighted samples. A codeword becomes the weighted mean of its vectors.
+    - ``"gskm"``, the paper's, starts from spherical k-means. Shape: normalized weighted mean of the normalized inputs.
       Gain: weighted mean projection of the inputs on that shape.
 
     Args:
@@ -43,12 +43,12 @@ def cluster(
         weight: ``[batch, n]``, non-negative; ones if absent.
         codewords: codewords per batch entry.
         method: one of ``METHODS``.
-        iterations: rounds of assignment and update (after 20 spherical ones for ``"gskm"``).
+        iterations: rounds of assignment and update (for ``"gskm"``, after 20 spherical rounds).
         seed: makes the result reproducible.
 
     Returns:
-        float32 ``[batch, codewords, width]``, gains multiplied in. With no more distinct vectors
-        than codewords, the vectors themselves and zeros.
+        float32 ``[batch, codewords, width]``, gains included. If there are no more vectors than codewords, the vectors
+        themselves and zeros.
 
     Raises:
         ValueError: wrong shapes, an unknown method, or no vectors.
@@ -88,19 +88,25 @@ def rounds(
     iterations: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Rounds of assignment and update, from ``centers [batch, codewords, width]`` on.
+    """Rounds of assignment and update.
 
     Args:
         x, weight: see `cluster`.
-        update: vectors, their weights ``[batch, n, 1]`` and codes ``[batch, n]``, the weighted mean of the vectors of
-            each code, and the present centers, to new ones.
+        centers: initial codewords ``[batch, codewords, width]``.
+        update: maps vectors, their weights ``[batch, n, 1]`` and codes ``[batch, n]``, the weighted mean of the vectors
+            of each code, and the current centers to new centers.
+        iterations: number of rounds.
+        generator: for reseeding codewords without vectors.
+
+    Returns:
+        The codewords, of the shape of ``centers``.
     """
     count, weights = centers.shape[1], weight.unsqueeze(-1)
     weighted = x * weights
     part = _PART if x.shape[1] >= _ENOUGH * count else 1
     for i in range(iterations):
         step = part if i < _EARLY else 1
-        if i in (0, _EARLY):  # made anew where another part is read
+        if i in (0, _EARLY):  # recomputed when another part is read
             given, some, sums = (t[:, ::step].contiguous() for t in (x, weights, weighted))
         code, _ = _ops.nearest(given, centers)
         mass = _ops.sum_by_code(some, code, count)
@@ -113,7 +119,7 @@ def rounds(
 
 
 def nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest codeword of every vector: what the op `torchgsrq::nearest` means.
+    """Nearest codeword of every vector: the specification of the op `torchgsrq::nearest`.
 
     Args:
         x: ``[batch, n, width]`` float32. centers: ``[batch, codewords, width]`` float32.
@@ -135,7 +141,7 @@ def nearest(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_by_code(x: Tensor, code: Tensor, codewords: int) -> Tensor:
-    """Sum the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d]``; an op as well."""
+    """Sum the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d]``. Also an op."""
     total = x.new_zeros(x.shape[0], codewords, x.shape[2])
     for out, rows, index in zip(total, x, code, strict=True):
         out.index_add_(0, index, rows)
@@ -143,8 +149,8 @@ def sum_by_code(x: Tensor, code: Tensor, codewords: int) -> Tensor:
 
 
 def moments_by_code(x: Tensor, weight: Tensor, code: Tensor, codewords: int) -> Tensor:
-    """Sum ``weight x x^T`` over the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d, d]``; an op
-    as well."""
+    """Sum ``weight x x^T`` over the rows of ``x [batch, n, d]`` that share a code: ``[batch, codewords, d, d]``. Also
+    an op."""
     width = x.shape[2]
     total = x.new_zeros(x.shape[0], codewords, width * width)
     for out, rows, some, index in zip(total, x, weight, code, strict=True):
@@ -156,7 +162,8 @@ def moments_by_code(x: Tensor, weight: Tensor, code: Tensor, codewords: int) -> 
 
 
 def samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` vectors per batch entry, drawn by weight; those without any only when the others are used up."""
+    """Draw ``count`` vectors per batch entry by weight, without replacement; those of weight 0 only after all
+    others."""
     odds = weight.double().cpu().clamp_min(0)
     most = odds.amax(1, keepdim=True)
     odds = torch.where(most > 0, odds.clamp_min(1e-12 * most), 1.0)
@@ -167,17 +174,17 @@ def samples(x: Tensor, weight: Tensor, count: int, generator: torch.Generator) -
 def _reseeded(
     x: Tensor, weight: Tensor, code: Tensor, centers: Tensor, empty: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """``centers``, with vectors drawn by weighted error in place of those that are ``empty [batch, codewords]``."""
-    # Not the errors of `nearest`: where most vectors are codewords themselves, those are the rounding of |x|^2, which
-    # differs by implementation and, summed over many equal vectors, outweighs the few that have no codeword yet.
+    """``centers``, with those marked in ``empty [batch, codewords]`` replaced by vectors drawn by weighted error."""
+    # Not the errors of `nearest`: if most vectors are codewords themselves, those errors are the rounding of |x|^2. It
+    # depends on the implementation and, summed over many equal vectors, outweighs the few without a codeword yet.
     error = (x - centers.gather(1, code.unsqueeze(-1).expand_as(x))).square_().sum(-1)
     drawn = samples(x, weight * error, int(empty.sum(1).max()), generator)
-    which = (empty.cumsum(1) - 1).clamp_min(0)  # the likeliest are drawn first, and no draw is wasted
+    which = (empty.cumsum(1) - 1).clamp_min(0)  # the likeliest draws come first, and none is wasted
     return torch.where(empty.unsqueeze(-1), drawn.gather(1, which.unsqueeze(-1).expand_as(centers)), centers)
 
 
 def spherical(unit: Tensor, norms: Tensor, weight: Tensor, centers: Tensor, generator: torch.Generator) -> Tensor:
-    """Spherical k-means on the unit vectors, 20 rounds; each codeword gets its mean norm as gain."""
+    """Spherical k-means on the unit vectors, 20 rounds; the gain of each codeword is the mean norm of its vectors."""
     count = centers.shape[1]
     shape = torch.nn.functional.normalize(centers, dim=-1)
     for _ in range(20):
@@ -202,17 +209,16 @@ def train_codebook(
     seed: int = 0,
     fit: Callable[[Layout, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Residual stages of 256 codewords, each learned on what those before it leave.
+    """Learn residual stages of 256 codewords, each on the residuals of the stages before it.
 
-    Every stage after a group's first keeps a zero codeword, so that one more stage never makes the
-    greedy error worse.
+    Every stage after a group's first has a zero codeword, so that an additional stage never increases the greedy error.
 
     Args:
         y: ``[heads, n, head_dim]``, in the metric.
         weight: ``[heads, n]``.
-        layout: which code writes which slice.
+        layout: which code covers which slice.
         method, iterations, seed: see `cluster`.
-        fit: layout and codebook of the stages so far to the last stage's codewords (`fit_to_loss`).
+        fit: maps layout and codebook of the stages so far to refitted codewords of the last stage (`fit_to_loss`).
 
     Returns:
         float32 rounded to float16, ``[heads, layout.codes, 256, layout.width]``.
@@ -220,7 +226,7 @@ def train_codebook(
     heads = y.shape[0]
     out = torch.zeros(heads, layout.codes, CODEWORDS, layout.width, dtype=torch.float32, device=y.device)
     residual = y.unflatten(-1, (layout.groups, layout.width)).permute(0, 2, 1, 3)  # [h, g, n, w]
-    residual = residual.clone(memory_format=torch.contiguous_format)  # of one group too: the caller's y stays
+    residual = residual.clone(memory_format=torch.contiguous_format)  # with one group too: y must not change
     for stage in range(layout.stages):
         groups = layout.groups_in(stage)
         part = residual[:, :groups].flatten(0, 1)
@@ -257,17 +263,20 @@ def fit_to_loss(
     eta: int,
     iterations: int = 4,
 ) -> Tensor:
-    """The last stage's codewords, for the loss that the encoder minimises (`reference.search_group`): rounds of
-    encoding vectors and giving each codeword the least weighted loss. Earlier stages stay.
+    """Fit the last stage's codewords to the loss that the encoder minimizes (`reference.search_group`). Each round
+    encodes the vectors and solves for the codewords of least weighted loss. Earlier stages do not change.
 
     Args:
-        y: ``[heads, n, head_dim]``. weight: ``[heads, n]``. layout: of the stages so far.
+        y: ``[heads, n, head_dim]``, in the metric.
+        weight: ``[heads, n]``.
+        layout: layout of the stages so far.
         codebook: ``[heads, layout.codes, 256, layout.width]``.
-        encode: vectors and codewords to codes, uint8 ``[heads, n, layout.codes]``.
+        encode: maps vectors and codewords to codes, uint8 ``[heads, n, layout.codes]``.
         eta: weight of an error along the vector.
+        iterations: number of rounds.
 
     Returns:
-        The last stage, float32 rounded to float16, ``[heads, groups, 256, layout.width]``.
+        The codewords of the last stage, float32 rounded to float16, ``[heads, groups, 256, layout.width]``.
     """
     last, groups = layout.stages - 1, layout.groups_in(layout.stages - 1)
     tables = codebook.clone()
@@ -293,9 +302,9 @@ def fit_to_loss(
 
 
 def _least_loss(target: Tensor, unit: Tensor, weight: Tensor, code: Tensor, words: Tensor, eta: int) -> Tensor:
-    """Codewords of least ``sum weight (|e|^2 + (eta - 1) (e . unit)^2)``, with e the rest of each target
-    ``[batch, n, width]`` without its codeword: the normal equations of every codeword. One without vectors stays as it
-    is in ``words [batch, 256, width]``."""
+    """Codewords of least ``sum weight (|e|^2 + (eta - 1) (e . unit)^2)``, where e is the difference of each target
+    ``[batch, n, width]`` and its codeword. Solves the normal equations of every codeword. Codewords without vectors
+    keep their value in ``words [batch, 256, width]``."""
     count = words.shape[1]
     mass = _ops.sum_by_code(weight.unsqueeze(-1), code, count)
     hold = 1e-3 * mass.mean((1, 2), keepdim=True).clamp_min(1e-30)

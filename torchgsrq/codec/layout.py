@@ -1,4 +1,4 @@
-"""Layout: which code writes which slice of a vector; rates and what they allow. No tensors here."""
+"""Layout: which code covers which slice of a vector, and the valid rates. There are no tensors here."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from dataclasses import dataclass
 from torchgsrq.config import BITS, RATES
 
 CODEWORDS = 256
-STAGES = 8  # most of a group: more take longer to search than they are worth
-SWEEPS = (
-    1  # of the encoder over the stages of a group, after the greedy search; more give nothing: docs/research/quality.md
-)
+STAGES = 8  # maximum per group: the search of more is not worth its time
+
+
+def search_steps(stages: int, eta: int) -> int:
+    """Steps of the encoder's search (`reference.search_group`), step i in stage ``i % stages``: once over all, and of
+    more than two stages once more over all but the last."""
+    return 2 * stages - 1 if stages > 2 and eta > 1 else stages
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One-byte codes of a vector, stage-major: code m is stage m // groups of group m % groups.
+    """The one-byte codes of a vector, stage-major: code m is stage m // groups of group m % groups.
 
     Every layout is additive: code m adds a row of its ``[256, width]`` table to the slice
     ``[start(m), start(m) + width)``. The last stage may cover only the first groups.
 
     Attributes:
         head_dim: elements of a vector.
-        groups: equal slices that it is cut into.
+        groups: number of equal slices of a vector.
         codes: bytes per vector.
     """
 
@@ -38,13 +41,18 @@ class Layout:
 
     @classmethod
     def of(cls, head_dim: int, bits: float, group_size: int = 8) -> Layout:
-        """The layout of a rate: groups of ``group_size`` elements; of as few more as its codes suffice for, or of as
-        few less as take no more than ``STAGES`` stages.
+        """The layout of a rate, with groups of ``group_size`` elements. Groups are larger if the rate has too few codes
+        for that, and smaller if it would need more than ``STAGES`` stages.
 
-        Groups are of a multiple of 8 elements where head_dim is, so that rows of tables are aligned.
+        If head_dim is a multiple of 8, so is the size of a group, which aligns the rows of tables.
+
+        Args:
+            head_dim: elements of a vector.
+            bits: bits per element.
+            group_size: the intended number of elements in a group.
 
         Raises:
-            ValueError: the rate is no whole number of bytes for this head_dim.
+            ValueError: the rate is not a whole number of bytes for this head_dim.
         """
         codes = num_codes(head_dim, bits)
         fit = [g for g in range(1, codes + 1) if head_dim % g == 0 and head_dim // g % 8 == 0]
@@ -84,7 +92,7 @@ def num_codes(head_dim: int, bits: float) -> int:
     """Bytes of a vector at this rate.
 
     Raises:
-        ValueError: the rate is no whole number of bytes for this head_dim; says which rates are.
+        ValueError: the rate is not a whole number of bytes for this head_dim; the message lists the rates that are.
     """
     if bits not in rates(head_dim):
         allowed = ", ".join(str(b) for b in rates(head_dim) if b in BITS) or "none"

@@ -1,4 +1,4 @@
-"""What the ops work on: the parts of a buffer, where its rows begin, and what a call of attention asks for."""
+"""The inputs of ops: the tensors of a buffer, where its rows begin, and the options of an attention call."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import Tensor
 
 from torchgsrq.codec.codec import Codecs, heads_of
 
-# What a query attends to in full precision; the rest is read from codes. kernels/call.h has the same numbers.
+# What a query reads in full precision; the rest is read from codes. kernels/call.h has the same numbers.
 WINDOW = 0  # what the cache holds now: sinks and the recent window
-EXACT_TAIL = 1  # the incoming tokens, and the window as it was before them
-STREAMING = 2  # what the window would have held had the tokens come one at a time
+EXACT_TAIL = 1  # the incoming tokens, and the window before they came
+STREAMING = 2  # what the window would have held if the tokens had come one at a time
 
 # Alignment of the causal mask.
 NOT_CAUSAL, UPPER_LEFT, LAST_ALIGNED = 0, 1, 2
 
 
 class Options(NamedTuple):
-    """What a call of attention asks for beside queries, keys and values; in the order of the ops' arguments.
+    """The arguments of an attention call besides queries, keys and values, in the order of the ops' arguments.
 
     Attributes:
         mask: bool (True takes part) or additive, broadcastable to ``[batch, query heads, queries, width]`` with
             a width of at least the length; column j is slot j.
         scale: multiplies ``q . k``.
-        causal: ``NOT_CAUSAL``, ``UPPER_LEFT`` (query i sees slots up to i) or ``LAST_ALIGNED`` (the queries are the
-            newest tokens).
-        softcap: ``cap * tanh(score / cap)`` before the mask; 0 is off.
-        sink_logits: ``[query heads]``, a logit per head that takes probability and gives nothing.
-        key_tail, value_tail: full-precision keys and values of the newest slots, for the views below.
+        causal: ``NOT_CAUSAL``, ``UPPER_LEFT`` (query i attends to slots up to i) or ``LAST_ALIGNED`` (the queries are
+            the newest tokens).
+        softcap: ``cap * tanh(score / cap)`` before the mask; 0 disables it.
+        sink_logits: ``[query heads]``, a logit per head that takes probability and contributes no value.
+        key_tail, value_tail: full-precision keys and values of the newest slots, for ``EXACT_TAIL`` and ``STREAMING``.
         tail_start: first valid slot of the tails, ``[batch]``.
         view: ``WINDOW``, ``EXACT_TAIL`` or ``STREAMING``; with a tail, the queries are the newest tokens.
     """
@@ -48,8 +48,8 @@ class Options(NamedTuple):
 
 
 def positions(start: Tensor, first: int, last: int) -> Tensor:
-    """Positions of slots ``[first, last)`` by a `GSRQTensor.start` that knows any number of slots, int64
-    ``[batch, last - first]``; slots beyond those count on."""
+    """Positions of slots ``[first, last)``, int64 ``[batch, last - first]``, from a `GSRQTensor.start` with positions
+    of any number of slots; positions of later slots count up."""
     slots = torch.arange(first, last, device=start.device)
     known = start.shape[1] - 2
     if not known:
@@ -58,7 +58,7 @@ def positions(start: Tensor, first: int, last: int) -> Tensor:
 
 
 def fitted(start: Tensor, capacity: int) -> Tensor:
-    """A `GSRQTensor.start` that knows any number of slots, for a buffer of this many."""
+    """A `GSRQTensor.start` with positions of any number of slots, resized to a buffer of this capacity."""
     if start.shape[1] == 2:
         return start
     return torch.cat((start[:, :2], positions(start, 0, capacity)), 1).to(start.dtype)
@@ -66,7 +66,7 @@ def fitted(start: Tensor, capacity: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """The parts of one `GSRQTensor`, and the codecs they belong to (tensor.py documents them)."""
+    """The tensors of one `GSRQTensor`, and its codecs (tensor.py documents them)."""
 
     window: Tensor
     start: Tensor
@@ -80,8 +80,8 @@ class Packed:
 
     @classmethod
     def from_flat(cls, tensors: Sequence[Tensor], integers: Sequence[int]) -> Packed:
-        """From what ops carry: ``window, start, length, encoded, *codes, *Codecs.tensors``, and sink, recent and block
-        tokens with `Codecs.integers`."""
+        """From the arguments of ops: tensors ``window, start, length, encoded, *codes, *Codecs.tensors``, and integers:
+        sink, recent and block tokens, then `Codecs.integers`."""
         sink_tokens, recent_tokens, block_tokens, *rest = integers
         window, start, length, encoded, *more = tensors
         parts = len(heads_of(rest))
@@ -90,12 +90,12 @@ class Packed:
 
     @property
     def capacity(self) -> int:
-        """Slots."""
+        """Number of slots."""
         return self.codes[0].shape[2]
 
     @property
     def ring(self) -> int:
-        """Slots of the window after the sinks."""
+        """Number of slots of the window after the sinks."""
         return self.window.shape[2] - self.sink_tokens
 
     @property
@@ -105,7 +105,7 @@ class Packed:
 
     @property
     def sink_start(self) -> Tensor:
-        """First slot that each row's sinks come from, ``[batch]``."""
+        """The slot of each row's first sink, ``[batch]``."""
         return self.start[:, 1]
 
     def sink_slots(self) -> Tensor:
@@ -122,11 +122,12 @@ class Packed:
         return self.window[:, :, self.sink_tokens + slots.remainder(self.ring)]
 
     def coded(self, first: int, last: int) -> list[Tensor]:
-        """Codes of slots ``[first, last)``, of every part of the codecs."""
+        """Codes of slots ``[first, last)``, one tensor per part of the codecs."""
         return [codes[:, :, first:last] for codes in self.codes]
 
     @staticmethod
     def put(held: Tensor, first: int, codes: Tensor, due: Tensor) -> None:
-        """Write codes of the slots from ``first`` on, those of which are ``due``, bool ``[batch, slots]``."""
+        """Write ``codes`` to the slots of ``held`` from ``first`` on, where ``due``, bool ``[batch, slots]``, is
+        set."""
         some = held[:, :, first : first + codes.shape[2]]
         some.copy_(torch.where(due[:, None, :, None], codes, some))

@@ -1,4 +1,4 @@
-"""Rotary position embedding: rotate vectors by a position. Which rotation a model uses is found in models.py."""
+"""Rotary position embedding: rotate vectors by a position. models/rotary.py finds which rotation a model uses."""
 
 from __future__ import annotations
 

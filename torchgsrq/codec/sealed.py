@@ -1,4 +1,4 @@
-"""Files of named tensors and texts: written whole or not at all, with a checksum of what they hold."""
+"""Files of named tensors and texts: written atomically, with a checksum of their content."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ class Format:
     """A kind of safetensors file.
 
     Attributes:
-        name: in the file. version: that is written and read; others are refused.
-        what: what such a file is, and what to do with one of another version, for messages.
+        name: the format's name in the file.
+        version: the version that is written and read; others are refused.
+        what: what such a file is called in messages.
+        instead: what messages advise for a file of another version.
     """
 
     name: str
@@ -30,16 +32,16 @@ class Format:
     instead: str
 
     def sealed(self, tensors: dict[str, Tensor], texts: dict[str, str]) -> Held:
-        """What a file holds: the tensors, and the texts with the format and a checksum of all."""
+        """The content of a file: the tensors, and the texts with the format and a checksum of everything."""
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         facts = {"format": self.name, "version": str(self.version), **texts}
         return tensors, {**facts, "checksum": _checksum(tensors, texts)}
 
     def save(self, tensors: dict[str, Tensor], texts: dict[str, str], path: str | os.PathLike[str]) -> None:
-        """Write a file that is there whole or not at all: a killed process leaves no half of one behind.
+        """Write a file atomically: a killed process leaves no partial file under its name.
 
         Raises:
-            OSError: it cannot be written: no such folder, no permission, a full disk.
+            OSError: the file cannot be written: no such folder, no permission, a full disk.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -56,11 +58,11 @@ class Format:
                 os.unlink(partial)
 
     def read(self, source: str | bytes, name: str) -> Held:
-        """The tensors and texts of a file, or of its bytes; ``name`` is for messages. `check_sum` is left to the
-        caller, who can say better what is wrong in a file that does not even fit together.
+        """Read the tensors and texts of a file, or of its bytes; ``name`` is for messages. The caller calls `check_sum`
+        after its own checks, which give better messages for a file that is inconsistent.
 
         Raises:
-            ValueError: no such file, or of another version.
+            ValueError: a damaged file, or one of another format or version.
         """
         from safetensors import SafetensorError, safe_open
         from safetensors.torch import load
@@ -74,7 +76,7 @@ class Format:
             else:
                 with safe_open(source, framework="pt") as file:
                     meta = file.metadata() or {}
-                    self._check_format(meta, name)  # before tensors are read: those of a model may fill the memory
+                    self._check_format(meta, name)  # before reading tensors: those of a model may fill the memory
                     tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
         except SafetensorError as error:
             raise ValueError(f"{name} is damaged, not a whole {self.what}: {error}") from error
@@ -89,10 +91,10 @@ class Format:
             )
 
     def check_sum(self, tensors: dict[str, Tensor], meta: dict[str, str], name: str) -> None:
-        """Refuse what `read` gave if it is not what was written.
+        """Verify the checksum of the result of `read`.
 
         Raises:
-            ValueError: it is not.
+            ValueError: the content differs from what was written.
         """
         texts = {key: text for key, text in meta.items() if key not in ("format", "version", "checksum")}
         if meta.get("checksum") != _checksum(tensors, texts):

@@ -1,1 +1,1 @@
-"""What calibration learns: statistics of a model's attention, codecs trained on them, and what errors cost."""
+"""Calibration: statistics of a model's attention, the cost of errors, and codecs trained on them."""

@@ -32,7 +32,7 @@ log = logging.getLogger("torchgsrq")
 
 WINDOW = 1024  # tokens of a calibration sequence
 MEMORY = 2 << 30  # bytes of vectors held at a time
-RECIPE = 6  # goes up with what calibration reads and how it learns: codebooks in the disk cache are learned anew
+RECIPE = 6  # increased when calibration changes, so that codebooks in the disk cache are learned again
 
 
 @overload
@@ -73,25 +73,28 @@ def calibrate(
     """Learn a model's codebooks.
 
     Args:
-        model: a transformers decoder, not quantized.
-        config: bits, group size, allocation and recipe are used, and which layers are quantized. Several, for
-            codebooks of each from one reading: ``calibrate(model, [GSRQConfig(bits=1), GSRQConfig(bits=0.5)])``.
-        data: text of the kind that the model will read: strings, token tensors, or batches. What it lacks of 16384
-            tokens, or of ``tokens``, the model writes itself, which costs quality (docs/research/quality.md).
-        tokenizer: for strings, and for lists that the model looks things up in (`text.recall_windows`); the one of
-            ``model.name_or_path`` by default.
-        tokens: how many to read, the first of the data, then the model's own; by default up to 32768 of the data. Half
-            as much again is made of them, in whole windows of 1024: nothing of fewer than 2048. More take longer to
-            read, not to cluster.
-        seed: of all that is drawn.
-        max_memory: bytes of vectors held at a time; more layers than fit are calibrated in several passes.
-        progress: show bars.
+        model: a transformers decoder that is not quantized.
+        config: sets bits, group size, allocation, recipe, and the layers to quantize. Pass a list to get codebooks for
+            several configs from one reading: ``calibrate(model, [GSRQConfig(bits=1), GSRQConfig(bits=0.5)])``.
+        data: text of the kind that the model will read: strings, token tensors, or batches. If it has fewer than 16384
+            tokens, or than ``tokens``, the model writes the rest itself, which costs quality
+            (docs/research/quality.md).
+        tokenizer: for strings in ``data``, and for the lists of `text.recall_windows`; by default the one of
+            ``model.name_or_path``.
+        tokens: number of tokens to read, first from the data, then text of the model's own; by default up to 32768 of
+            the data. Half as much again is made from them, in whole windows of 1024 tokens: none from fewer than 2048.
+            More tokens take longer to read, but not to cluster.
+        seed: seed of all random draws.
+        max_memory: bytes of vectors held at a time; if not all layers fit, they are calibrated in several passes.
+        progress: show progress bars.
 
     Returns:
-        Codebooks for every full-attention layer not in ``config.skip_layers``; a list of them for several configs.
+        Codebooks for every full-attention layer not in ``config.skip_layers``; a list of them for a list of configs.
 
     Raises:
-        TypeError, ValueError: the model, the rate for its head_dim, or the data do not fit; says why.
+        TypeError: the model, the config or an item of the data has a wrong type.
+        ValueError: the model is quantized already or not supported, the rate is not offered for its head_dim, or the
+            data is too short or does not fit the model.
     """
     several = isinstance(config, (list, tuple))
     configs: list[Any] = list(config) if isinstance(config, (list, tuple)) else [config or GSRQConfig()]
@@ -123,11 +126,11 @@ def calibrate_layers(
     seed: int = 0,
     max_memory: int = MEMORY,
 ) -> list[Codebooks]:
-    """`calibrate`, of a model whose layers are known."""
+    """`calibrate` for a model whose layers have been inspected."""
     by_cache = models.are_decoded(found)
     about: dict[str, Any] = {"model": models.fingerprint(model, found)}
     if model.name_or_path and not os.path.exists(model.name_or_path):
-        about["name"] = model.name_or_path  # of a hub
+        about["name"] = model.name_or_path  # a hub ID
     for config in configs:
         _check(model, config, found, by_cache)
     layers = {info.index: info for info in found if any(quantizes(info, config) for config in configs)}
@@ -154,7 +157,7 @@ def calibrate_layers(
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """Compile the CPU kernels, if they are not there yet, while the model writes; neither takes all of a machine."""
+    """Compile the CPU kernels, if necessary, while the model writes; neither uses all cores."""
     thread = threading.Thread(target=cpu_library)
     wanted = not use_kernels.cache_info().currsize and bool(compiler())
     if wanted:
@@ -167,7 +170,7 @@ def _compiling() -> Iterator[None]:
 
 
 def _check(model: PreTrainedModel, config: GSRQConfig, found: list[LayerInfo], by_cache: bool) -> None:
-    """Refuse a config that this model cannot have."""
+    """Refuse a config that does not fit this model."""
     if by_cache and (config.recipe != "gsrq" or config.allocation == "sensitivity"):
         raise ValueError(
             f"attention of {type(model).__name__} is not handed what it caches; that takes recipe='gsrq' with the same "
@@ -195,24 +198,27 @@ def calibrate_qkv(
     span: int = 8192,
     seed: int = 0,
 ) -> Codebooks:
-    """Learn the codebooks of a decoder of your own from what its attention is given, layer by layer.
+    """Learn the codebooks of a decoder of your own from the inputs of its attention.
 
-    All heads get the same bits; `GSRQTensor.empty` makes buffers.
+    All heads get the same bits. Create buffers with `GSRQTensor.empty`.
 
     Args:
-        layers: for each layer queries ``[windows, q_heads, tokens, head_dim]``, keys and values ``[windows, kv_heads,
-            tokens, head_dim]``, floating, after RoPE, of windows of text that begin at position 0; 16k tokens in all
-            or more. Taken one after the other, so a generator may make them.
-        config: bits, group size and recipe are used.
-        inv_freq: ``[pairs]``, RoPE frequencies, of all layers; none without RoPE.
-        interleaved: RoPE turns elements ``2i`` and ``2i + 1`` together, instead of ``i`` and ``i + pairs``.
-        scale: of scores, ``head_dim ** -0.5`` by default.
-        span: how far apart a query and a key can be.
-        seed: of all that is drawn.
+        layers: for each layer, queries ``[windows, q_heads, tokens, head_dim]``, and keys and values ``[windows,
+            kv_heads, tokens, head_dim]``, floating-point, after RoPE, from windows of text that begin at position 0.
+            16k tokens or more in total are recommended. Layers are read one after the other, so a generator works.
+        config: sets bits, group size and recipe.
+        inv_freq: RoPE frequencies ``[pairs]`` of all layers, in radians per token; None without RoPE.
+        interleaved: RoPE rotates elements ``2i`` and ``2i + 1`` together, instead of ``i`` and ``i + pairs``.
+        scale: multiplier of the scores, ``head_dim ** -0.5`` by default.
+        span: maximum distance between a query and a key, in tokens.
+        seed: seed of all random draws.
+
+    Returns:
+        Codebooks with one entry per layer.
 
     Raises:
-        ValueError: no layers, shapes that do not fit together, NaN or inf, a rate that is not offered for the
-            head_dim, or ``allocation="sensitivity"``, which takes a model.
+        ValueError: no layers, shapes that do not fit together, too few tokens, NaN or inf, a rate that is not offered
+            for the head_dim, or ``allocation="sensitivity"``, which requires a model.
     """
     config = config or GSRQConfig()
     if config.allocation == "sensitivity":
@@ -226,7 +232,7 @@ def calibrate_qkv(
         info = LayerInfo(i, "full_attention", q.shape[1], k.shape[1], k.shape[3], freq.to(k.device), interleaved, rope)
         stats = Statistics(info, share(k.shape[0], k.shape[2]))
         factor = k.shape[3] ** -0.5 if scale is None else scale
-        for window in zip(q.split(1), k.split(1), v.split(1), strict=True):  # scores of one are held at a time
+        for window in zip(q.split(1), k.split(1), v.split(1), strict=True):  # to hold the scores of only one
             stats.add(*window, factor, softcap=0.0, sink_logits=None)
         trained[i] = train(stats, [(config, [(config.bits, config.bits)] * k.shape[1])], span, seed)[0]
         tokens = k.shape[0] * k.shape[2]
@@ -265,7 +271,8 @@ def _costs(
     windows: Tensor,
     max_memory: int,
 ) -> dict[int, list[tuple[float, float]]] | None:
-    """What errors of every head cost; None, with a warning, without gradients, unless the config asks for them."""
+    """The cost of every head's errors; without gradients None, with a warning, or an error if a config requires
+    them."""
     try:
         return by_head(sensitivity(model, layers.values(), windows, max_memory))
     except (ValueError, torch.OutOfMemoryError) as error:
@@ -280,8 +287,8 @@ def _costs(
 def rates_of_heads(
     config: GSRQConfig, layers: dict[int, LayerInfo], costs: dict[int, list[tuple[float, float]]] | None
 ) -> dict[int, list[tuple[float, float]]]:
-    """Bits per element of the keys and values of every layer's heads; the same everywhere without ``costs``
-    (`sensitivity.by_head`)."""
+    """Bits per element of the keys and values of every layer's heads, by their ``costs`` (`sensitivity.by_head`); equal
+    for all heads if that is None."""
     if costs is None:
         return {i: [(config.bits, config.bits)] * info.kv_heads for i, info in layers.items()}
     dims = {i: info.head_dim for i, info in layers.items()}
@@ -291,10 +298,10 @@ def rates_of_heads(
 def calibration_windows(
     model: PreTrainedModel, data: Iterable[Any] | None, tokenizer: Any, tokens: int | None, seed: int
 ) -> tuple[Tensor, str]:
-    """What a model reads in calibration, and a word on where it is from.
+    """The calibration text of a model, and a description of its source.
 
     Returns:
-        token ids ``[n, window]``: data, or text that the model writes itself, and half as much again in which it has to
+        Token IDs ``[n, window]``: data, or text that the model writes itself, and half as much again in which it has to
         look things up (`text.recall_windows`).
     """
     window = min(WINDOW, getattr(models.text_config(model), "max_position_embeddings", None) or WINDOW)
@@ -318,13 +325,13 @@ def calibration_windows(
 
 
 def _own_text(model: PreTrainedModel, tokens: int, window: int, seed: int) -> Tensor:
-    """Tokens ``[tokens]`` that the model writes: in short rows, which is faster, and read as one text."""
+    """Tokens ``[tokens]`` that the model writes, in short rows, which is faster, joined into one text."""
     return text.own_text(model, tokens, window // 4, seed).flatten()[:tokens]
 
 
 def quantizes(info: LayerInfo, config: GSRQConfig) -> bool:
-    """Whether a layer's cache is quantized: full attention, not skipped. A sliding window is bounded already, and
-    quantized if the config says so."""
+    """Whether a layer's cache is quantized: full attention, not skipped. A sliding window bounds its cache already, and
+    is quantized only if the config says so."""
     kinds = (*models.UNBOUNDED, "sliding_attention") if config.sliding == "quantize" else models.UNBOUNDED
     return info.kind in kinds and info.index not in config.skip_layers
 
@@ -338,7 +345,7 @@ def _train_layers(
     seed: int,
     max_memory: int,
 ) -> list[dict[int, LayerCodec]]:
-    """The codecs of all layers for each config, with these bits of its heads."""
+    """Train the codecs of all layers for each config; ``each`` has the bits of every layer's heads, by config."""
     trained: list[dict[int, LayerCodec]] = [{} for _ in configs]
     by_cache = models.are_decoded(layers.values())
     for chunk in chunks(list(layers.values()), windows, max_memory):

@@ -1,4 +1,4 @@
-"""The disk cache of codebooks: what calibration makes is kept, and found again by the model and the config."""
+"""The disk cache of codebooks, keyed by the model and the config."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ log = logging.getLogger("torchgsrq")
 def cached_codebooks(
     model: PreTrainedModel, layers: list[LayerInfo], configs: Sequence[GSRQConfig], progress: bool = True
 ) -> list[Codebooks]:
-    """The codebooks of the disk cache for this model and each config; those that are not there are calibrated together.
+    """The codebooks of the disk cache for this model and each config. Missing ones are calibrated together.
 
-    A file that cannot be read is replaced, and one that cannot be written costs a warning.
+    A file that cannot be read is replaced, with a warning. A file that cannot be written only causes a warning.
     """
     owner = models.fingerprint(model, layers)
     found = {config: books for config in configs if (books := _kept(config, owner)) is not None}
@@ -45,8 +45,8 @@ def _stem(config: GSRQConfig, owner: dict[str, Any]) -> str:
 
 
 def _kept(config: GSRQConfig, owner: dict[str, Any]) -> Codebooks | None:
-    """The codebooks of the disk cache for a model's fingerprint, if there are any."""
-    with contextlib.suppress(OSError):  # without a folder there are none
+    """The codebooks of the disk cache for a model's fingerprint, or None."""
+    with contextlib.suppress(OSError):  # without a cache folder there are none
         for path in sorted(cache_folder().glob(f"{_stem(config, owner)}-*.safetensors")):
             try:
                 books = Codebooks.load(path)
@@ -61,7 +61,7 @@ def _kept(config: GSRQConfig, owner: dict[str, Any]) -> Codebooks | None:
 
 
 def _keep(books: Codebooks, config: GSRQConfig, owner: dict[str, Any]) -> None:
-    """Put codebooks into the disk cache, or warn."""
+    """Write codebooks to the disk cache, or warn."""
     which = hashlib.sha256(repr(owner["samples"]).encode()).hexdigest()[:12]
     try:
         path = cache_folder() / f"{_stem(config, owner)}-{which}.safetensors"

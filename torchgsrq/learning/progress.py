@@ -1,4 +1,4 @@
-"""Progress bars, shown or not as the caller of `calibrate` asked."""
+"""Progress bars, shown if the caller of `calibrate` requests them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _shown = contextvars.ContextVar("shown", default=True)
 
 @contextlib.contextmanager
 def showing(progress: bool) -> Iterator[None]:
-    """Show bars in here, or none."""
+    """Show or hide progress bars within this context."""
     token = _shown.set(progress)
     try:
         yield
@@ -23,5 +23,5 @@ def showing(progress: bool) -> Iterator[None]:
 
 
 def bar(items: Iterable[Any] | None = None, what: str = "", total: int | None = None) -> Any:
-    """A bar over items, or one to be moved by hand."""
+    """A progress bar over items, or one that is updated manually."""
     return tqdm(items, desc=what, total=total, disable=not _shown.get())

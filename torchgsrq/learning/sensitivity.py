@@ -1,4 +1,4 @@
-"""How much errors of each layer's keys and of its values cost in what the model says, head by head."""
+"""The cost of errors in the keys and in the values of each head, for the model's output."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torchgsrq.learning.statistics import FAR, chunks, collect_statistics, seen
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo
 
-_ROWS = 64  # of logits at a time
-_WINDOWS = 4  # most that are read for gradients; as many others train the codecs whose errors are measured
+_ROWS = 64  # rows of logits at a time
+_WINDOWS = 4  # maximum number of windows for gradients; as many others train the codecs whose errors are measured
 
 
 def sensitivity(
@@ -29,26 +29,26 @@ def sensitivity(
     windows: Tensor,
     max_memory: int = 2 << 30,
 ) -> dict[int, Tensor]:
-    """What coding the keys, and the values, of each layer's heads would cost at rate 0, in nats per token.
+    """The cost of coding the keys, and the values, of each layer's heads, extrapolated to rate 0, in nats per token.
 
-    To second order, an error ``e`` of a layer's attention output moves the distribution of the next tokens by a KL
-    divergence of ``E[(g . e)^2] / 2``, with ``g`` the gradient of the log-likelihood of tokens that the model itself
-    draws (its Fisher information). Errors are those of codecs that are quick to train, at one rate, with sinks and near
-    neighbours exact; from there each bit quarters them.
+    To second order, an error ``e`` of a layer's attention output changes the distribution of the next tokens by a KL
+    divergence of ``E[(g . e)^2] / 2``, where ``g`` is the gradient of the log-likelihood of tokens drawn from the model
+    itself (its Fisher information). The errors are those of codecs that are quick to train, at one rate, with sinks and
+    near neighbours exact. Each additional bit quarters the cost.
 
     Args:
-        model: not quantized.
-        layers: those to measure.
-        windows: token ids ``[n, window]``; a few are read, evenly spread.
+        model: a model that is not quantized.
+        layers: the layers to measure.
+        windows: token IDs ``[n, window]``; a few windows are read, evenly spread.
         max_memory: bytes of vectors held at a time to train codecs.
 
     Returns:
-        layer to float64 ``[2, kv_heads, kv_heads]``, for its keys and its values: on the diagonal what errors of each
-        head alone cost (`by_head`). Those of two heads can add up or cancel: what a layer costs is the sum of all.
+        Layer to float64 ``[2, kv_heads, kv_heads]``, for its keys and its values. The diagonal has the cost of each
+        head's errors alone (`by_head`). Errors of two heads can add up or cancel: the cost of the layer is the sum.
 
     Raises:
-        ValueError: the model has no backward pass, or one that overflows; or its weights are offloaded, all of which a
-            backward pass would hold at once.
+        ValueError: the model has no backward pass, or one that overflows; or its weights are offloaded, and a backward
+            pass would hold all of them at once.
     """
     name, instead = type(model).__name__, "; choose allocation='uniform'"
     if any(p.device.type == "meta" for p in model.parameters()):
@@ -99,8 +99,8 @@ def _observer(
     costs: dict[int, Tensor],
     weighed: set[int],
 ) -> models.Observer:
-    """Adds to ``costs``, of every layer, the errors of its codecs against the gradient of its attention output, and to
-    ``weighed`` the layer."""
+    """An observer that adds each layer's cost to ``costs``, the error of its codecs projected on the gradient of its
+    attention output, and the layer to ``weighed``."""
     rotary = models.rotaries(model, layers)
     source = models.cached_by(layers)
 
@@ -145,7 +145,7 @@ def _observer(
 
 
 def _decoded(x: Tensor, codec: Codecs) -> Tensor:
-    """Vectors ``[heads, n, d]`` of the positions 0 to n after a round trip."""
+    """Vectors ``[heads, n, d]`` at positions 0 to n - 1, encoded and decoded."""
     return ops.round_trip(x[None], torch.arange(x.shape[1], device=x.device)[None], codec)[0]
 
 
@@ -160,8 +160,11 @@ def _errors(
     sinks: Tensor | None,
     reach: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Errors of the attention output ``[group, n, d]`` if far keys, and if far values, are the coded ones: q ``[group,
-    n, d]``, the others ``[n, d]``, sink logits ``[group, 1, 1]``; each query sees ``reach`` tokens, or all."""
+    """Errors of the attention output ``[group, n, d]`` if distant keys are coded, and if distant values are coded.
+
+    q is ``[group, n, d]``, keys and values are ``[n, d]``, sink logits ``[group, 1, 1]``. Each query sees ``reach``
+    tokens, or all.
+    """
     slots = torch.arange(k.shape[0], device=k.device)
     far = (slots[:, None] - slots >= FAR) & (slots >= 1)
 
@@ -174,14 +177,14 @@ def _errors(
 
 
 def _backward(model: PreTrainedModel, window: Tensor, seed: int, observer: models.Observer) -> None:
-    """Read a window, draw the token after each of its tokens from the model, and go back from their log-likelihood."""
+    """Read a window, draw the token after each of its tokens from the model, and backpropagate their log-likelihood."""
     speaker: Any = models.speaker(model)
     device = models.input_device(model)
     generator = torch.Generator().manual_seed(seed)
-    # One thread at a time, by `observed`, freezes the weights; nothing is compiled for a pass that runs so seldom.
+    # `observed` lets only one thread at a time freeze the weights. Compiling is not worth it for so few passes.
     with models.observed(model, observer), _from_embeddings(model, speaker), torch.compiler.set_stance("force_eager"):
         out = speaker(input_ids=window[None].to(device), use_cache=False)
-        if getattr(out, "logits", None) is None:  # without a head: any direction of its output, as its size goes
+        if getattr(out, "logits", None) is None:  # without a head: a random direction, relative to the output's size
             hidden = out[0].float()
             drawn = torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden.device)
             (hidden * drawn / hidden.detach().square().mean().sqrt().clamp_min(1e-30)).sum().backward()
@@ -190,8 +193,8 @@ def _backward(model: PreTrainedModel, window: Tensor, seed: int, observer: model
 
 
 def _towards_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient, with respect to ``logits [n, words]``, of the log-likelihood of a token drawn in every row; a few rows
-    at a time, since their likelihoods in float32 would be the largest thing in memory."""
+    """The gradient, with respect to ``logits [n, vocabulary]``, of the log-likelihood of a token drawn in every row. It
+    processes a few rows at a time, since all probabilities in float32 would be the largest tensor in memory."""
     slope = torch.empty_like(logits)
     chance = torch.rand(len(logits), 1, generator=generator, dtype=torch.float32).to(logits.device)
     for out, some, at in zip(slope.split(_ROWS), logits.split(_ROWS), chance.split(_ROWS), strict=True):
@@ -203,7 +206,7 @@ def _towards_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 @contextmanager
 def _from_embeddings(model: nn.Module, speaker: Any) -> Iterator[None]:
-    """Gradients of what follows the token embeddings, and of no weight."""
+    """Enable gradients from the token embeddings on, and disable those of all weights."""
     if any(p.is_inference() for p in model.parameters()):
         raise RuntimeError("its weights were made in inference mode")
     trained = [p for p in model.parameters() if p.requires_grad]

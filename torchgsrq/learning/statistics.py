@@ -1,4 +1,4 @@
-"""What calibration keeps of a model's keys, values and queries."""
+"""The statistics that calibration collects of a model's keys, values and queries."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torchgsrq.codec.rope import rotate
 from torchgsrq.learning.progress import bar
 from torchgsrq.models import LayerInfo
 
-FAR = 32  # a query's nearer neighbours are in the recent window and do not count
+FAR = 32  # tokens nearer to a query are in the recent window and do not count
 _QUERY_STRIDE = 4  # every 4th query is enough
-KEPT = 24 << 10  # vectors of each head that codebooks are learned from; of more text, a part
-KEY_POWER, VALUE_POWER = 0.5, 0.25  # of what errors cost, as training weighs them: docs/research/quality.md
+KEPT = 24 << 10  # maximum number of vectors per head for training; longer texts are sampled
+KEY_POWER, VALUE_POWER = 0.5, 0.25  # training weights are powers of the cost of errors: docs/research/quality.md
 
 
 @dataclass
 class Vectors:
-    """The keys or the values of one layer that codebooks are learned from: lists with an item for each window, in which
-    n are kept of each head.
+    """The keys or the values of one layer that codebooks are learned from: lists with one item per window, of n vectors
+    per head.
 
     Attributes:
-        x: ``[heads, n, head_dim]``.
-        weight: ``[heads, n]``, what an error of each costs.
-        count: ``[heads, n]``, for how many tokens each stands: 1 where all are kept.
-        places: ``[heads, n]``, position in the text, which begins anywhere.
+        x: the vectors, ``[heads, n, head_dim]``.
+        weight: ``[heads, n]``, the cost of each vector's error.
+        count: ``[heads, n]``, the number of tokens that each vector represents: 1 if all are kept.
+        places: ``[heads, n]``, the position in the text, which starts at a random position.
     """
 
     x: list[Tensor] = field(default_factory=list)
@@ -46,25 +46,25 @@ class Vectors:
         self.places.append(places[which])
 
     def of_heads(self, heads: list[int]) -> Vectors:
-        """The same of some of the heads alone."""
+        """The vectors of some of the heads."""
         return Vectors(*([t[heads] for t in getattr(self, f.name)] for f in fields(self)))
 
 
 def drawn(odds: Tensor, keep: int, draws: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw ``keep`` of the t tokens of every head, none twice, by systematic sampling: each with a chance in proportion
-    to its ``odds [heads, t]``, but for those that are certain.
+    """Draw ``keep`` of the t tokens of every head by systematic sampling without replacement. Probabilities are
+    proportional to ``odds [heads, t]``, capped at 1.
 
     Returns:
-        indices ``[heads, keep]``, ascending; and for how many tokens each stands, one over its chance.
+        Indices ``[heads, keep]``, ascending; and the number of tokens that each represents, one over its probability.
     """
     heads, t = odds.shape
     if keep >= t:
         return torch.arange(t, device=odds.device).expand(heads, -1), torch.ones_like(odds)
     odds = odds.double()
-    odds = odds + 1e-9 * odds.mean(1, keepdim=True) + 1e-30  # where few count, others fill up
+    odds = odds + 1e-9 * odds.mean(1, keepdim=True) + 1e-30  # if few have weight, others fill up
     ranked = odds.sort(1, descending=True).values
     rest = ranked.flip(1).cumsum(1).flip(1)
-    factors = (keep - torch.arange(t, device=odds.device)) / rest  # if as many of the first are certain
+    factors = (keep - torch.arange(t, device=odds.device)) / rest  # if the first 0, 1, 2, ... have probability 1
     certain = (factors * ranked > 1).cumprod(1).sum(1, keepdim=True)
     chance = (factors.gather(1, certain) * odds).clamp_max(1)
     start = torch.rand(heads, 1, generator=draws, dtype=torch.float64).to(odds.device)
@@ -75,14 +75,16 @@ def drawn(odds: Tensor, keep: int, draws: torch.Generator) -> tuple[Tensor, Tens
 
 @dataclass
 class Statistics:
-    """What calibration keeps of one layer.
+    """The statistics of one layer.
 
     Attributes:
-        keep: how many vectors of a window and head.
-        keys: un-rotated; an error is weighed by ``sum_t p_ts^2 |v_s - o_t|^2`` over far queries.
-        values: an error is weighed by ``sum_t p_ts^2``.
+        info: the layer.
+        keep: number of vectors per window and head.
+        keys: un-rotated keys; their errors are weighted by ``sum_t p_ts^2 |v_s - o_t|^2`` over distant queries.
+        values: values; their errors are weighted by ``sum_t p_ts^2``.
         query_metric: ``[heads, head_dim, head_dim]``, ``sum_t sqrt(b_t) q q^T`` of un-rotated queries, with
             ``b_t = sum_s p_ts^2 |v_s - o_t|^2``.
+        draws: the random generator for sampling.
     """
 
     info: LayerInfo
@@ -93,7 +95,7 @@ class Statistics:
     draws: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0), repr=False)
 
     def of_heads(self, heads: Sequence[int]) -> Statistics:
-        """The same of some of the heads alone."""
+        """The statistics of some of the heads."""
         if len(heads) == self.info.kv_heads:
             return self
         group, which = self.info.q_heads // self.info.kv_heads, list(heads)
@@ -112,8 +114,8 @@ class Statistics:
         inv_freq: Tensor | None = None,
         reach: int | None = None,
     ) -> None:
-        """Add a batch of windows: q ``[b, q_heads, t, d]``, k and v ``[b, heads, t, d]``, turned by the layer's RoPE
-        frequencies or, where these depend on the length, by ``inv_freq``; each query sees ``reach`` tokens, or all."""
+        """Add a batch of windows: q ``[b, q_heads, t, d]``, k and v ``[b, heads, t, d]``, rotated by the layer's RoPE
+        frequencies or, if these depend on the length, by ``inv_freq``. Each query sees ``reach`` tokens, or all."""
         q, k, v = q.float(), k.float(), v.float()
         info = self.info
         inv_freq = info.inv_freq if inv_freq is None else inv_freq.to(k.device)
@@ -132,7 +134,7 @@ class Statistics:
         flat_q = rotate(some_q, -asking, inv_freq, info.interleaved)
         weighted = flat_q * spread.sum(-1, keepdim=True).sqrt()
         self.query_metric = self.query_metric + torch.einsum("bhgtd,bhgte->hde", weighted, flat_q)
-        # Tokens are drawn by the weight that training gives them, and so count about alike in it.
+        # Tokens are drawn by their training weights, so the drawn ones count about equally.
         for vectors, x, cost, power in (
             (self.keys, rotate(k, -tokens, inv_freq, info.interleaved), spread, KEY_POWER),
             (self.values, v, p2, VALUE_POWER),
@@ -141,7 +143,7 @@ class Statistics:
             self._keep(vectors, x, weight, weight.pow(power))
 
     def add_vectors(self, x: Tensor) -> None:
-        """Add cached vectors ``[b, heads, t, d]`` of which nothing else is known, as keys."""
+        """Add cached vectors ``[b, heads, t, d]`` as keys with equal weights, if nothing else is known about them."""
         tokens = torch.arange(x.shape[2], device=x.device)
         x = rotate(x.float(), -tokens, self.info.inv_freq, self.info.interleaved)
         alike = torch.ones_like(x[..., 0]).transpose(0, 1).flatten(1)
@@ -150,7 +152,7 @@ class Statistics:
         self.query_metric = self.query_metric + eye
 
     def _keep(self, vectors: Vectors, x: Tensor, weight: Tensor, odds: Tensor) -> None:
-        # Windows start anywhere, so that every place in a frame is trained, however short the windows are.
+        # Windows start at random positions, so that every place in a frame is trained, however short the windows are.
         start = torch.randint(1 << 20, (x.shape[0], 1), generator=self.draws).to(x.device)
         places = (start + torch.arange(x.shape[2], device=x.device)).flatten()
         vectors.add(x.transpose(0, 1).flatten(1, 2), weight, odds, places, x.shape[0] * self.keep, self.draws)
@@ -159,8 +161,8 @@ class Statistics:
 def collect_cached(
     model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor
 ) -> dict[int, tuple[Statistics, Statistics]]:
-    """The same of layers of which only what they cache is known (`LayerInfo.value`): of keys and of values, both as
-    ``keys``; all tokens and directions count alike."""
+    """`collect_statistics` for layers of which only the cached tensors are known (`LayerInfo.value`). Returns, by
+    layer, the statistics of keys and of values, both as ``keys``; all tokens and directions have equal weight."""
     keep = share(*windows.shape)
     stats = {info.index: (Statistics(info, keep), Statistics(info.value or info, keep)) for info in layers}
     inner, device = models.decoder(model), models.input_device(model)
@@ -180,14 +182,14 @@ def _what(model: PreTrainedModel, windows: Tensor) -> str:
 
 
 def seen(queries: Tensor, keys: Tensor, reach: int | None) -> Tensor:
-    """Which tokens ``keys [n]`` each of ``queries [m]`` sees, bool ``[m, n]``: none that is later, nor beyond the
+    """Which tokens ``keys [n]`` each of ``queries [m]`` sees, bool ``[m, n]``: none that are later, or beyond the
     ``reach`` of a sliding window."""
     past = keys <= queries[:, None]
     return past if reach is None else past & (keys > queries[:, None] - reach)
 
 
 def collect_statistics(model: PreTrainedModel, layers: Iterable[LayerInfo], windows: Tensor) -> dict[int, Statistics]:
-    """Read token windows ``[n, window]`` and keep what calibration needs of these layers."""
+    """Read token windows ``[n, window]``, and collect the statistics of these layers."""
     layers = list(layers)
     stats = {info.index: Statistics(info, share(*windows.shape)) for info in layers}
 
@@ -216,12 +218,12 @@ def collect_statistics(model: PreTrainedModel, layers: Iterable[LayerInfo], wind
 
 
 def share(windows: int, tokens: int) -> int:
-    """How many vectors are kept of each of some windows of so many tokens."""
+    """The number of vectors to keep per head from each of ``windows`` windows of ``tokens`` tokens."""
     return tokens if windows * tokens <= KEPT else max(1, KEPT // windows)
 
 
 def chunks(layers: list[LayerInfo], windows: Tensor, max_memory: int) -> Iterable[list[LayerInfo]]:
-    """Layers whose vectors, of windows ``[n, window]``, fit in memory together."""
+    """Split the layers into chunks whose vectors, from windows ``[n, window]``, fit into ``max_memory`` bytes."""
     chunk: list[LayerInfo] = []
     used, kept = 0, windows.shape[0] * share(*windows.shape)
     for info in layers:

@@ -1,4 +1,4 @@
-"""Calibration text: cut from data, written by the model itself, and made to be looked up and repeated."""
+"""Calibration text: from data, written by the model itself, and made-up windows for repetition and look-ups."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from torchgsrq.learning.progress import bar
 
 log = logging.getLogger("torchgsrq")
 
-TOKENS = 32768  # of data that calibration reads; more helps less, and takes longer
-OWN_TOKENS = 16384  # where data has fewer, the model writes the rest
-FEWEST = 128  # with fewer, calibration can do nothing
+TOKENS = 32768  # maximum tokens of data that calibration reads by default; more helps less, and takes longer
+OWN_TOKENS = 16384  # if the data has fewer, the model writes the rest
+FEWEST = 128  # minimum tokens of calibration
 
 
 def token_ids(tokenizer: Any, text: str) -> Tensor:
-    """The tokens of a text, int64 ``[n]``, without any that a tokenizer would add."""
+    """The tokens of a text, int64 ``[n]``, without special tokens that a tokenizer would add."""
     return torch.as_tensor(
         tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
     ).long()
 
 
 def token_stream(model: PreTrainedModel, data: Iterable[Any], tokens: int, tokenizer: Any = None) -> Tensor:
-    """The first tokens of data, one item after the other: strings, 1-D or 2-D token tensors, lists of ids, or batches
-    with ``input_ids``.
+    """The first tokens of the data, whose items are joined: strings, 1-D or 2-D token tensors, lists of token IDs, or
+    batches with ``input_ids``.
 
     Returns:
-        int64 ``[n]``, n at most ``tokens``; fewer where the data is shorter.
+        int64 ``[n]``, n at most ``tokens``; fewer if the data is shorter.
 
     Raises:
-        TypeError: an item of another kind. ValueError: no tokenizer, token ids that are no integers of the model's
-            vocabulary, or too few tokens.
+        TypeError: an item of another type.
+        ValueError: no tokenizer, token IDs that are not integers of the model's vocabulary, or too few tokens.
     """
     vocabulary = getattr(models.text_config(model), "vocab_size", None)
     pieces: list[Tensor] = []
@@ -77,8 +77,8 @@ def token_stream(model: PreTrainedModel, data: Iterable[Any], tokens: int, token
 
 
 def cut(stream: Tensor, window: int) -> Tensor:
-    """Tokens ``[n]`` as windows ``[n // window, window]``, without what is left over; one window of all, if there are
-    fewer."""
+    """Tokens ``[n]`` as windows ``[n // window, window]``; the remainder is dropped. If there are fewer tokens than a
+    window, one window of all."""
     window = min(window, stream.numel())
     return stream[: stream.numel() // window * window].view(-1, window)
 
@@ -93,7 +93,7 @@ def tokenizer_of(model: PreTrainedModel) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(model.name_or_path)
-    except Exception as error:  # whatever a hub, a folder or its files can raise
+    except Exception as error:  # the hub, the folder and its files raise various types
         raise ValueError(
             f"data holds strings, and no tokenizer was found for {type(model).__name__} "
             f"(name_or_path={model.name_or_path!r}): pass tokenizer="
@@ -110,14 +110,14 @@ def known_tokenizer(model: PreTrainedModel) -> Any:
 
 
 def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int) -> Tensor:
-    """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch, whatever its
-    ``generation_config`` says.
+    """Text that the model writes itself: sampled at temperature 1 from its start token, in one batch. The model's
+    ``generation_config`` is ignored.
 
     Returns:
-        token ids ``[rows, window]``, at least ``tokens`` in all.
+        Token IDs ``[rows, window]``, at least ``tokens`` in total.
 
     Raises:
-        ValueError: the model cannot write, or wrote less.
+        ValueError: the model cannot generate, or generated fewer tokens.
     """
     from transformers import LogitsProcessorList
 
@@ -146,8 +146,9 @@ def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int) -> Ten
 
 
 def _sampler(ends: list[int], shown: Any) -> Any:
-    """A processor that leaves `generate` the sampled token alone, none of ``ends``: by a cumulative sum, where sampling
-    draws a number for every word of the vocabulary, which takes a quarter of a small model's time."""
+    """A processor that samples a token, none of ``ends``, and leaves only this one to `generate`. It samples by a
+    cumulative sum: torch's sampling draws a number for every token of the vocabulary, which takes a quarter of a small
+    model's time."""
     from transformers import LogitsProcessor
 
     class Sample(LogitsProcessor):
@@ -163,18 +164,23 @@ def _sampler(ends: list[int], shown: Any) -> Any:
 
 
 def recall_windows(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
-    """Windows in which a model looks things up, half as many as those given (none of a single one) and of their size.
+    """Windows of the same size in which a model looks things up: half as many as the given ones, none for a single one.
 
-    In ordinary text attention seldom returns to one distant token, and then codebooks learn little of the keys and
-    queries by which it would. So every second of these windows says half of a given one twice; the others are lists of
-    names and numbers, told and then told again in another order.
+    In ordinary text, attention seldom returns to one distant token, and codebooks learn little of the keys and queries
+    that this needs. Half of these windows therefore repeat half of a given window; the others are lists of names and
+    numbers that come twice, in two orders.
 
     Args:
-        windows: ``[n, window]``, text. tokenizer: for the lists, of which there are none without it.
+        windows: token IDs of text, ``[n, window]``.
+        tokenizer: for the lists; without it, all windows are repetitions.
+        seed: seed of the lists.
+
+    Returns:
+        Token IDs ``[n // 2, window]``.
     """
     count, size = len(windows) // 2, windows.shape[1]
     lists = [] if tokenizer is None else [_list(tokenizer, size, f"{seed} {i}") for i in range(count // 2)]
-    told = [x.repeat(2)[:size].to(windows.device) for x in lists if 2 * len(x) >= size]  # no words, no list
+    told = [x.repeat(2)[:size].to(windows.device) for x in lists if 2 * len(x) >= size]  # too short: few words
     twice = windows[len(windows) - (count - len(told)) :, : size // 2]
     return torch.stack([*(x.repeat(3)[:size] for x in twice), *told]) if count else windows[:0]
 
@@ -182,7 +188,7 @@ def recall_windows(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
 def _list(tokenizer: Any, size: int, seed: str) -> Tensor:
     """Lines of two words and a number, twice, in two orders: at least ``size / 2`` tokens."""
     draw = random.Random(seed)
-    # Of the tokenizer's own vocabulary, in any script; there may be few.
+    # Words of the tokenizer's own vocabulary, in any script; there may be few.
     drawn = (tokenizer.decode([draw.randrange(len(tokenizer))]).strip() for _ in range(20 * size))
     words = list(itertools.islice(filter(str.isalpha, drawn), size))
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""The codecs of a layer, trained on its statistics."""
+"""Training of a layer's codecs on its statistics."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.statistics import KEY_POWER, VALUE_POWER, Statistics, Vectors
 from torchgsrq.models import LayerInfo
 
-KEY_ETA, VALUE_ETA = 8, 4  # by KL on held-out text: docs/research/quality.md
-FRAME = 1024  # tokens per anchored frame: docs/research/quality.md
+KEY_ETA, VALUE_ETA = 8, 4  # chosen by KL divergence on held-out text: docs/research/quality.md
+FRAME = 1024  # tokens per anchored frame
 _ROTATIONS = 256  # relative offsets that the query metric is averaged over
 
 
 def _root(metric: Tensor) -> Tensor:
-    """Symmetric square root of ``[heads, d, d]``, kept away from singular."""
+    """Symmetric square root of ``[heads, d, d]``, regularized against singularity."""
     mean = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(1e-30)
     scaled = metric / mean + 1e-3 * torch.eye(metric.shape[-1], device=metric.device, dtype=metric.dtype)
     values, vectors = torch.linalg.eigh(scaled)
@@ -29,8 +29,8 @@ def _root(metric: Tensor) -> Tensor:
 
 
 def _deal(y: Tensor, weight: Tensor, layout: Layout) -> Tensor:
-    """Orthonormal rows ``[heads, d, d]``: the principal directions of ``y [heads, n, d]``, the strongest
-    first, dealt to the groups in snake order, so that the variance is spread evenly."""
+    """Orthonormal rows ``[heads, d, d]``: the principal directions of ``y [heads, n, d]``, distributed over the groups
+    in snake order, the strongest first, so that each group has a similar share of the variance."""
     heads, _, dim = y.shape
     if layout.groups == 1:
         return torch.eye(dim, dtype=torch.float32, device=y.device).repeat(heads, 1, 1)
@@ -45,27 +45,29 @@ def _deal(y: Tensor, weight: Tensor, layout: Layout) -> Tensor:
 
 
 def _scale(y: Tensor) -> Tensor:
-    """A power of two per head near the root mean square of ``y [heads, n, d]``, so that codewords fit float16 whatever
-    the size of a model's values: ``[heads, 1, 1]``."""
+    """A power of two per head, ``[heads, 1, 1]``, near the root mean square of ``y [heads, n, d]``, so that codewords
+    fit float16 for values of any size."""
     size = y.double().square().mean((1, 2), keepdim=True).sqrt()
     return torch.where(size > 0, size.clamp_min(1e-300).log2().floor().exp2(), 1.0).float()
 
 
 def _weights(vectors: Vectors, form: Callable[[Tensor], Tensor]) -> Tensor:
-    """What kept vectors count in training, ``[heads, n]``: a form of what their errors cost, in units of the mean over
-    all tokens, for each token that they stand for."""
+    """Training weights of the kept vectors, ``[heads, n]``: ``form`` of the cost of their errors relative to the mean
+    over all tokens, times the number of tokens that they represent."""
     cost, count = torch.cat(vectors.weight, 1), torch.cat(vectors.count, 1)
     mean = (cost * count).sum(1, keepdim=True) / count.sum(1, keepdim=True)
     return form(cost / mean.clamp_min(1e-30)) * count
 
 
 def train_key(stats: Statistics, layout: Layout, span: int, seed: int = 0, method: str = "kmeans") -> Codec:
-    """Keys, by the default recipe: anchored frames, the mean removed, errors weighed by what attention does.
+    """Train the codec of keys with the default recipe: anchored frames, the mean removed, errors weighted by attention.
 
     Args:
-        stats: what was collected of the layer.
-        span: how far apart a query and a key can be (`models.rope_span`).
-        method: how to cluster (`kmeans.METHODS`).
+        stats: the statistics of the layer.
+        layout: the layout of the codes.
+        span: maximum distance between a query and a key, in tokens (`models.rope_span`).
+        seed: seed of all random draws.
+        method: clustering method (`kmeans.METHODS`).
     """
     info = stats.info
     frame = FRAME if info.inv_freq.numel() else 1
@@ -92,7 +94,7 @@ def train_key(stats: Statistics, layout: Layout, span: int, seed: int = 0, metho
 def _learn(
     y: Tensor, weight: Tensor, layout: Layout, eta: int, seed: int, method: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Directions for groups, a scale and the codebook of ``y [heads, n, head_dim]``: what codewords are learned on is
+    """The directions of groups, the scale and the codebook for ``y [heads, n, head_dim]``; codewords are learned on
     ``y @ directions^T / scale``."""
     deal = _deal(y, weight, layout)
     y = y @ deal.transpose(1, 2)
@@ -103,9 +105,9 @@ def _learn(
 
 
 def _fit(y: Tensor, weight: Tensor, layout: Layout, eta: int) -> Callable[[Layout, Tensor], Tensor] | None:
-    """Fits each stage to the encoder's loss on vectors ``y [heads, n, head_dim]`` in their metric (`fit_to_loss`); none
-    for wide codewords, which would overfit the tokens of a calibration, nor for many stages, which would take
-    minutes."""
+    """A function that fits each stage to the encoder's loss on vectors ``y [heads, n, head_dim]`` in their metric
+    (`fit_to_loss`). None for wide codewords, which would overfit the calibration text, and for many stages, which would
+    take minutes."""
     if layout.width > 32 or layout.stages > 2:
         return None
 
@@ -123,7 +125,7 @@ def _fit(y: Tensor, weight: Tensor, layout: Layout, eta: int) -> Callable[[Layou
 
 
 def _averaged(metric: Tensor, offsets: Tensor, info: LayerInfo) -> Tensor:
-    """The metric ``[heads, d, d]`` of un-rotated queries, as queries at these offsets have it on average."""
+    """The metric ``[heads, d, d]`` of un-rotated queries, averaged over queries at these offsets."""
     total = torch.zeros_like(metric)
     for some in offsets.split(32):
         once = rotate(metric.unsqueeze(1), some[:, None], info.inv_freq, info.interleaved)
@@ -133,11 +135,13 @@ def _averaged(metric: Tensor, offsets: Tensor, info: LayerInfo) -> Tensor:
 
 
 def train_value(stats: Statistics, layout: Layout, seed: int = 0, method: str = "kmeans") -> Codec:
-    """Values, by the default recipe: the mean removed, weighed by squared probabilities.
+    """Train the codec of values with the default recipe: the mean removed, errors weighted by squared probabilities.
 
     Args:
-        stats: what was collected of the layer.
-        method: how to cluster (`kmeans.METHODS`).
+        stats: the statistics of the layer.
+        layout: the layout of the codes.
+        seed: seed of all random draws.
+        method: clustering method (`kmeans.METHODS`).
     """
     v = torch.cat(stats.values.x, 1)
     weight = _weights(stats.values, lambda cost: cost.pow(VALUE_POWER))
@@ -147,10 +151,10 @@ def train_value(stats: Statistics, layout: Layout, seed: int = 0, method: str = 
 
 
 def _train_paper(stats: Statistics, config: GSRQConfig, bits: float, seed: int) -> LayerCodec:
-    """GSRQ as the paper has it, in our reading.
+    """Train a layer with our reading of the paper's GSRQ.
 
-    Un-rotated keys, groups of ``config.group_size`` (the paper's have 32 elements), logarithmic weights, plain squared
-    errors. The paper weighs by gradients; the attention weights of `Statistics` stand in for them.
+    Un-rotated keys, groups of ``config.group_size`` (32 elements in the paper), logarithmic weights, plain squared
+    errors. The paper's weights come from gradients; the attention weights of `Statistics` replace them.
     """
     info = stats.info
     codecs = []
@@ -174,7 +178,7 @@ def _train_paper(stats: Statistics, config: GSRQConfig, bits: float, seed: int) 
 
 
 def train_cached(stats: tuple[Statistics, Statistics], config: GSRQConfig, seed: int = 0) -> LayerCodec:
-    """The codecs of a layer of which only what it caches is known (`collect_cached`)."""
+    """Train the codecs of a layer of which only the cached tensors are known (`collect_cached`)."""
     layouts = (Layout.of(s.info.head_dim, config.bits, config.group_size) for s in stats)
     return LayerCodec(*(Codecs.of(train_key(s, x, 0, seed)) for s, x in zip(stats, layouts, strict=True)))
 
@@ -185,15 +189,19 @@ Rates = Sequence[tuple[float, float]]  # of the keys and of the values of each h
 def train(
     stats: Statistics, wanted: Sequence[tuple[GSRQConfig, Rates]], span: int, seed: int = 0, method: str = "kmeans"
 ) -> list[LayerCodec]:
-    """The codecs of one layer, for each of several configs, by its recipe.
+    """Train the codecs of one layer, for each of several configs.
 
     Args:
-        stats: what was collected of the layer.
-        wanted: configs, of which recipe and group size are used, and bits per element of every head's keys and values.
-            Heads with the same, in whatever config, are learned together. ``"gsrq-paper"`` takes those of the first
-            head for all.
-        span: how far apart a query and a key can be (`models.rope_span`).
-        method: how to cluster (`kmeans.METHODS`), for ``"gsrq"``.
+        stats: the statistics of the layer.
+        wanted: configs, which set recipe and group size, each with the bits per element of every head's keys and
+            values. Heads with the same layout, in any config, are learned together. ``"gsrq-paper"`` uses the rate of
+            the first head for all.
+        span: maximum distance between a query and a key, in tokens (`models.rope_span`).
+        seed: seed of all random draws.
+        method: clustering method (`kmeans.METHODS`) for ``"gsrq"``.
+
+    Returns:
+        One `LayerCodec` per config.
     """
     dim = stats.info.head_dim
     laid_out = [[[Layout.of(dim, x, config.group_size) for x in pair] for pair in bits] for config, bits in wanted]

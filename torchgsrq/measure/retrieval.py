@@ -1,8 +1,8 @@
-"""Whether a model still finds what it was told: synthetic tasks with known answers, for any model and tokenizer.
+"""Retrieval: synthetic tasks with known answers, for any model and tokenizer.
 
-Each task hides facts in a text that the model reads once, through the cache that is tested, and asks for them in the
-words in which they were told, so that models without instruction tuning find them too. An answer counts when every one
-of its tokens is the model's most likely next token after the right ones before it: then greedy decoding would write it.
+Each task hides facts in a text that the model reads once, through the tested cache. Questions repeat the wording of the
+facts, so that models without instruction tuning can answer too. An answer counts as found if each of its tokens is the
+model's most likely next token after the right ones before it: then greedy decoding would write it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _THINGS = _WORDS.split()
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked, with the answer in place: token ids ``[n]``, and which of them are the answer's, bool ``[n]``."""
+    """A question followed by its answer: token IDs ``[n]``, and which of them are the answer, bool ``[n]``."""
 
     tokens: Tensor
     answer: Tensor
@@ -51,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Trial:
-    """A text, token ids ``[n]``, and questions, each asked right after it."""
+    """A text, token IDs ``[n]``, and questions, each asked directly after it."""
 
     context: Tensor
     questions: list[Question]
@@ -59,12 +59,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Score:
-    """How a task was answered.
+    """The result of a task.
 
     Attributes:
-        found: fraction of the answers that greedy decoding would write. nll: mean negative log-likelihood of an
-            answer's token, nats, which tells more than ``found`` where few or all are found.
-        answers: how many were asked.
+        found: fraction of the answers that greedy decoding would write.
+        nll: mean negative log-likelihood per token of the answers, in nats. It is more informative than ``found`` if
+            few or all answers are found.
+        answers: number of answers.
     """
 
     found: float
@@ -78,7 +79,7 @@ class Score:
 
 
 class _Writer:
-    """Token ids of a tokenizer, and a filler to hide facts in."""
+    """Writes texts as token IDs, with facts hidden in a filler text."""
 
     def __init__(self, tokenizer: Any, filler: Tensor, seed: str) -> None:
         self.tokenizer, self.filler, self.random = tokenizer, filler, random.Random(seed)
@@ -87,14 +88,14 @@ class _Writer:
         return token_ids(self.tokenizer, text)
 
     def question(self, prompt: str, answer: str) -> Question:
-        """The answer begins where the tokens of the whole leave those of the prompt alone."""
+        """A question. The answer begins where the tokens of prompt and answer differ from those of the prompt alone."""
         alone, whole = self.ids(prompt), self.ids(prompt + answer)
         size = min(len(alone), len(whole) - 1)
         same = (alone[:size] == whole[:size]).long().cumprod(0).sum()
         return Question(whole, torch.arange(len(whole)) >= same)
 
     def hidden(self, facts: list[Tensor], tokens: int, head: Tensor | None = None, at: float | None = None) -> Tensor:
-        """The facts in a stretch of the filler, evenly spread or, one alone, at a depth from 0 to 1."""
+        """The facts, hidden in a stretch of the filler: evenly spread, or a single one at depth ``at`` from 0 to 1."""
         head = self.ids("") if head is None else head
         room = max(tokens - len(head) - sum(map(len, facts)), len(facts))
         if room > len(self.filler):
@@ -128,7 +129,7 @@ def passkey(write: _Writer, tokens: int, depth: float) -> Trial:
 
 
 def keys(write: _Writer, tokens: int, depth: float) -> Trial:
-    """Eight codes of eight things, told in the same words: a question has seven wrong answers beside the right one."""
+    """Eight codes of eight things, in the same wording: each question has one right and seven wrong answers."""
     codes = {thing: write.digits() for thing in write.things(8)}
     facts = [write.ids(f"\nThe secret code of the {thing} is {code}.\n") for thing, code in codes.items()]
     asked = [write.question(f"\nThe secret code of the {thing} is", f" {code}") for thing, code in codes.items()]
@@ -136,7 +137,7 @@ def keys(write: _Writer, tokens: int, depth: float) -> Trial:
 
 
 def lookup(write: _Writer, tokens: int, depth: float) -> Trial:
-    """A list of names and numbers, as long as the text may be; eight are looked up."""
+    """A list of names and numbers, as long as the text; eight of them are looked up."""
     first, second = write.things(len(_THINGS)), write.things(len(_THINGS))
     lines = [(f"{one} {other}", write.digits()) for one, other in zip(first, second, strict=True)]
     line = len(write.ids("\nold lamp: 12345"))
@@ -147,7 +148,7 @@ def lookup(write: _Writer, tokens: int, depth: float) -> Trial:
 
 
 def tracing(write: _Writer, tokens: int, depth: float) -> Trial:
-    """Two hops, told far apart: the box that a thing is in, and the room that the box is in."""
+    """Two hops, far apart in the text: the box that a thing is in, and the room that the box is in."""
     things, boxes, rooms = (write.things(4) for _ in range(3))
     inside = [f"The {thing} is in the {box} box." for thing, box in zip(things, boxes, strict=True)]
     stands = [f"The {box} box is in the {room} room." for box, room in zip(boxes, rooms, strict=True)]
@@ -162,7 +163,8 @@ def tracing(write: _Writer, tokens: int, depth: float) -> Trial:
 
 
 def counting(write: _Writer, tokens: int, depth: float) -> Trial:
-    """Lists in which a third of the words is the same one, each followed by it; asked after the last and longest."""
+    """Lists in which one word makes up a third of all words, each followed by that word; asked for the last, longest
+    list."""
     words = write.things(len(_THINGS))
 
     def listed(common: str, count: int) -> str:
@@ -187,13 +189,15 @@ TASKS: dict[str, Callable[[_Writer, int, float], Trial]] = {
 def trials(
     tokenizer: Any, text: str, tokens: int, *, tasks: Iterable[str] = tuple(TASKS), count: int = 8, seed: int = 0
 ) -> dict[str, list[Trial]]:
-    """Trials by task.
+    """Create trials, by task.
 
     Args:
-        text: what facts are hidden in; longer than ``tokens``.
-        tokens: length of a text that the model reads.
+        tokenizer: the model's tokenizer.
+        text: the filler in which facts are hidden; longer than ``tokens`` tokens.
+        tokens: length, in tokens, of the text that the model reads.
         tasks: names in `TASKS`.
-        count: trials of a task, at depths evenly spread.
+        count: trials per task, at evenly spread depths.
+        seed: seed of all random draws.
 
     Raises:
         ValueError: an unknown task, or a text that is too short.
@@ -209,7 +213,7 @@ def trials(
 
 
 def cut_short(trials: dict[str, list[Trial]], sinks: int, recent: int) -> dict[str, list[Trial]]:
-    """The same questions after the first and last tokens of the text alone: what a window would answer."""
+    """The same questions after only the first and last tokens of the text: the baseline of sinks and window alone."""
 
     def cut(trial: Trial) -> Trial:
         inside = max(len(trial.context) - recent, sinks)
@@ -222,11 +226,12 @@ def cut_short(trials: dict[str, list[Trial]], sinks: int, recent: int) -> dict[s
 def retrieval(
     model: PreTrainedModel, trials: dict[str, list[Trial]], candidate: Candidate | None = None
 ) -> dict[str, Score]:
-    """How a model answers, by task.
+    """Measure a model's answers, by task.
 
     Args:
+        model: a model that is not quantized.
         trials: from `trials`.
-        candidate: config and codebooks of the cache that it reads through; None for full precision.
+        candidate: config and codebooks of the tested cache; None for the model's own cache.
     """
     scores = {}
     with nullcontext() if candidate is None else quantized(model, for_measuring(candidate[0]), candidate[1]):
@@ -236,7 +241,7 @@ def retrieval(
 
 
 def score(trials: Sequence[Trial], likelihoods: Sequence[list[Tensor]]) -> Score:
-    """How trials were answered, from the `answer_likelihoods` of each."""
+    """The score of trials, from the `answer_likelihoods` of each."""
     nll, found = [], []
     for trial, given in zip(trials, likelihoods, strict=True):
         for question, likely in zip(trial.questions, given, strict=True):
@@ -248,9 +253,9 @@ def score(trials: Sequence[Trial], likelihoods: Sequence[list[Tensor]]) -> Score
 
 @torch.no_grad()
 def answer_likelihoods(model: PreTrainedModel, trial: Trial) -> list[Tensor]:
-    """Log-probabilities ``[n, vocabulary]`` of each question's answer, where each of its n tokens comes next.
+    """Log-probabilities ``[n, vocabulary]`` at each of the n answer tokens, for every question.
 
-    The text is read once; the questions then follow it as the rows of a batch.
+    The text is read once; the questions then follow as the rows of a batch.
     """
     cache = new_cache(model) if hasattr(model, "_gsrq") else DynamicCache(config=model.config)
     model(trial.context[None].to(model.device), **models.with_cache(model, cache), use_cache=True, logits_to_keep=1)

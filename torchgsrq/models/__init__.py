@@ -1,4 +1,4 @@
-"""What a transformers decoder is made of: its parts, its layers, its RoPE, which model it is."""
+"""Inspection of transformers decoders: parts, layers, RoPE, fingerprint."""
 
 from torchgsrq.models.fingerprint import fingerprint, same_model
 from torchgsrq.models.layers import inspect_layers

@@ -1,4 +1,4 @@
-"""Which model it is: samples of the keys and values of a fixed input."""
+"""Model fingerprints: samples of the keys and values of a fixed input."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from transformers import PreTrainedModel
 
 from torchgsrq.models.parts import LayerInfo, text_config
 
-_SAMPLE = 8  # elements of a layer's keys, and of its values, that tell models apart
-_SAME_MODEL = 0.5  # relative difference of samples below which they are of one model: 4-bit weights stay below
+_SAMPLE = 8  # sampled elements of a layer's keys, and of its values
+_SAME_MODEL = 0.5  # samples with a smaller relative difference are of one model: 4-bit weights stay below
 
 
 def sample_of(*vectors: Tensor) -> tuple[float, ...]:
-    """A few elements of each, to four digits."""
+    """A few elements of each tensor, rounded to four digits."""
     flat = [x.float().flatten() for x in vectors]
     some = [x[:: max(1, x.numel() // _SAMPLE)][:_SAMPLE].tolist() for x in flat]
     return tuple(float(f"{e:.4g}") for elements in some for e in elements)
 
 
 def fingerprint(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[str, Any]:
-    """Which model codebooks belong to: its shape, and samples of the keys and values of a fixed input.
+    """A fingerprint of a model: its class, a hash of its shape, and samples of the keys and values of a fixed input.
 
-    The same for a model in another dtype, with resized token embeddings, offloaded weights, or adapters that do
-    nothing yet: just what shapes keys and values counts.
+    Only what affects keys and values counts: another dtype, resized token embeddings, offloaded weights, or untrained
+    adapters leave the fingerprint the same.
     """
     shape = [(x.index, x.q_heads, x.kv_heads, x.head_dim) for x in layers]
     about = f"{text_config(model).model_type}{text_config(model).hidden_size}{shape}"
@@ -38,7 +38,7 @@ def fingerprint(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[str, An
 
 
 def same_model(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two fingerprints are of one model: most of their layers' samples are alike."""
+    """Whether two fingerprints are of one model: equal shapes, and similar samples in most layers."""
     if a["shape"] != b["shape"] or len(a["samples"]) != len(b["samples"]):
         return False
     x, y = (torch.tensor(f["samples"], dtype=torch.float64) for f in (a, b))

@@ -1,4 +1,4 @@
-"""What a model caches, layer by layer, as probing forwards show it."""
+"""What a model caches in each layer, found by probing forwards."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from torchgsrq.models.signature import parameters, with_cache
 def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
     """Probe every attention layer with one token at two positions.
 
-    A lone token attends to itself alone, so in a model whose only use of positions is RoPE its
-    un-rotated key is the same at both. Which of the model's rotary frequencies, in either pairing,
-    comes nearest to that in a layer is that layer's RoPE. Where the frequencies depend on the length of
-    the input, the far position is one that still has those of short inputs, and two beyond the change show
-    whether the model's buffers can be followed there.
+    A single token attends only to itself. In a model that uses positions only for RoPE, its un-rotated key is
+    therefore the same at both positions. The RoPE of a layer is the candidate, among the model's rotary frequencies in
+    both pairings, for which this holds best. If the frequencies depend on the length of the input, the far position
+    still has those of short inputs, and two positions beyond the change test whether the keys follow the model's
+    buffers.
 
     Raises:
-        ValueError: a model that writes no cache, or uses layers several times; RoPE that changes with the length and
-            cannot be followed.
+        ValueError: the model writes no cache, or uses layers several times, or its RoPE changes with the length and
+            does not follow its buffers.
     """
     name = type(model).__name__
     kinds = layer_kinds(model)
@@ -44,7 +44,7 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
         beyond: list[tuple[int, dict[int, Seen]]] = []
         if depends_on_length(decoder(model)):
             beyond = [(p, _probe(model, p)[0]) for p in (2 * most + 64, 2 * most + 7)]
-            _probe(model, 1)  # puts the frequencies of short inputs back
+            _probe(model, 1)  # restores the frequencies of short inputs
     readers = _readers(near, cache)
     near = {index: x for index, x in near.items() if index not in sum(readers.values(), ())}
     if not _attends_to_its_cache(name, near, cache):
@@ -82,7 +82,7 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
 
 
 def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, Seen], Recorder]:
-    """A forward of one token, always the same, at a position: what each layer's attention saw, and the cache."""
+    """A forward of one fixed token at a position: the inputs of each layer's attention, and the cache."""
     inner, device = decoder(model), input_device(model)
     seen: dict[int, Seen] = {}
 
@@ -116,7 +116,7 @@ def _probe(model: PreTrainedModel, position: int) -> tuple[dict[int, Seen], Reco
 
 
 def _readers(seen: dict[int, Seen], cache: Recorder) -> dict[int, tuple[int, ...]]:
-    """The layers that attend to what another one cached, by that layer."""
+    """Layer to the other layers that attend to its cached keys and values."""
     found: dict[int, tuple[int, ...]] = {}
     own = {index for index, *_ in cache.given}
     held = {seen[index].k.data_ptr(): index for index in own & set(seen)}
@@ -128,8 +128,12 @@ def _readers(seen: dict[int, Seen], cache: Recorder) -> dict[int, tuple[int, ...
 
 
 def _attends_to_its_cache(name: str, seen: dict[int, Seen], cache: Recorder) -> bool:
-    """Whether attention is handed just what the model puts into its cache, layer by layer; if not, only what is cached
-    is known of it."""
+    """Whether the attention of every layer gets exactly what the model caches. If not, only the cached tensors are
+    known.
+
+    Raises:
+        ValueError: an encoder, no keys and values in the cache, or layers that are used several times.
+    """
     both_ways = [index for index, x in seen.items() if not x.causal]
     if both_ways:
         raise ValueError(
@@ -155,7 +159,7 @@ def _attends_to_its_cache(name: str, seen: dict[int, Seen], cache: Recorder) -> 
 
 
 def _layers_by_cache(kinds: list[str], near: Recorder, far: Recorder, far_at: int) -> list[LayerInfo]:
-    """Layers of which only what they cache is known, of one token at position 1 and at ``far_at``."""
+    """Layers of which only the cached tensors are known, for one token at position 1 and at ``far_at``."""
 
     def info(index: int, one: Tensor, other: Tensor, value: LayerInfo | None = None) -> LayerInfo:
         at = {p: Seen(x, x, x, True, near.rotary) for p, x in ((1, one), (far_at, other))}

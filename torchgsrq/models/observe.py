@@ -1,4 +1,4 @@
-"""Looking on while a model runs: what its attention is given, what it caches. Nothing is changed for good."""
+"""Observation of a running model: the inputs of its attention, and what it caches. All changes are undone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torchgsrq.models.parts import attention_configs, input_device
 
 @contextmanager
 def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """Run with another attention implementation, and put the old ones back."""
+    """Run with another attention implementation, then restore the old ones."""
     before = [(config, config._attn_implementation) for config in attention_configs(model)]
     try:
         for config, _ in before:
@@ -32,14 +32,14 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[None]:
 
 @contextmanager
 def plain_precision(model: PreTrainedModel) -> Iterator[None]:
-    """Run in the model's own dtypes, whatever autocast is on around it, and outside of inference mode."""
+    """Run in the model's own dtypes, outside of autocast and inference mode."""
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(input_device(model).type, enabled=False):
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode, and put every module's mode back."""
+    """Run in evaluation mode, then restore every module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -50,8 +50,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def own_generation(model: Any, **settings: Any) -> Any:
-    """The same model, in a shallow copy whose `generate` takes only these settings: every other one it would take from
-    the user's ``generation_config``, which stays as it is, for other threads too."""
+    """A shallow copy of the model whose `generate` uses only these settings. The user's ``generation_config`` is
+    ignored and not changed, so other threads are not affected."""
     twin = copy.copy(model)
     twin.generation_config = GenerationConfig(**settings)
     return twin
@@ -59,9 +59,10 @@ def own_generation(model: Any, **settings: Any) -> Any:
 
 @contextmanager
 def refusing(what: str, instead: str = "") -> Iterator[None]:
-    """Whatever a strange architecture raises becomes a ValueError that says ``what`` failed, and what to do instead.
+    """Convert any exception of an unsupported architecture to a ValueError that says ``what`` failed, and what to do
+    ``instead``.
 
-    Running out of memory stays what it is.
+    Out-of-memory errors are not converted.
     """
     try:
         yield
@@ -82,8 +83,8 @@ _locking = threading.Lock()
 def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     """Call ``observer(module, q, k, v, **kwargs)`` in every attention of the model's forwards in this thread.
 
-    What it returns, if anything, is called with the gradient of that attention's output, ``[b, n, q_heads, d]``. A
-    second thread that wants to observe the same model waits.
+    If the observer returns a function, that is called with the gradient of the attention's output,
+    ``[batch, tokens, q_heads, head_dim]``. A second thread that observes the same model waits.
     """
     with _locking:
         lock = _locks.setdefault(model, threading.RLock())
@@ -97,18 +98,18 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
 
 
 def notify(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Callable[[Tensor], None] | None:
-    """Tell this thread's newest observer of an attention call; gives what wants to know its gradient."""
+    """Report an attention call to this thread's newest observer; returns the observer's gradient hook, if any."""
     observers = _here.__dict__.get("observers")
     return observers[-1](module, q, k, v, **kwargs) if observers else None
 
 
 def layer_index(module: nn.Module) -> int | None:
-    """Which layer's self-attention an observed module is; None of cross-attention, and of what has no ``layer_idx``."""
+    """The layer whose self-attention an observed module is; None for cross-attention, and without a ``layer_idx``."""
     return None if getattr(module, "is_cross_attention", False) else getattr(module, "layer_idx", None)
 
 
 class Recorder(DynamicCache):
-    """A cache that remembers what each of its slots was given."""
+    """A cache that records the keys and values of each ``update``."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
@@ -116,14 +117,14 @@ class Recorder(DynamicCache):
         self.rotary: dict[str, Tensor] = {}  # the model's frequencies in the forward that filled it
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
-        """Note what is given, and do as any cache does."""
+        """Record the keys and values, then update the cache."""
         self.given.append((layer_idx, key_states, value_states))
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 @dataclass
 class Seen:
-    """What one layer's attention was given at one position, and the RoPE frequencies of that forward."""
+    """The inputs of one layer's attention at one position, and the RoPE frequencies of that forward."""
 
     q: Tensor
     k: Tensor

@@ -1,4 +1,4 @@
-"""Parts of a transformers decoder, by name; and what is known of each of its attention layers."""
+"""The parts of a transformers decoder, and `LayerInfo`, the facts about each of its attention layers."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ UNBOUNDED = ("full_attention", "hybrid")  # kinds of layers whose keys and value
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One attention layer, as a probing forward saw it.
+    """One attention layer, as found by a probing forward.
 
     Attributes:
-        index: its ``layer_idx``. kind: ``"full_attention"``, ``"sliding_attention"``, ...
-        q_heads, kv_heads, head_dim: its shape. inv_freq: RoPE frequencies, empty where it has none that
-            was recognised; negative where it turns the other way. interleaved: RoPE pairs are neighbours.
+        index: its ``layer_idx``.
+        kind: ``"full_attention"``, ``"sliding_attention"``, ...
+        q_heads, kv_heads, head_dim: its shape.
+        inv_freq: RoPE frequencies ``[pairs]``; empty if no RoPE was recognized, negative if it rotates in the other
+            direction.
+        interleaved: RoPE pairs are neighbours.
         rope: one word for the report.
-        rotary: where the frequencies depend on the length of the input, the buffer of the decoder that holds the
-            present ones, by its dotted name; empty where they are fixed.
+        rotary: if the frequencies depend on the length of the input, the dotted name of the decoder's buffer with the
+            current ones; empty if they are fixed.
         readers: other layers that attend to this layer's keys and values, and have none of their own.
-        value: where attention is not handed what the model caches (MLA; attention outside of transformers' interface),
-            what is cached as values, with heads, width and RoPE of its own. Such layers are decoded for the model.
-        sample: some elements of a fixed input's keys and values, by which `same_model` knows a model again.
+        value: if attention does not get what the model caches (MLA; attention outside of transformers' interface), the
+            facts about the cached values, with their own heads, width and RoPE. Such layers are decoded on every read.
+        sample: some elements of a fixed input's keys and values, by which `same_model` recognizes a model.
     """
 
     index: int
@@ -49,17 +52,17 @@ class LayerInfo:
 
 
 def are_decoded(layers: Iterable[LayerInfo]) -> bool:
-    """Whether a model's attention reads decoded tensors: that of all its layers, or of none."""
+    """Whether a model's attention reads decoded tensors; this holds for all of its layers or for none."""
     return any(info.value is not None for info in layers)
 
 
 def cached_by(layers: Iterable[LayerInfo]) -> dict[int | None, int]:
-    """Layer to the one whose keys and values it attends to: itself, but for readers."""
+    """Layer to the layer whose keys and values it attends to: itself, except for readers."""
     return {index: info.index for info in layers for index in (info.index, *info.readers)}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside `torch.compile`'s wrapper or PEFT's, whose adapters sit in its own layers."""
+    """The transformers model inside the wrapper of `torch.compile` or PEFT, whose adapters are in its own layers."""
     inner: Any = model
     while not isinstance(inner, PreTrainedModel):
         if hasattr(inner, "_orig_mod"):
@@ -72,11 +75,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def check_supported(model: nn.Module) -> PreTrainedModel:
-    """Refuse, by name, what cannot be quantized; what only a forward shows, `inspect_layers` refuses.
+    """Refuse, by name, models that cannot be quantized. `inspect_layers` refuses those that only a forward reveals.
+
+    Returns:
+        The transformers model, without wrappers.
 
     Raises:
-        TypeError: not a transformers decoder with the attention interface.
-        ValueError: an architecture whose cache is no plain keys and values per layer, or float64 weights.
+        TypeError: not a transformers model.
+        ValueError: prefix tuning, an encoder-decoder model, or float64 weights.
     """
     tuning = str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
     if tuning in ("PREFIX_TUNING", "CARTRIDGE"):
@@ -103,7 +109,7 @@ def text_config(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The part that turns token embeddings into hidden states and writes the KV cache, without images or a head."""
+    """The part that maps token embeddings to hidden states and writes the KV cache, without a head or image encoder."""
     found = model
     while True:
         inner = found.get_decoder()
@@ -113,12 +119,12 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def rope_span(model: PreTrainedModel) -> int:
-    """How far apart a query and a key can be: the context that the model supports."""
+    """The maximum distance between a query and a key, in tokens: the context that the model supports."""
     return getattr(text_config(model), "max_position_embeddings", None) or 8192
 
 
 def path_to_decoder(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules from the model down to its decoder, both included: any of them may make a cache or generate."""
+    """The modules from the model down to its decoder, both included: any of them may create a cache or generate."""
     inner = decoder(model)
     name = next(name for name, module in model.named_modules() if module is inner)
     parts = name.split(".") if name else []
@@ -126,14 +132,14 @@ def path_to_decoder(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def speaker(model: PreTrainedModel) -> PreTrainedModel:
-    """The innermost part that turns token ids into logits; the decoder of a model that has no head."""
+    """The innermost part that maps token IDs to logits; the decoder if the model has no head."""
     path: list[Any] = path_to_decoder(model)
     heads = [part for part in path if getattr(part, "get_output_embeddings", lambda: None)() is not None]
     return heads[-1] if heads else path[-1]
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where inputs belong; with weights that accelerate has put elsewhere, where it brings them to."""
+    """The device for inputs; for weights offloaded by accelerate, the device that they are executed on."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for one in getattr(hook, "hooks", [hook]):
@@ -145,7 +151,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def layer_kinds(model: PreTrainedModel) -> list[str]:
-    """Kind of every layer, as transformers names and infers them."""
+    """The kind of every layer, as transformers names and infers them."""
     return kinds_of_layers(text_config(model))
 
 
@@ -171,7 +177,7 @@ def attention_configs(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def foreign_attention(model: nn.Module) -> str:
-    """The attention implementation of a part that is neither of transformers nor of a hub of kernels; else ""."""
+    """The name of an attention implementation that comes neither from transformers nor from a kernel hub; else ""."""
     for config in attention_configs(model):
         name = config._attn_implementation
         function = ALL_ATTENTION_FUNCTIONS.get(name)
@@ -182,7 +188,7 @@ def foreign_attention(model: nn.Module) -> str:
 
 
 def some_input(model: PreTrainedModel, tokens: int) -> dict[str, Tensor]:
-    """Always the same input of a decoder, one row: made-up embeddings, or token ids where it takes nothing else."""
+    """A fixed decoder input of one row: made-up embeddings, or token IDs if the decoder takes nothing else."""
     config, device = text_config(model), input_device(model)
     takes = parameters(decoder(model))
     looked_up_again = getattr(config, "hidden_size_per_layer_input", None)  # in every layer: Gemma 3n and 4

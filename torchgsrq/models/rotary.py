@@ -1,4 +1,4 @@
-"""Which RoPE a layer has, found from its keys; and frequencies that change with the length of the input."""
+"""Detection of a layer's RoPE from its keys, and frequencies that change with the length of the input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ def difference(x: Tensor, want: Tensor) -> float:
 
 
 def find_rope(seen: dict[int, Seen]) -> tuple[Tensor, bool, str, str]:
-    """The rotation that makes a token's keys at two positions most alike: frequencies, pairing, name, buffer."""
+    """The rotation that makes a token's un-rotated keys at two positions most similar.
+
+    Returns:
+        Frequencies ``[pairs]``, whether pairs are interleaved, the name of the pairing, and the buffer's name.
+    """
     one = next(iter(seen.values()))
     none = one.k.new_zeros(0, dtype=torch.float32)
     candidates = [(none, False, NO_ROPE, "")]
@@ -43,7 +47,7 @@ def find_rope(seen: dict[int, Seen]) -> tuple[Tensor, bool, str, str]:
 
 
 def unrotated(k: Tensor, position: int, inv_freq: Tensor, interleaved: bool) -> Tensor:
-    """A key of one position, turned back to position 0."""
+    """A key, rotated back from a position to position 0."""
     return rotate(k, torch.tensor(-position, device=k.device), inv_freq.to(k.device), interleaved)
 
 
@@ -52,18 +56,18 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def depends_on_length(model: nn.Module) -> bool:
-    """Whether a rotary module recomputes its frequencies in the forward, as transformers' decorator does it."""
+    """Whether a rotary module recomputes its frequencies in the forward (transformers' dynamic RoPE)."""
     return any("dynamic" in kind or kind == "longrope" for module in model.modules() for kind in _rope_types(module))
 
 
 def _rope_types(module: nn.Module) -> list[str]:
-    """A rotary module's kinds of RoPE (one, or one for each kind of layer); none of another module."""
+    """A rotary module's RoPE types (one, or one per kind of layer); empty for other modules."""
     types = getattr(module, "rope_type", None)
     return [x for x in (types.values() if isinstance(types, dict) else [types]) if isinstance(x, str)]
 
 
 def _sign(inv_freq: Tensor) -> int:
-    """-1 for the frequencies of a model that turns the other way."""
+    """-1 for a model that rotates in the other direction."""
     return -1 if bool((inv_freq < 0).any()) else 1
 
 
@@ -76,7 +80,11 @@ def check_followed(
     inv_freq: Tensor,
     interleaved: bool,
 ) -> None:
-    """Whether keys of long inputs, turned back by the frequencies in the model's buffer, are those of short ones."""
+    """Check that keys of long inputs, un-rotated by the frequencies in the model's buffer, equal those of short inputs.
+
+    Raises:
+        ValueError: they differ.
+    """
     want = unrotated(near.k, 1, inv_freq, interleaved)
     sign = _sign(inv_freq)
     for position, seen in beyond:
@@ -89,7 +97,7 @@ def check_followed(
 
 
 def unmovable(layers: list[LayerInfo]) -> str:
-    """Why what was read at some positions cannot be moved to others, if it cannot."""
+    """Why cached tokens cannot be moved to other positions; "" if they can."""
     kinds = {one.rope for info in layers for one in (info, info.value) if one}
     if UNKNOWN_ROPE in kinds:
         return "the model's RoPE was not recognised"
@@ -97,10 +105,12 @@ def unmovable(layers: list[LayerInfo]) -> str:
 
 
 class Rotary:
-    """Where layers' present RoPE frequencies are, for models that recompute them in the forward.
+    """Access to the current RoPE frequencies, for models that recompute them in the forward.
 
     Args:
-        module: the rotary module. buffer: its buffer. sign: -1 for a model that turns the other way.
+        module: the rotary module.
+        buffer: the name of its buffer.
+        sign: -1 for a model that rotates in the other direction, else 1.
     """
 
     def __init__(self, module: nn.Module, buffer: str, sign: int) -> None:
@@ -108,13 +118,13 @@ class Rotary:
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rotary:
-        return self  # a copy of a cache goes on with the same model
+        return self  # a copy of a cache belongs to the same model
 
     def __call__(self) -> Tensor:
-        """The frequencies of the forward that runs now, or of the last one: the same tensor until they change.
+        """The frequencies of the running forward, or of the last one: the same tensor until they change.
 
         Raises:
-            ValueError: the model does not exist any more.
+            ValueError: the model no longer exists.
         """
         module = self.module()
         if module is None:
@@ -127,8 +137,8 @@ class Rotary:
         return self._seen[1]
 
     def changes_within(self, first: int, last: int) -> int | None:
-        """The number of tokens past which the frequencies change, if they do while a text grows from ``first`` to
-        ``last`` tokens."""
+        """The number of tokens after which the frequencies change while a text grows from ``first`` to ``last`` tokens;
+        None if they do not."""
         module: Any = self.module()
         if any("dynamic" in kind for kind in _rope_types(module)):  # each token past the limit changes them
             limit = int(module.original_max_seq_len)
@@ -140,7 +150,7 @@ class Rotary:
 
 
 def rotaries(model: PreTrainedModel, layers: list[LayerInfo]) -> dict[int, Rotary]:
-    """Where the present RoPE frequencies of those layers are that have other ones for longer inputs."""
+    """Layer to its `Rotary`, for the layers whose frequencies depend on the length of the input."""
     made: dict[tuple[str, int], Rotary] = {}
     found = {}
     for info in layers:

@@ -1,5 +1,5 @@
-"""What a forward is called with. The name of its cache differs between versions of transformers: `cache` from 5.24 on,
-`past_key_values` before and in models that bring their own code."""
+"""The arguments of forwards. The name of the cache differs between versions of transformers: `cache` from 5.24 on,
+`past_key_values` before, and in models with custom code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters of a module's forward; those of its class where a wrapper hides them (profilers)."""
+    """Names of the parameters of a module's forward; those of its class if a wrapper hides them (profilers)."""
     classes = [vars(c)["forward"] for c in type(module).__mro__ if "forward" in vars(c)]
     found: list[str] = []
     for forward in (module.forward, *classes):
@@ -26,7 +26,7 @@ def parameters(module: nn.Module) -> list[str]:
 
 
 def cache_name(module: nn.Module) -> str:
-    """What a module's forward calls its cache; "" if it takes none."""
+    """The name of the cache argument of a module's forward; "" if it takes none."""
     names = parameters(module)
     return next((name for name in CACHE_NAMES if name in names), "")
 
@@ -37,12 +37,12 @@ def takes_cache(module: Any) -> bool:
 
 
 def with_cache(module: nn.Module, cache: Cache) -> dict[str, Cache]:
-    """The argument that gives a forward, or `generate`, a cache."""
+    """The keyword argument that passes a cache to a forward or `generate`."""
     return {cache_name(module): cache}
 
 
 def given_cache(arguments: dict[str, Any]) -> Any:
-    """The cache among a forward's arguments, whichever of its names it has; else None."""
+    """The cache among a forward's arguments, under either name; else None."""
     for name in CACHE_NAMES:
         if arguments.get(name) is not None:
             return arguments[name]
@@ -50,6 +50,6 @@ def given_cache(arguments: dict[str, Any]) -> Any:
 
 
 def returned_cache(output: Any) -> Any:
-    """The cache that a forward, or `generate` with a dict, returned; else None."""
+    """The cache in the output of a forward, or of `generate` with a dict output; else None."""
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
     return next((x for x in parts if isinstance(x, Cache)), None)

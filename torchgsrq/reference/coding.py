@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchgsrq.codec import Codec
-from torchgsrq.codec.layout import CODEWORDS, SWEEPS
+from torchgsrq.codec.layout import CODEWORDS, search_steps
 from torchgsrq.codec.rope import rotate
 
 _TILE = 32  # products are of whole tiles of rows, so that a vector's result never depends on its batch
@@ -68,19 +68,20 @@ def _tiled_product(y: Tensor, matrix: Tensor) -> Tensor:
     return F.pad(y, (0, 0, 0, -y.shape[1] % _TILE)) @ matrix.transpose(1, 2)
 
 
-def search_group(y: Tensor, tables: Tensor, eta: int = 1, sweeps: int = SWEEPS) -> Tensor:
+def search_group(y: Tensor, tables: Tensor, eta: int = 1, steps: int | None = None) -> Tensor:
     """Codes of one group, of low loss ``|e|^2 + (eta - 1) (e . y/|y|)^2`` of the error e.
 
     The queries that attend to a key are aligned with it, so that the part of an error along the vector costs attention
     more than its size says (the anisotropic loss of ScaNN, arXiv 1908.10396).
 
-    Stage after stage takes the codeword nearest to what those before it leave, greedily, as codebooks were learned.
-    Where eta is more than 1, sweeps of coordinate descent then give each stage the codeword of least loss among the
-    others.
+    Stage after stage takes the codeword nearest to what those before it leave, greedily, as codebooks were learned. The
+    last stage takes the codeword of least loss among the others, and so does every stage that is visited again
+    (coordinate descent).
 
     Args:
         y: ``[heads, n, width]`` float32, n a multiple of the tile. tables: ``[heads, stages, 256, width]``, any
-            floating dtype. eta: 1 for the plain squared error, greedily. sweeps: over the stages, with a larger eta.
+            floating dtype. eta: 1 for the plain squared error. steps: of the search, at least one a stage;
+            `search_steps` by default.
 
     Returns:
         uint8 ``[heads, n, stages]``.
@@ -89,20 +90,19 @@ def search_group(y: Tensor, tables: Tensor, eta: int = 1, sweeps: int = SWEEPS) 
     norm = y.norm(dim=-1, keepdim=True)
     unit = y / norm.masked_fill(norm == 0, 1)
     rest, codes = y, [torch.zeros(y.shape[:2], dtype=torch.long, device=y.device)] * stages
-    sweeps = sweeps if eta > 1 else 0
-    for sweep in range(1 if stages == 1 and sweeps else 0, 1 + sweeps):  # a sweep alone finds that of one stage
-        for stage in range(stages):
-            table = tables[:, stage].float()
-            if sweep and stages > 1:
-                rest = rest + _words(table, codes[stage])
-            # Of every codeword, less the square of the rest itself: [heads, n, 256].
-            loss = torch.baddbmm(table.square().sum(-1).unsqueeze(1), rest, table.transpose(1, 2), alpha=-2)
-            if sweep:
-                along = unit @ table.transpose(1, 2)
-                loss += (eta - 1) * ((rest * unit).sum(-1, keepdim=True) - along).square()
-            codes[stage] = loss.argmin(-1)
-            if stages > 1:
-                rest = rest - _words(table, codes[stage])
+    for step in range(steps or search_steps(stages, eta)):
+        stage = step % stages
+        table = tables[:, stage].float()
+        if step >= stages:
+            rest = rest + _words(table, codes[stage])
+        # Of every codeword, less the square of the rest itself: [heads, n, 256].
+        loss = torch.baddbmm(table.square().sum(-1).unsqueeze(1), rest, table.transpose(1, 2), alpha=-2)
+        if eta > 1 and step >= stages - 1:
+            along = unit @ table.transpose(1, 2)
+            loss += (eta - 1) * ((rest * unit).sum(-1, keepdim=True) - along).square()
+        codes[stage] = loss.argmin(-1)
+        if stages > 1:
+            rest = rest - _words(table, codes[stage])
     return torch.stack(codes, -1).to(torch.uint8)
 
 
