@@ -61,6 +61,8 @@ def test_the_command_reads_the_config_alone(tmp_path):
     transformers.Gemma3TextConfig(sliding_window=512).save_pretrained(tmp_path)
     run = CliRunner().invoke(app, ["recommend", "--model", str(tmp_path), "--context", "65536", "--memory", "1"])
     assert run.exit_code == 0 and "Begin with GSRQConfig(bits=2), and compare" in run.output
+    run = CliRunner().invoke(app, ["recommend", "--model", str(tmp_path), "--context", "200000", "--memory", "64"])
+    assert "The model has 131,072 positions, fewer than --context 200,000" in run.output and "131,072 │" in run.output
     run = CliRunner().invoke(app, ["recommend", "--model", str(tmp_path), "--json"])
     said = json.loads(run.output)
     assert len(said["settings"]) == 6 and said["bf16"] > said["chosen"]["cache"]

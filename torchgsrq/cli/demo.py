@@ -31,7 +31,9 @@ from torchgsrq.cli.common import (
 from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.text import token_ids
 from torchgsrq.measure import evaluate as measures
-from torchgsrq.measure.embedded import NAME, load_model
+from torchgsrq.measure.embedded import NAME, document, load_model
+
+_FIRST = "if"  # the topic to begin with: the default number of tokens then ends in prose, not in a grammar
 
 
 @app.command()
@@ -50,7 +52,7 @@ def demo(
     configs = [config_of(bits=b, group_size=group_size) for b in rates]
     console.print(f"Loading {model or NAME} ...")
     llm, tokenizer = load_model(model)
-    ids = token_ids(tokenizer, read(text))[None, : context + 1]
+    ids = token_ids(tokenizer, read(text) if text else document(_FIRST))[None, : context + 1]
     context = ids.shape[1] - 1
     if context < 2 * configs[0].recent_tokens:
         raise typer.BadParameter(f"{context} tokens leave nothing to quantize", param_hint="--context")

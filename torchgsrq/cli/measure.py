@@ -33,6 +33,7 @@ from torchgsrq.cli.common import (
     with_books,
 )
 from torchgsrq.config import GSRQConfig
+from torchgsrq.learning import progress
 from torchgsrq.learning.calibrate import calibrate
 from torchgsrq.learning.text import FEWEST, TOKENS, token_ids
 from torchgsrq.measure import evaluate as measures
@@ -105,7 +106,7 @@ def evaluate_command(
         f"{c.recipe} {c.group_size} {c.bits:g}": (c, books) for c, books in pairs
     }
     console.print(f"Reading {len(cuts)} windows in full precision and with {len(candidates)} caches ...")
-    found = measures.quality(llm, cuts, candidates, shift)
+    found = measures.quality(llm, progress.bar(cuts, "reading"), candidates, shift)
     answered: dict[str, dict[str, tasks.Score]] = {}
     if retrieval:
         console.print(f"Asking questions about texts of {context} tokens ...")
@@ -113,7 +114,7 @@ def evaluate_command(
         answered["full precision"] = tasks.retrieval(llm, trials)
         answered["sinks and window alone"] = tasks.retrieval(llm, tasks.cut_short(trials, sinks, recent))
     rows: list[dict[str, Any]] = []
-    for name, (config, books) in candidates.items():
+    for name, (config, books) in progress.bar(candidates.items(), "measuring caches"):
         row: dict[str, Any] = {"recipe": config.recipe, "group_size": config.group_size, "bits": config.bits}
         row |= dataclasses.asdict(found[name])
         row["key_error"] = measures.key_error(llm, cuts[0], books, shift)

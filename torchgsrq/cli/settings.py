@@ -11,11 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from torchgsrq.cli.common import (
-    Json,
-    app,
-    mib,
-)
+from torchgsrq.cli.common import Json, app, mib
 from torchgsrq.config import GSRQConfig
 from torchgsrq.measure.recommend import choose, full_precision, markdown_tables, settings
 
@@ -45,15 +41,19 @@ def recommend(
         rows = [dataclasses.asdict(x) for x in found]
         print(json.dumps({"bf16": plain, "settings": rows, "chosen": chosen and dataclasses.asdict(chosen)}))
         return
+    positions = getattr(about, "max_position_embeddings", None)
     shown = Table(title=f"{model}: one row of {context} tokens, {mib(plain)} in bfloat16")
     for name in ("group size", "bits", "cache", "of bfloat16", "codebooks", "longest context"):
         shown.add_column(name, justify="right")
     for x in found:
-        longest = "" if x.longest is None else f"{x.longest:,}" + ("" if x.fits else ", too short")
+        longest = "" if x.longest is None else f"{min(x.longest, positions or x.longest):,}"
+        longest += "" if x.fits else ", too short"
         share = f"1/{plain / x.cache:.1f}"
         row = (str(x.group_size), f"{x.bits:g}", mib(x.cache), share, mib(x.codebooks), longest)
         shown.add_row(*row, style="bold" if x == chosen else None)
     Console(width=100).print(shown)
+    if positions and context > positions:
+        print(f"The model has {positions:,} positions, fewer than --context {context:,}.")
     if chosen is None:
         print("None of them fits. A shorter context, or more memory, would.")
         return

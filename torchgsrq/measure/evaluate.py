@@ -6,7 +6,7 @@ import dataclasses
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def for_measuring(config: GSRQConfig) -> GSRQConfig:
 
 @torch.no_grad()
 def quality(
-    model: PreTrainedModel, windows: Sequence[Tensor], candidates: dict[str, Candidate], shift: int = 0
+    model: PreTrainedModel, windows: Iterable[Tensor], candidates: dict[str, Candidate], shift: int = 0
 ) -> dict[str, Quality]:
     """Compare quantized caches with full precision. Every query reads what a token-by-token decode would.
 
