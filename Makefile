@@ -2,8 +2,9 @@
 # make test   sets up and runs the checks: lint, types, the documents' site, tests
 # make docs   builds the documents' site into build/site
 # make vllm   sets up vLLM's CPU build in an environment of its own, and tests the plugin in it
-.PHONY: setup model demo test lint docs quick oldest vllm clean
-CORE := allocation attention codec kernels kmeans ops paged tensor triton
+.PHONY: setup environments demo test lint docs quick oldest vllm clean
+CORE := allocation attention codec config_layout hub kernels kmeans ops own_decoder paged recommend statistics tensor \
+    triton triton_paged
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
@@ -70,7 +71,10 @@ $(VLLM)/.done: pyproject.toml constraints.txt
 vllm: $(VLLM)/.done
 	$(VLLM)/bin/python -m pytest -q tests/vllm
 
-test: lint docs $(VENV)/.eval
+environments: $(VENV)/.docs $(VENV)/.eval
+	$(MAKE) -j2 $(OLDEST)/.done $(VLLM)/.done  # at once, since installing is mostly waiting
+
+test: environments lint docs
 	$(BIN)/python -m pytest -q -n auto -m "not slow"
 	$(MAKE) oldest
 	$(MAKE) vllm
