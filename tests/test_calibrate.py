@@ -16,7 +16,7 @@ from torchgsrq.codec.kmeans import train_codebook
 from torchgsrq.codec.layout import Layout
 from torchgsrq.codec.rope import rotate
 from torchgsrq.learning import text
-from torchgsrq.learning.train import _deal, train
+from torchgsrq.learning.train import _balanced, train
 from torchgsrq.models import inspect_layers
 from torchgsrq.reference import decode, encode
 
@@ -241,12 +241,12 @@ def test_disk_cache(model, tmp_path, monkeypatch, caplog):
     dequantize_kv_(model)
 
 
-def test_deal_spreads_variance():
+def test_balanced_spreads_variance():
     g = torch.Generator().manual_seed(0)
     y = torch.randn(1, 2000, 8, generator=g) * torch.tensor([8.0, 6, 4, 3, 2, 1, 0.5, 0.1])
-    deal = _deal(y, torch.ones(1, 2000), Layout(8, 2, 2))
-    torch.testing.assert_close(deal[0] @ deal[0].T, torch.eye(8), atol=1e-5, rtol=0)
-    variance = (y @ deal.transpose(1, 2))[0].var(0)
+    directions = _balanced(y, torch.ones(1, 2000), Layout(8, 2, 2))
+    torch.testing.assert_close(directions[0] @ directions[0].T, torch.eye(8), atol=1e-5, rtol=0)
+    variance = (y @ directions.transpose(1, 2))[0].var(0)
     assert variance[:4].prod() / variance[4:].prod() < 4
 
 

@@ -65,7 +65,7 @@ def test_what_attention_is_not_handed_is_decoded_for_it(kind):
         quantized(model, dataclasses.replace(SMALL, prefill="quantized"), books),
     ):
         pass
-    with pytest.raises(ValueError, match="not handed what it caches"):
+    with pytest.raises(ValueError, match="does not receive what it caches"):
         tiny_books(model, dataclasses.replace(SMALL, allocation="sensitivity"))
     with quantized(model, SMALL, books):
         cache = new_cache(model)

@@ -71,7 +71,7 @@ def test_shards_are_parts_of_the_heads(llama, tmp_path):
     assert again.digest == parts[1].digest
     costs = [part.metadata["sensitivity"]["1"] for part in parts]
     assert costs[0] + costs[1] == books.metadata["sensitivity"]["1"]
-    with pytest.raises(ValueError, match="2 KV heads cannot be dealt to rank=0 of ranks=3"):
+    with pytest.raises(ValueError, match="2 KV heads cannot be split between ranks=3"):
         books.shard(0, 3)
 
 

@@ -25,7 +25,6 @@ if not importlib.util.find_spec("triton"):
 
 import triton
 import triton.language as tl
-
 from torchgsrq.kernels import paged  # after the interpreter was chosen (conftest.py)
 from torchgsrq.kernels.attention import Plan
 
@@ -201,7 +200,9 @@ def _find(tiles, query_start, requests, tokens, out, EACH, MORE: tl.constexpr, B
 def test_tiles_find_their_requests(counts, copies, padding, each, more):
     """Also among more requests than are looked at together; there is a tile for all rows."""
     counts, rows = counts * copies, 16
-    found = [(r, at) for r, n in enumerate([*counts, padding]) for at in range(-(-(n * each + more) // rows) if n else 0)]
+    found = [
+        (r, at) for r, n in enumerate([*counts, padding]) for at in range(-(-(n * each + more) // rows) if n else 0)
+    ]
     most = paged.most_tiles(sum(counts) + padding, len(counts) + 1, each, more, rows)
     assert len(found) <= most <= (sum(counts) + padding) * -(-(each + more) // rows)
     tiles = sorted({i for i in (0, 1, 2, len(found) // 2, len(found) - 2, len(found) - 1) if 0 <= i < len(found)})
@@ -212,25 +213,22 @@ def test_tiles_find_their_requests(counts, copies, padding, each, more):
     assert out[-1, 0] == len(counts) + 1  # nobody's
 
 
-@settings(max_examples=8)
-@given(
-    dim=st.sampled_from([16, 64]),
-    mixed=st.booleans(),
-    eta=st.sampled_from([1, 4]),
-    new=st.sampled_from([[1, 1, 1, 1], [3, 0, 40, 17]]),
-    window=st.sampled_from([0, 4]),
-    block=st.sampled_from([8, 16, 48]),
-    due=st.sampled_from([1, 4, 20]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-    seed=st.integers(0, 99),
+@pytest.mark.parametrize(
+    "new, dim, mixed, eta, window, block, due, dtype",
+    [
+        ([1, 1, 1], 64, False, 4, 4, 16, 4, torch.float32),
+        ([1, 3, 40], 16, True, 4, 4, 8, 20, torch.float32),
+        ([40, 0, 33], 16, True, 1, 4, 48, 4, torch.float16),
+        ([1, 3, 40], 32, True, 4, 0, 16, 1, torch.float16),
+    ],
 )
-def test_append(dim, mixed, eta, new, window, block, due, dtype, seed):
+def test_append(new, dim, mixed, eta, window, block, due, dtype):
     """Tokens that became due are coded as by the reference, and no other byte changes."""
-    lengths = [96, 8, 59, 33]
+    lengths = [96, 8, 59]
     recent, due = (2 * due, due) if window else (0, 1)
     world = World(
         lengths, new, *codecs(dim, 192, mixed, eta), block=block, window=window, recent=recent, due=due, dtype=dtype,
-        padding=2, seed=seed,
+        padding=2,
     )  # fmt: skip
     before, (pages, requests) = world.pages.codes.clone(), world.there()
     if DEVICE == "cpu":
@@ -246,7 +244,7 @@ def test_append(dim, mixed, eta, new, window, block, due, dtype, seed):
                 flags = replace(world.pages, codes=written).of_head(head, value)
                 flags[world.requests.table[r][at // block].long(), at % block] = True
     assert torch.equal(got[~written], before[~written])
-    assert not written.any() or (got == want)[written].float().mean() > 0.95
+    assert written.any() and (got == want)[written].float().mean() > 0.95
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

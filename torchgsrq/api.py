@@ -94,8 +94,8 @@ def quantize_kv_(
     decodes = models.are_decoded(layers)
     if decodes and config.prefill == "quantized":
         raise ValueError(
-            f"prefill='quantized': attention of {name} is not handed what it caches, so no prompt can be read through "
-            "its quantized cache in one forward; read it token by token, with prefill='exact'"
+            f"prefill='quantized': attention of {name} does not receive what it caches, so no prompt can be read "
+            "through its quantized cache in one forward; read it token by token, with prefill='exact'"
         )
     if codebooks is None:
         codebooks = cached_codebooks(model, layers, [config], progress)[0]
@@ -266,7 +266,7 @@ def _fitting(
     if not 0.9 <= cut.bits / asked <= 1.1:
         log.warning(
             "%s: the codebooks spread %g bits over heads of layers of which some are skipped; those left have %.3g. "
-            "Calibrate with skip_layers to deal them anew",
+            "Calibrate with skip_layers to allocate them again",
             type(model).__name__,
             asked,
             cut.bits,

@@ -93,7 +93,7 @@ class Codebooks:
 
         def part(codecs: Codecs) -> list[Codec]:
             if codecs.heads % ranks or not 0 <= rank < ranks:
-                raise ValueError(f"{codecs.heads} KV heads cannot be dealt to rank={rank} of ranks={ranks}")
+                raise ValueError(f"{codecs.heads} KV heads cannot be split between ranks={ranks} (rank={rank})")
             each = codecs.heads // ranks
             return codecs.by_head()[rank * each : (rank + 1) * each]
 

@@ -151,8 +151,8 @@ def calibrate_layers(
                 some["sensitivity"] = {str(index): x for index, x in spread.items()}
             each.append(rates_of_heads(config, mine, spread))
         trained = _train_layers(model, configs, each, layers, windows, seed, max_memory)
-    told = {"source": source, "tokens": windows.numel()}
-    return [Codebooks(books, {**some, **told}) for books, some in zip(trained, facts, strict=True)]
+    text = {"source": source, "tokens": windows.numel()}
+    return [Codebooks(books, {**some, **text}) for books, some in zip(trained, facts, strict=True)]
 
 
 @contextlib.contextmanager
@@ -173,8 +173,8 @@ def _check(model: PreTrainedModel, config: GSRQConfig, found: list[LayerInfo], b
     """Refuse a config that does not fit this model."""
     if by_cache and (config.recipe != "gsrq" or config.allocation == "sensitivity"):
         raise ValueError(
-            f"attention of {type(model).__name__} is not handed what it caches; that takes recipe='gsrq' with the same "
-            f"bits in all heads, not recipe={config.recipe!r} with allocation={config.allocation!r}"
+            f"attention of {type(model).__name__} does not receive what it caches; that takes recipe='gsrq' with the "
+            f"same bits in all heads, not recipe={config.recipe!r} with allocation={config.allocation!r}"
         )
     dims = {x.head_dim for info in found if quantizes(info, config) for x in (info, info.value) if x}
     if by_cache or not config.spreads_bits:

@@ -178,12 +178,16 @@ def _errors(
 
 def _backward(model: PreTrainedModel, window: Tensor, seed: int, observer: models.Observer) -> None:
     """Read a window, draw the token after each of its tokens from the model, and backpropagate their log-likelihood."""
-    speaker: Any = models.speaker(model)
+    model_with_head: Any = models.language_model(model)
     device = models.input_device(model)
     generator = torch.Generator().manual_seed(seed)
     # `observed` lets only one thread at a time freeze the weights. Compiling is not worth it for so few passes.
-    with models.observed(model, observer), _from_embeddings(model, speaker), torch.compiler.set_stance("force_eager"):
-        out = speaker(input_ids=window[None].to(device), use_cache=False)
+    with (
+        models.observed(model, observer),
+        _from_embeddings(model, model_with_head),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        out = model_with_head(input_ids=window[None].to(device), use_cache=False)
         if getattr(out, "logits", None) is None:  # without a head: a random direction, relative to the output's size
             hidden = out[0].float()
             drawn = torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden.device)
@@ -205,12 +209,12 @@ def _towards_drawn(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def _from_embeddings(model: nn.Module, speaker: Any) -> Iterator[None]:
+def _from_embeddings(model: nn.Module, language_model: Any) -> Iterator[None]:
     """Enable gradients from the token embeddings on, and disable those of all weights."""
     if any(p.is_inference() for p in model.parameters()):
         raise RuntimeError("its weights were made in inference mode")
     trained = [p for p in model.parameters() if p.requires_grad]
-    leaf = speaker.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
+    leaf = language_model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
     try:
         for p in trained:
             p.requires_grad_(False)

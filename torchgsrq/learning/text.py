@@ -180,9 +180,9 @@ def recall_windows(windows: Tensor, tokenizer: Any, seed: int) -> Tensor:
     """
     count, size = len(windows) // 2, windows.shape[1]
     lists = [] if tokenizer is None else [_list(tokenizer, size, f"{seed} {i}") for i in range(count // 2)]
-    told = [x.repeat(2)[:size].to(windows.device) for x in lists if 2 * len(x) >= size]  # too short: few words
-    twice = windows[len(windows) - (count - len(told)) :, : size // 2]
-    return torch.stack([*(x.repeat(3)[:size] for x in twice), *told]) if count else windows[:0]
+    twice_listed = [x.repeat(2)[:size].to(windows.device) for x in lists if 2 * len(x) >= size]  # too short: few words
+    twice = windows[len(windows) - (count - len(twice_listed)) :, : size // 2]
+    return torch.stack([*(x.repeat(3)[:size] for x in twice), *twice_listed]) if count else windows[:0]
 
 
 def _list(tokenizer: Any, size: int, seed: str) -> Tensor:

@@ -28,7 +28,7 @@ def _root(metric: Tensor) -> Tensor:
     return vectors * values.clamp_min(1e-6).sqrt().unsqueeze(-2) @ vectors.transpose(-1, -2)
 
 
-def _deal(y: Tensor, weight: Tensor, layout: Layout) -> Tensor:
+def _balanced(y: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     """Orthonormal rows ``[heads, d, d]``: the principal directions of ``y [heads, n, d]``, distributed over the groups
     in snake order, the strongest first, so that each group has a similar share of the variance."""
     heads, _, dim = y.shape
@@ -36,11 +36,11 @@ def _deal(y: Tensor, weight: Tensor, layout: Layout) -> Tensor:
         return torch.eye(dim, dtype=torch.float32, device=y.device).repeat(heads, 1, 1)
     covariance = (y * weight.unsqueeze(-1)).transpose(1, 2).double() @ y.double()
     vectors = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
-    hands: list[list[int]] = [[] for _ in range(layout.groups)]
+    groups: list[list[int]] = [[] for _ in range(layout.groups)]
     for i in range(dim):
         lap, seat = divmod(i, layout.groups)
-        hands[seat if lap % 2 == 0 else layout.groups - 1 - seat].append(i)
-    order = torch.tensor([i for hand in hands for i in hand], device=y.device)
+        groups[seat if lap % 2 == 0 else layout.groups - 1 - seat].append(i)
+    order = torch.tensor([i for group in groups for i in group], device=y.device)
     return vectors[..., order].transpose(1, 2).float()
 
 
@@ -78,12 +78,12 @@ def train_key(stats: Statistics, layout: Layout, span: int, seed: int = 0, metho
     offsets = torch.randint(max(span, 1), (_ROTATIONS,), generator=generator).to(k.device)
     root = _root(_averaged(torch.as_tensor(stats.query_metric).double(), offsets, info)).float()
     y = rotate(k - mean.unsqueeze(1), places, info.inv_freq, info.interleaved) @ root.transpose(1, 2)
-    deal, scale, codebook = _learn(y, weight, layout, KEY_ETA, seed, method)
+    directions, scale, codebook = _learn(y, weight, layout, KEY_ETA, seed, method)
     return Codec.build(
         mean,
-        deal @ root / scale,
+        directions @ root / scale,
         codebook,
-        inverse=torch.linalg.inv(root.double()) @ deal.transpose(1, 2).double() * scale,
+        inverse=torch.linalg.inv(root.double()) @ directions.transpose(1, 2).double() * scale,
         inv_freq=info.inv_freq,
         frame=frame,
         interleaved=info.interleaved,
@@ -96,12 +96,12 @@ def _learn(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The directions of groups, the scale and the codebook for ``y [heads, n, head_dim]``; codewords are learned on
     ``y @ directions^T / scale``."""
-    deal = _deal(y, weight, layout)
-    y = y @ deal.transpose(1, 2)
+    directions = _balanced(y, weight, layout)
+    y = y @ directions.transpose(1, 2)
     scale = _scale(y)
     y = y / scale
     fit = _fit(y, weight, layout, eta)
-    return deal, scale, train_codebook(y, weight, layout, method=method, seed=seed, fit=fit)
+    return directions, scale, train_codebook(y, weight, layout, method=method, seed=seed, fit=fit)
 
 
 def _fit(y: Tensor, weight: Tensor, layout: Layout, eta: int) -> Callable[[Layout, Tensor], Tensor] | None:
@@ -146,8 +146,8 @@ def train_value(stats: Statistics, layout: Layout, seed: int = 0, method: str = 
     v = torch.cat(stats.values.x, 1)
     weight = _weights(stats.values, lambda cost: cost.pow(VALUE_POWER))
     mean = (v * weight.unsqueeze(-1)).sum(1) / weight.sum(1, keepdim=True).clamp_min(1e-30)
-    deal, scale, codebook = _learn(v - mean.unsqueeze(1), weight, layout, VALUE_ETA, seed + 1, method)
-    return Codec.build(mean, deal / scale, codebook, inverse=deal.transpose(1, 2) * scale, eta=VALUE_ETA)
+    directions, scale, codebook = _learn(v - mean.unsqueeze(1), weight, layout, VALUE_ETA, seed + 1, method)
+    return Codec.build(mean, directions / scale, codebook, inverse=directions.transpose(1, 2) * scale, eta=VALUE_ETA)
 
 
 def _train_paper(stats: Statistics, config: GSRQConfig, bits: float, seed: int) -> LayerCodec:

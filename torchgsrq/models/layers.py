@@ -50,8 +50,8 @@ def inspect_layers(model: PreTrainedModel) -> list[LayerInfo]:
     if not _attends_to_its_cache(name, near, cache):
         if beyond:
             raise ValueError(
-                f"{name}: RoPE changes with the length of the input, and attention is not handed what is cached, which "
-                "is not supported together"
+                f"{name}: RoPE changes with the length of the input, and attention does not receive what is cached, "
+                "which is not supported together"
             )
         return _layers_by_cache(kinds, cache, far_cache, far_at)
 

@@ -131,7 +131,7 @@ def path_to_decoder(model: PreTrainedModel) -> list[nn.Module]:
     return [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
 
 
-def speaker(model: PreTrainedModel) -> PreTrainedModel:
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """The innermost part that maps token IDs to logits; the decoder if the model has no head."""
     path: list[Any] = path_to_decoder(model)
     heads = [part for part in path if getattr(part, "get_output_embeddings", lambda: None)() is not None]
