@@ -115,8 +115,7 @@ def test_symbolic_sizes(backend):
     assert len(set(graphs)) == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("size", [96, None])
+@pytest.mark.parametrize(("backend", "size"), [("aot_eager", 96), ("inductor", None)])
 @torch.no_grad()
 def test_a_new_cache_of_symbolic_sizes(llama, backend, size):
     """One graph allocates the buffers and reads prompts of every size into them, one decodes; alone in a batch, where
@@ -419,9 +418,8 @@ def test_buffers_of_a_static_cache_are_static_inputs(llama):
     assert inputs > len(static) >= 2 * 2 * parts  # keys and values of two layers
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @torch.no_grad()
-def test_layers_compiled_one_by_one(backend):
+def test_layers_compiled_one_by_one():
     """One code object serves layers whose heads have rates of their own; with symbolic sizes none takes another's."""
     model = tiny_llama(num_hidden_layers=4, num_key_value_heads=4, num_attention_heads=8, head_dim=16)
     for i, layer in enumerate(model.model.layers):  # so that heads differ, in every layer otherwise
@@ -434,7 +432,7 @@ def test_layers_compiled_one_by_one(backend):
         for compiled in (False, True):
             if compiled:
                 for layer in model.model.layers:
-                    layer.compile(dynamic=True, backend=backend)
+                    layer.compile(dynamic=True)
             for size in (64, None):
                 cache = new_cache(model, size)
                 steps = [prompt, *prompt[:, :12].split(1, 1)]
