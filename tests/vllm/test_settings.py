@@ -82,7 +82,7 @@ def config_of(folder, **changes):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"device": "cuda"}, "no kernels for pages of codes on devices of type 'cuda'"),
+        ({"device": "cuda"}, "never run on devices of type 'cuda'; use its CPU build"),
         ({"use_mla": True}, "multi-head latent attention"),
         ({"encoder": True}, "no encoders and no cross attention"),
         ({"runner": "pooling"}, "only decoders that generate"),

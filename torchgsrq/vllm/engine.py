@@ -135,7 +135,7 @@ def refusals(settings: Settings, vllm_config: Any) -> Iterator[str]:
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
     device = vllm_config.device_config.device_type
     if device != "cpu":
-        yield f"there are no kernels for pages of codes on devices of type {device!r} yet"
+        yield f"vLLM with pages of codes was never run on devices of type {device!r}; use its CPU build"
     if getattr(model, "use_mla", False):
         yield "models with multi-head latent attention cache no keys and values that codes could stand for"
     if getattr(model, "is_encoder_decoder", False) or getattr(model, "runner_type", "generate") != "generate":
