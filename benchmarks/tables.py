@@ -132,12 +132,11 @@ def windows(name: str) -> str:
     for method, row in read(name)["methods"].items():
         exact = re.search(r"(\d+ \+ \d+) exact", method)
         if exact:
-            rows.append(
-                (exact[1], f"{row['ppl']:.2f}", _kl(row, 4), f"{row['agreement']:.0%}", f"{row['answer_kl']:.3f}")
-            )
+            quality = (f"{row['ppl']:.2f}", _kl(row, 4), f"{row['agreement']:.0%}", f"{row['answer_kl']:.3f}")
+            rows.append((exact[1], f"{row['bits']:.2f}", *quality))
     full = next(iter(read(name)["methods"].values()))["ppl_full"]
-    head = ["sinks + recent tokens", "perplexity", "KL (95%)", "same token", "KL where answers come"]
-    return markdown(head, [("full precision", f"{full:.2f}", "0", "100%", "0"), *rows])
+    head = ["sinks + recent tokens", "bits with codebooks, at 128k tokens", "perplexity", "KL (95%)", "same token"]
+    return markdown([*head, "KL where answers come"], [("full precision", "", f"{full:.2f}", "0", "100%", "0"), *rows])
 
 
 def attention(name: str) -> str:
