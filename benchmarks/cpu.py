@@ -44,7 +44,7 @@ from torchgsrq.ops import use_kernels
 
 SHAPES = {name: MODELS[name] for name in ("SmolLM2-135M", "Llama-3-8B")}
 PHASES = ("tables", "mean", "scores", "softmax", "values", "window", "merge")
-GROUPS = (8, 64)  # elements of a group, the default and the largest that is measured
+GROUPS = (8, 16, 32, 64)  # elements of a group
 SECTIONS = ("attention", "queries", "generate", "prefill", "memory", "compile", "calibrate")
 
 
@@ -130,27 +130,24 @@ class Bench:
     def queries(self) -> None:
         """Several queries, and batches."""
         for model, (q_heads, heads, dim) in SHAPES.items():
-            for batch, queries in ((4, 1), (1, 4), (1, 64)):
-                for group_size in GROUPS:
-                    config = GSRQConfig(group_size=group_size)
-                    key, value = random_cache(batch, heads, dim, 8192, config)
-                    q = torch.randn(batch, q_heads, queries, dim)
-                    k, v = key.dequantize(), value.dequantize()
-                    mask = None if queries == 1 else torch.ones(queries, 8192, dtype=torch.bool).tril(8192 - queries)
-                    rows = q.reshape(batch, heads, -1, dim)
-                    tall = None if mask is None else mask.repeat(q_heads // heads, 1)
-                    dense = F.scaled_dot_product_attention
-                    took = in_turns(
-                        {
-                            "gsrq": gsrq_step(q, key, value),
-                            "rows": functools.partial(dense, rows, k, v, attn_mask=tall),
-                            "gqa": functools.partial(dense, q, k, v, attn_mask=mask, enable_gqa=True),
-                        }
-                    )
-                    best = min(took["rows"], took["gqa"])
-                    facts: dict[str, Any] = {"section": "queries", "model": model, "batch": batch, "queries": queries}
-                    facts["group_size"] = group_size
-                    self.record(**facts, us=took["gsrq"] * 1e6, over_sdpa=best / took["gsrq"])
+            for batch, queries in ((4, 1), (1, 4), (1, 8), (1, 16), (1, 64)):
+                key, value = random_cache(batch, heads, dim, 8192, GSRQConfig())
+                q = torch.randn(batch, q_heads, queries, dim)
+                k, v = key.dequantize(), value.dequantize()
+                mask = None if queries == 1 else torch.ones(queries, 8192, dtype=torch.bool).tril(8192 - queries)
+                rows = q.reshape(batch, heads, -1, dim)
+                tall = None if mask is None else mask.repeat(q_heads // heads, 1)
+                dense = F.scaled_dot_product_attention
+                took = in_turns(
+                    {
+                        "gsrq": gsrq_step(q, key, value),
+                        "rows": functools.partial(dense, rows, k, v, attn_mask=tall),
+                        "gqa": functools.partial(dense, q, k, v, attn_mask=mask, enable_gqa=True),
+                    }
+                )
+                best = min(took["rows"], took["gqa"])
+                facts = {"section": "queries", "model": model, "context": 8192, "batch": batch, "queries": queries}
+                self.record(**facts, us=took["gsrq"] * 1e6, over_sdpa=best / took["gsrq"])
 
     # -- with the embedded model
 
@@ -222,11 +219,11 @@ class Bench:
         """Tokens per second."""
         for length in self.args.context or (256, 512, 2048, 8192, 32768):
             tokens = 16 if length < 10000 else 6
-            books = {size: self.codebooks(GSRQConfig(group_size=size)) for size in GROUPS}
+            books = {size: self.codebooks(GSRQConfig(group_size=size)) for size in (GROUPS[0], GROUPS[-1])}
             times: dict[str, list[float]] = {}
             for _ in range(self.args.rounds):
                 times.setdefault("DynamicCache", []).append(self.decode(self.full_cache(length), length, tokens))
-                for size in GROUPS:
+                for size in books:
                     config = GSRQConfig(group_size=size)
                     quantize_kv_(self.model(), config, codebooks=books[size])
                     cache = self.gsrq_cache(config, length)

@@ -28,12 +28,14 @@ from unittest import mock
 import torch
 from common import random_codecs
 
-from torchgsrq import GSRQConfig, GSRQTensor
-from torchgsrq.codec import packed
+from torchgsrq import Codec, GSRQConfig, GSRQTensor
+from torchgsrq.codec import Codecs, packed
+from torchgsrq.reference.paged import DECODE, Pages, Requests
 
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8", torch.int32: "i32"}
 DTYPES |= {torch.int64: "i64"}
 GROUPS = (8, 64)
+COUNTED = ("split_kernel", "pages_kernel")  # attention: those with a loop over coded tokens
 SHAPES = {64: (9, 3), 80: (32, 32), 96: (24, 8), 128: (32, 8), 192: (16, 8), 256: (32, 2)}  # query and KV heads
 
 
@@ -67,6 +69,10 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
                             f"{dim} groups of {size} {bits:g} {which}",
                             functools.partial(encode.append_, kv, x, slots),
                         )
+                if bits == 1 and dim in (64, 128) and dtype != torch.float16:
+                    for queries in (1, 64) if half else (1,):
+                        name = f"{dim} groups of {size} {bits:g} {DTYPES[dtype]} q{queries}"
+                        yield "paged", name, functools.partial(on_pages, q_heads, k, v, queries, dtype, config)
 
 
 def variants() -> Iterator[tuple[str, str, Callable[[], None]]]:
@@ -108,6 +114,22 @@ def attend(q: torch.Tensor, cache: list[packed.Packed], p: Any, **facts: Any) ->
     attention.attention(q, *cache, packed.Options(**{"scale": 0.1, **facts}), plan_=p)
 
 
+def on_pages(q_heads: int, key: Codec, value: Codec, queries: int, dtype: torch.dtype, config: GSRQConfig) -> None:
+    """A step of two requests on the pages of an engine: attention, and writing codes and exact tokens."""
+    from torchgsrq.kernels import paged
+
+    tokens, dim, block, size = 2 * queries, key.head_dim, 128, key.heads * (key.layout.codes + value.layout.codes)
+    q, k, v = (torch.zeros(tokens, heads, dim, dtype=dtype) for heads in (q_heads, key.heads, key.heads))
+    held = torch.zeros(4, key.heads, 16, 2 * dim, dtype=dtype)
+    numbers, table = torch.zeros(3, dtype=torch.int32), torch.zeros(2, 64, dtype=torch.int32)
+    sides, sizes = [Codecs.of(codec) for codec in (key, value)], (config.recent_tokens, config.block_tokens, block)
+    pages = Pages(torch.zeros(4, block * size, dtype=torch.uint8), held, held, *sides, config.sink_tokens, *sizes)
+    requests = Requests(numbers, numbers[1:], numbers[1:], table, table, numbers[1:])
+    paged.paged_attention(q, k, v, pages, requests, scale=0.1, view=DECODE)
+    paged.paged_append_(pages, requests, k, v)
+    paged.paged_hold_(held, k, v, torch.zeros(tokens, dtype=torch.int64))
+
+
 class Recorder:
     """Stands in for a kernel and keeps what it is launched with."""
 
@@ -121,9 +143,10 @@ class Recorder:
 
 def recorded(launch: Callable[[], None]) -> list[Recorder]:
     """The launches of a call."""
-    from torchgsrq.kernels import attention, encode
+    from torchgsrq.kernels import attention, encode, paged
 
     homes = {"split_kernel": attention, "merge_kernel": attention, "encode_kernel": encode, "write_kernel": encode}
+    homes |= {"pages_kernel": paged, "append_pages_kernel": paged, "hold_kernel": paged}
     found = []
     with contextlib.ExitStack() as stack:
         for name, home in homes.items():
@@ -180,12 +203,12 @@ def compile_call(recorder: Recorder, capability: int) -> dict[str, Any]:
         "mma": len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
         "wide loads": len(re.findall(r"ld\.global(?:\.\w+)*\.v4", ptx)),
         "async copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-        "per token": token_instructions(machine, options) if kernel.__name__ == "split_kernel" else 0.0,
+        "per token": token_instructions(machine, options) if kernel.__name__ in COUNTED else 0.0,
     }
 
 
 def token_instructions(machine: str, options: dict[str, Any]) -> float:
-    """Instructions of a warp for each coded token and tile of query rows, off the disassembly of `split_kernel`.
+    """Instructions of a warp for each coded token and tile of query rows, off the disassembly of attention.
 
     The loop over tiles of coded tokens is the innermost one with tensor-core products of float16, which bfloat16
     attention has nowhere else; inside it may be loops over pairs of residual stages.

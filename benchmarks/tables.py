@@ -152,6 +152,18 @@ def attention(name: str) -> str:
     return markdown(["shapes of", "what", *(f"{x // 1024}k" for x in contexts)], lines)
 
 
+def queries(name: str) -> str:
+    """Attention of several query tokens, and of a batch, times the fastest SDPA of the same run."""
+    rows = [row for row in read(name)["rows"] if row["section"] == "queries"]
+    kinds = list(dict.fromkeys((row["batch"], row["queries"]) for row in rows))
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = {(row["batch"], row["queries"]): row["over_sdpa"] for row in rows if row["model"] == model}
+        lines.append((model, *(f"{found[kind]:.2f}" for kind in kinds)))
+    heads = (f"{batch} rows, 1 query" if batch > 1 else f"{several} queries" for batch, several in kinds)
+    return markdown(["shapes of", *heads], lines)
+
+
 def generate(name: str) -> str:
     """Milliseconds per token of a whole model, and times its full precision of the same run."""
     rows = [row for row in read(name)["rows"] if row["section"] == "generate"]
@@ -292,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "windows": lambda: windows("windows"),
     "qwen": lambda: compared("qwen"),
     "attention": lambda: attention("speed"),
+    "queries": lambda: queries("speed"),
     "generate": lambda: generate("speed"),
     "prefill": lambda: prefill("speed"),
     "serve": lambda: served("serve"),

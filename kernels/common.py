@@ -87,10 +87,11 @@ def coded_slots(first, length, RECENT: tl.constexpr, BLOCK: tl.constexpr):
 def place_of(slots, held, stride, table, page_stride, PAGE: tl.constexpr):
     """Where tokens are: ``stride`` after each other, in one piece (``PAGE`` is 0) or on pages of so many tokens, which
     a table names. A tile may begin anywhere on a page, so every token looks up its own."""
+    at = slots * stride
     if PAGE:
         page = tl.load(table + slots // PAGE, mask=held, other=0).to(tl.int64)
-        return page * page_stride + slots % PAGE * stride
-    return slots * stride
+        at = page * page_stride + slots % PAGE * stride
+    return at
 
 
 @triton.jit

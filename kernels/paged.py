@@ -16,15 +16,15 @@ from torch import Tensor
 
 from torchgsrq.codec import Codecs
 from torchgsrq.codec.packed import EXACT_TAIL, LAST_ALIGNED
-from torchgsrq.reference import paged
+from torchgsrq.reference import paged as reference
 from torchgsrq.reference.paged import Pages, Requests
 
 from . import attention, encode
-from .attention import DTYPES, MERGE_ROWS, coded_split, exact_split, merge_kernel
+from .attention import DTYPES, MERGE_ROWS, coded_split, exact_split
 from .common import bits_of, coded_slots, layer_head, place_of
 from .encode import encode_group
 
-CHUNK, TAIL_VIEW, CAUSAL = tl.constexpr(paged.CHUNK), tl.constexpr(EXACT_TAIL), tl.constexpr(LAST_ALIGNED)
+CHUNK, TAIL_VIEW, CAUSAL = tl.constexpr(reference.CHUNK), tl.constexpr(EXACT_TAIL), tl.constexpr(LAST_ALIGNED)
 
 
 def supports(*codecs: Codecs) -> bool:
@@ -144,7 +144,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float = 0.0,
-    view: int = paged.CHUNK,
+    view: int = reference.CHUNK,
     plan: attention.Plan | None = None,
 ) -> Tensor:
     """`torchgsrq.reference.paged.paged_attention`, for codecs that `supports` accepts and tensors of one dtype;
@@ -157,10 +157,9 @@ def paged_attention(
     heads, count = pages.key.heads, requests.lengths.shape[0]
     group, capacity = q_heads // heads, requests.table.shape[1] * pages.block
     window, sinks = (x if x is not None else k[None] for x in (pages.window, pages.sinks))  # none is read
-    where = [requests.query_start, requests.lengths, requests.held_from, *_rows(requests.table)]
-    where += [*_rows(requests.window_table, requests.table), requests.lengths]
-    if requests.sink_pages is not None:
-        where[-1] = requests.sink_pages
+    assert not pages.sink_tokens or (pages.sinks is not None and requests.sink_pages is not None)
+    sink_pages = requests.lengths if requests.sink_pages is None else requests.sink_pages
+    where = (requests.query_start, requests.lengths, requests.held_from, *_tables(requests), sink_pages)
     limits = {
         **_sizes(pages),
         "SINKS": pages.sink_tokens,
@@ -185,7 +184,7 @@ def paged_attention(
                 scale, softcap, part_out, part_top, part_mass, exact_out, bits_of(several), heads, group, tokens, count,
                 p.splits, **attention.constants(key, value, p, q.dtype), **limits, num_warps=p.warps, num_stages=1,
             )  # fmt: skip
-            merge_kernel[(triton.cdiv(group * tokens, MERGE_ROWS), key.heads)](
+            attention.merge_kernel[(triton.cdiv(group * tokens, MERGE_ROWS), key.heads)](
                 part_out, part_top, part_mass, exact_out, value.inverse, value.mean, key.mean, out, 0, dim,
                 bits_of(several), group * tokens, key.heads, group, tokens, p.splits,
                 **attention.merge_constants(value, False, q_heads * dim), num_warps=4, num_stages=1,
@@ -193,12 +192,11 @@ def paged_attention(
     return out
 
 
-def _rows(table: Tensor | None, instead: Tensor | None = None) -> tuple[Tensor, int]:
-    """A table of pages, and how far apart its rows are; without one, another that is not read."""
-    table = table if table is not None else instead
-    assert table is not None
-    table = table if table.stride(1) == 1 else table.contiguous()
-    return table, table.stride(0)
+def _tables(requests: Requests) -> tuple[Tensor, int, Tensor, int]:
+    """The tables of codes and of the window, each with how far apart its rows are."""
+    found = [requests.table, requests.table if requests.window_table is None else requests.window_table]
+    codes, window = (table if table.stride(1) == 1 else table.contiguous() for table in found)
+    return codes, codes.stride(0), window, window.stride(0)
 
 
 def _sizes(pages: Pages) -> dict[str, int]:
@@ -272,8 +270,7 @@ def paged_append_(pages: Pages, requests: Requests, k: Tensor, v: Tensor) -> Non
     sizes, places = _sizes(pages), _places(pages)
     # Of the tokens before this step, so many at most wait to become codes.
     more = min(pages.recent_tokens + pages.block_tokens, pages.block) - 1
-    where = [requests.query_start, requests.lengths, *_rows(requests.table)]
-    where += _rows(requests.window_table, requests.table)
+    where = (requests.query_start, requests.lengths, *_tables(requests))
     for i, (x, codecs) in enumerate(((k, pages.key), (v, pages.value))):
         x = x if x.stride(2) == 1 else x.contiguous()
         window = x[None] if pages.window is None else pages.window[..., i * dim : (i + 1) * dim]
@@ -309,7 +306,7 @@ def paged_hold_(held: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
         with torch.cuda.device_of(k):
             hold_kernel[(tokens, heads)](
                 held, *held.stride()[:3], k, *k.stride()[:2], v, *v.stride()[:2], slots.contiguous(),
-                PAGE=held.shape[2], D=dim, BD=triton.next_power_of_2(dim), num_warps=1,
+                PAGE=held.shape[2], D=dim, BD=triton.next_power_of_2(dim), num_warps=1, num_stages=1,
             )  # fmt: skip
 
 
