@@ -43,6 +43,12 @@ def _found(row: dict[str, Any]) -> str:
     return " / ".join(f"{task['found']:.0%}" for task in row["tasks"].values())
 
 
+def _count(row: dict[str, Any]) -> str:
+    """Answers found, of all tasks together."""
+    scores = row["tasks"].values()
+    return f"{sum(round(s['found'] * s['answers']) for s in scores)} of {sum(s['answers'] for s in scores)}"
+
+
 def _answers(row: dict[str, Any]) -> str:
     return ", ".join(f"{name} {task['answers']}" for name, task in row["tasks"].items())
 
@@ -120,7 +126,7 @@ def groups(name: str) -> str:
             if x.get("what") == f"gsrq groups of {one}, 1" and (x["model"], x["context"]) == ("SmolLM2-135M", 32768)
         ]
         encoded = [f"{x['encode_share']:.0%}" for x in speed if x["section"] == "prefill" and x["group_size"] == one]
-        quality = (_kl(row), f"{row['found']:.0%}, {row['answer_nll']:.2f}", f"{row['bits']:.2f}")
+        quality = (_kl(row), f"{_count(row)}, {row['answer_nll']:.2f}", f"{row['bits']:.2f}")
         lines.append((str(one), *quality, *(attended or ["not measured"]), *(encoded or ["not measured"])))
     head = ["group size", "KL (95%)", "answers found, nats", "bits with codebooks, at 128k tokens"]
     return markdown([*head, "attention at 32k, times SDPA", "encoding, share of a prefill"], lines)
@@ -204,6 +210,26 @@ def prefill(name: str) -> str:
     )
 
 
+_OURS = {"GSRQ 2 bit": "2 bits", "GSRQ 1 bit": "1 bit", "GSRQ 0.5 bit": "0.5 bit"}
+_OTHERS = {
+    "QuantizedCache, quanto int4": "transformers' `QuantizedCache`, quanto int4 (4.5 bits)",
+    "KIVI 2 bit": "KIVI, 3.0 bits (our reading)",
+    "GSRQ, the paper's 1 bit": "the paper's GSRQ, 1 bit (our reading)",
+}
+
+
+def _short(row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{row['ppl']:.2f}", f"{max(row['kl'], 0):.3f}", _count(row)
+
+
+def second() -> str:
+    """The README's, of a second model."""
+    methods = read("qwen")["methods"]
+    labels = {"full precision": "full precision", **_OURS, **_OTHERS}
+    rows = ((label, *_short(methods[name])) for name, label in labels.items() if name in methods)
+    return markdown(["", "perplexity", "KL, nats", "answers found"], rows)
+
+
 def overview() -> str:
     """The README's: quality, attention of one layer and `generate` at 32k tokens."""
     methods, speed = read("compare")["methods"], read("speed")["rows"]
@@ -217,39 +243,24 @@ def overview() -> str:
         ]
         return f"{found[0]:.1f}" if found else ""
 
-    labels = {f"GSRQ {bits} bit": (f"{bits} bit" + ("s" if bits == "2" else ""), bits) for bits in ("2", "1", "0.5")}
-    others = {
-        "QuantizedCache, quanto int4": "transformers' `QuantizedCache`, quanto int4 (4.5 bits)",
-        "KIVI 2 bit": "KIVI, 3.0 bits (our reading)",
-        "GSRQ, the paper's 1 bit": "the paper's GSRQ, 1 bit (our reading)",
-    }
     lines = []
-    for name in ("full precision", *labels, *others):
-        row = methods[name]
-        label, bits = labels.get(name, (others.get(name, name), ""))
-        quality = (f"{row['ppl']:.2f}", f"{max(row['kl'], 0):.3f}", f"{row['found']:.0%}")
+    for name, label in {"full precision": "full precision", **_OURS, **_OTHERS}.items():
         times = ("1", "1") if name == "full precision" else ("", "")
-        if bits:
+        if name in _OURS:
+            bits = name.split()[1]
             of_model = faster("generate", "gsrq groups of 8", "over_full") if bits == "1" else ""
             times = (faster("attention", f"gsrq groups of 8, {bits}", "over_sdpa"), of_model)
-        lines.append((label, *quality, *times))
+        lines.append((label, *_short(methods[name]), *times))
     return markdown(["", "perplexity", "KL, nats", "answers found", "attention", "`generate`"], lines)
 
 
 def bits(name: str) -> str:
     """What bits cost."""
     methods = read(name)["methods"]
-    shown = {
-        "full precision": "full precision",
-        "GSRQ 2 bit": "2 bits",
-        "GSRQ 1 bit": "1 bit",
-        "GSRQ 0.5 bit": "0.5 bit",
-    }
-    rows = ((label, methods[method]) for method, label in shown.items())
-    head = ["", "perplexity", "KL divergence, nats", "answers found"]
-    return markdown(
-        head, ((label, f"{r['ppl']:.2f}", f"{max(r['kl'], 0):.3f}", f"{r['found']:.0%}") for label, r in rows)
+    rows = (
+        (label, *_short(methods[method])) for method, label in {"full precision": "full precision", **_OURS}.items()
     )
+    return markdown(["", "perplexity", "KL divergence, nats", "answers found"], rows)
 
 
 def served(name: str) -> str:
@@ -296,6 +307,7 @@ def held(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
+    "second": second,
     "compare": lambda: compared("compare"),
     "bits": lambda: bits("compare"),
     "groups": lambda: groups("compare"),
