@@ -69,7 +69,7 @@ def configurations() -> Iterator[tuple[str, str, Callable[[], None]]]:
                             f"{dim} groups of {size} {bits:g} {which}",
                             functools.partial(encode.append_, kv, x, slots),
                         )
-                if bits == 1 and dim in (64, 128) and dtype != torch.float16:
+                if (size, bits) == (8, 1) and dim in (64, 128) and dtype != torch.float16:
                     for queries in (1, 64) if half else (1,):
                         name = f"{dim} groups of {size} {bits:g} {DTYPES[dtype]} q{queries}"
                         yield "paged", name, functools.partial(on_pages, q_heads, k, v, queries, dtype, config)
