@@ -103,7 +103,10 @@ class GSRQTensor(Tensor):
         """Create an empty buffer.
 
         Args:
-            batch, kv_heads, capacity, head_dim: the shape of the buffer; ``capacity`` is in tokens.
+            batch: rows.
+            kv_heads: KV heads.
+            capacity: tokens that fit.
+            head_dim: elements of a head's vector.
             codec: ``codebooks[layer].key`` or ``.value``, or one codec for all heads.
             device: device of all tensors.
             dtype: dtype of the full-precision window and of decoded tensors; torch's default dtype by default.
