@@ -22,7 +22,9 @@ def server(folder, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    asked = json.dumps({"gsrq": {"codebooks": str(folder / "books" / "by-head.safetensors"), "recent_tokens": 24}})
+    # Quantized prefill: the second request hits the first one's pages, and must answer the same.
+    books = {"codebooks": str(folder / "books" / "by-head.safetensors")}
+    asked = json.dumps({"gsrq": {**books, "recent_tokens": 24, "prefill": "quantized"}})
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
     command += ["--served-model-name", "tiny", "--enforce-eager", "--skip-tokenizer-init", "--additional-config", asked]
