@@ -146,8 +146,15 @@ class Bench:
                     }
                 )
                 best = min(took["rows"], took["gqa"])
-                facts = {"section": "queries", "model": model, "context": 8192, "batch": batch, "queries": queries}
-                self.record(**facts, us=took["gsrq"] * 1e6, over_sdpa=best / took["gsrq"])
+                self.record(
+                    section="queries",
+                    model=model,
+                    context=8192,
+                    batch=batch,
+                    queries=queries,
+                    us=took["gsrq"] * 1e6,
+                    over_sdpa=best / took["gsrq"],
+                )
 
     # -- with the embedded model
 

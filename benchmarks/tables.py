@@ -211,7 +211,9 @@ def prefill(name: str) -> str:
 
 
 _OURS = {"GSRQ 2 bit": "2 bits", "GSRQ 1 bit": "1 bit", "GSRQ 0.5 bit": "0.5 bit"}
-_OTHERS = {
+_SHOWN = {
+    "full precision": "full precision",
+    **_OURS,
     "QuantizedCache, quanto int4": "transformers' `QuantizedCache`, quanto int4 (4.5 bits)",
     "KIVI 2 bit": "KIVI, 3.0 bits (our reading)",
     "GSRQ, the paper's 1 bit": "the paper's GSRQ, 1 bit (our reading)",
@@ -222,11 +224,10 @@ def _short(row: dict[str, Any]) -> tuple[str, str, str]:
     return f"{row['ppl']:.2f}", f"{max(row['kl'], 0):.3f}", _count(row)
 
 
-def second() -> str:
-    """The README's, of a second model."""
-    methods = read("qwen")["methods"]
-    labels = {"full precision": "full precision", **_OURS, **_OTHERS}
-    rows = ((label, *_short(methods[name])) for name, label in labels.items() if name in methods)
+def short(name: str, shown: Iterable[str] = _SHOWN) -> str:
+    """Quality of a few methods, as far as they were measured."""
+    methods = read(name)["methods"]
+    rows = ((_SHOWN[method], *_short(methods[method])) for method in shown if method in methods)
     return markdown(["", "perplexity", "KL, nats", "answers found"], rows)
 
 
@@ -244,7 +245,7 @@ def overview() -> str:
         return f"{found[0]:.1f}" if found else ""
 
     lines = []
-    for name, label in {"full precision": "full precision", **_OURS, **_OTHERS}.items():
+    for name, label in _SHOWN.items():
         times = ("1", "1") if name == "full precision" else ("", "")
         if name in _OURS:
             bits = name.split()[1]
@@ -252,15 +253,6 @@ def overview() -> str:
             times = (faster("attention", f"gsrq groups of 8, {bits}", "over_sdpa"), of_model)
         lines.append((label, *_short(methods[name]), *times))
     return markdown(["", "perplexity", "KL, nats", "answers found", "attention", "`generate`"], lines)
-
-
-def bits(name: str) -> str:
-    """What bits cost."""
-    methods = read(name)["methods"]
-    rows = (
-        (label, *_short(methods[method])) for method, label in {"full precision": "full precision", **_OURS}.items()
-    )
-    return markdown(["", "perplexity", "KL divergence, nats", "answers found"], rows)
 
 
 def served(name: str) -> str:
@@ -307,9 +299,9 @@ def held(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "overview": overview,
-    "second": second,
+    "second": lambda: short("qwen"),
     "compare": lambda: compared("compare"),
-    "bits": lambda: bits("compare"),
+    "bits": lambda: short("compare", ("full precision", *_OURS)),
     "groups": lambda: groups("compare"),
     "longer-2k": lambda: longer("smollm2-2k"),
     "windows": lambda: windows("windows"),

@@ -309,8 +309,8 @@ def test_tensors_of_several_types(monkeypatch):
     window = torch.zeros(1, dtype=torch.float16)
     pair = codecs(16, 64, False)
     x = torch.zeros(1)
-    assert gpu_ops._kernel_for(x, "paged_attention", *pair, alike=(x, window)) is None
-    assert gpu_ops._kernel_for(x, "paged_attention", *pair, alike=(x, None)) is paged.paged_attention
+    assert ops._kernel(x, "paged_attention", *pair, alike=(x, window)) is None
+    assert ops._kernel(x, "paged_attention", *pair, alike=(x, None)) is paged.paged_attention
 
 
 def test_starts_agree():

@@ -394,8 +394,11 @@ def has_gpu_kernels(key: Codecs, value: Codecs) -> bool:
     return bool(found) and found.attention.supports(key, value) and all(map(found.encode.supports, (key, value)))
 
 
-def _kernel(x: Tensor, name: str, *codecs: Codecs, caches: tuple[Packed, ...] = ()) -> Callable[..., Any] | None:
-    """The Triton function of an op, if ``x`` is on a GPU and the kernels read such codecs and caches.
+def _kernel(
+    x: Tensor, name: str, *codecs: Codecs, caches: tuple[Packed, ...] = (), alike: tuple[Tensor | None, ...] = ()
+) -> Callable[..., Any] | None:
+    """The Triton function of an op, if ``x`` is on a GPU, the kernels read such codecs and caches, and the tensors
+    ``alike`` have the dtype of ``x``.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and the reference would run, which reads lengths on the host.
@@ -404,14 +407,14 @@ def _kernel(x: Tensor, name: str, *codecs: Codecs, caches: tuple[Packed, ...] = 
         return None
     home = "paged" if name.startswith("paged_") else "attention" if name == "attention" else "encode"
     module = getattr(_triton(), home, None)
-    counted = all(kv.counts_up for kv in caches)
-    if module is not None and counted and module.supports(*codecs) and x.dtype in module.DTYPES:
+    fit = all(kv.counts_up for kv in caches) and all(t is None or t.dtype == x.dtype for t in alike)
+    if module is not None and fit and module.supports(*codecs) and x.dtype in module.DTYPES:
         return getattr(module, name)
     if _capturing():
         raise RuntimeError(
             f"{name} runs in plain PyTorch for this codec (frames that are no multiple of 16, more than 8 residual "
             "stages, more than 64 heads, or keys whose heads share codecs otherwise than values), for positions that "
-            "do not count up with the slots, or without triton, and cannot be captured in a CUDA graph: choose "
-            "another compile mode (in generate, disable_compile=True)"
+            "do not count up with the slots, for tensors of several dtypes, or without triton, and cannot be captured "
+            "in a CUDA graph: choose another compile mode (in generate, disable_compile=True)"
         )
     return None

@@ -5,9 +5,6 @@ A layer's pages and codecs travel as plain tensors and integers; `reference.page
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor
 
 from torchgsrq.codec import Codecs
@@ -43,7 +40,7 @@ def paged_append_(
     """Write as codes what a step makes due (`reference.paged.paged_append_`); ``sizes`` as in `paged_attention`."""
     requests = Requests(query_start, lengths, lengths, table, window_table, None)
     pages = _pages(codes, window, None, key_codec, key_integers, value_codec, value_integers, sizes)
-    kernel = _kernel_for(k, "paged_append_", pages.key, pages.value, alike=(v, window))
+    kernel = _kernel(k, "paged_append_", pages.key, pages.value, alike=(v, window))
     (kernel or reference.paged_append_)(pages, requests, k, v)
 
 
@@ -91,14 +88,9 @@ def paged_attention(
     """
     pages = _pages(codes, window, sinks, key_codec, key_integers, value_codec, value_integers, sizes)
     requests = Requests(query_start, lengths, held_from, table, window_table, sink_pages)
-    kernel = _kernel_for(q, "paged_attention", pages.key, pages.value, alike=(k, v, window, sinks))
+    kernel = _kernel(q, "paged_attention", pages.key, pages.value, alike=(k, v, window, sinks))
     attend = kernel or reference.paged_attention
     return attend(q, k, v, pages, requests, scale=scale, softcap=softcap, view=view)
-
-
-def _kernel_for(x: Tensor, name: str, *codecs: Codecs, alike: tuple[Tensor | None, ...]) -> Callable[..., Any] | None:
-    """The Triton function of an op, as for all ops; it takes tensors of the dtype of ``x`` alone."""
-    return _kernel(x, name, *codecs) if all(t is None or t.dtype == x.dtype for t in alike) else None
 
 
 def _pages(
