@@ -7,12 +7,35 @@
 
 #include <torch/library.h>
 
-#include "by_blocks.h"
+#include "exact.h"
 
 namespace gsrq {
 namespace {
 
 constexpr int64_t kTasks = 6, kShortestSplit = 2048, kLongestSplit = 16384;
+
+// The newest slots, from the window or the tails, and the sinks.
+template <typename T>
+void attend_exact(const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* q, Part part) {
+  Timer timer;
+  Exact<T> exact(c, b, h, row0, rows, q, part);
+  const bool tailed = c.tails[0].defined();
+  const Tensor &k = tailed ? c.tails[0] : c.key.window, &v = tailed ? c.tails[1] : c.value.window;
+  const auto of = [&](const Tensor& x, int64_t i) { return x.const_data_ptr<T>() + b * x.stride(0) + h * x.stride(1) + i * c.dim; };
+  const auto piece = [&](const Tensor& k, const Tensor& v, int64_t i, int64_t n) {
+    return Piece<T>{of(k, i), of(v, i), c.dim, c.dim, n};
+  };
+  auto [slot, end] = exact.seen();
+  end = std::min(end, c.length);
+  for (slot = std::max(slot, c.dense_low[b]); slot < end;) {
+    const int64_t place = slot % c.key.ring, n = tailed ? end - slot : std::min(end - slot, c.key.ring - place);
+    exact.add(piece(k, v, tailed ? k.size(2) - (c.length - slot) : c.key.sinks + place, n), slot);
+    slot += n;
+  }
+  const int64_t sinks = std::min(c.key.sinks, c.length - RowStart(c.key.start, b).sink());
+  exact.finish(piece(c.key.window, c.value.window, 0, std::max<int64_t>(sinks, 0)));
+  timer.lap(kDense);
+}
 
 template <typename T>
 void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result) {
@@ -47,7 +70,7 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
       part.clear(rows, c.padded);
       const int64_t at = (bh * c.rows + row0) * c.padded;
       if (index == splits) {
-        attend_dense<T>(c, b, h, row0, rows, plain + at, part);
+        attend_exact<T>(c, b, h, row0, rows, plain + at, part);
         continue;
       }
       const int64_t first = index * length, last = std::min(c.coded[b], first + length);

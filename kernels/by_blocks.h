@@ -9,20 +9,33 @@ namespace {
 
 constexpr int64_t kBlock = 64;      // tokens decoded at a time
 
-// Query rows side by side, as `product` wants them: [dim, lanes], lanes past the rows zero.
-class Columns {
+// Query rows for products with blocks of tokens: scores come as [tokens, lanes], lanes past the rows zero.
+class Rows {
  public:
   const int64_t lanes;
 
-  Columns(int64_t rows, int64_t dim) : lanes(round_up(rows, kWidth)), rows_(rows), dim_(dim) { data_.fill(dim * lanes); }
+  Rows(int64_t rows, int64_t dim)
+      : lanes(round_up(rows, kWidth)), rows_(rows), dim_(dim), few_(rows <= 4 && dim % kWidth == 0) {
+    data_.fill(dim * (few_ ? rows : lanes));
+  }
   void set(const float* x, int64_t ldx) {
     for (int64_t r = 0; r < rows_; ++r)
-      for (int64_t d = 0; d < dim_; ++d) data_[d * lanes + r] = x[r * ldx + d];
+      for (int64_t d = 0; d < dim_; ++d) data_[few_ ? r * dim_ + d : d * lanes + r] = x[r * ldx + d];
   }
-  operator const float*() const { return data_; }
+  // Scores (+)= the products of the rows with n tokens, lda apart.
+  void score(float* scores, const float* a, int64_t lda, int64_t n, bool add = false) const {
+    if (!few_) return product(scores, lanes, a, lda, 1, data_, lanes, n, lanes, dim_, add);
+    switch (rows_) {
+      case 1: return dots<1>(scores, lanes, a, lda, data_, n, dim_, add);
+      case 2: return dots<2>(scores, lanes, a, lda, data_, n, dim_, add);
+      case 3: return dots<3>(scores, lanes, a, lda, data_, n, dim_, add);
+      default: return dots<4>(scores, lanes, a, lda, data_, n, dim_, add);
+    }
+  }
 
  private:
   const int64_t rows_, dim_;
+  const bool few_;
   Buffer data_;
 };
 
@@ -72,12 +85,22 @@ void absorb(int64_t padded, Part part, int64_t rows, int64_t lanes, float* score
 // Sums of codewords of tokens, from the first of `codes` on, in the metric: [n, padded].
 void add_codewords(const Head& head, const uint8_t* codes, int64_t n, float* out) {
   const Tables& t = head.tables;
-  const at::Half* words = head.codec.words(head.h, 0);
-  for (int64_t i = 0; i < n; ++i, codes += t.codes) {
-    float* row = out + i * t.padded;
-    std::fill_n(row, t.padded, 0.f);
-    for (int64_t m = 0; m < t.codes; ++m)
-      add_to(row + m % t.groups * t.width, words + (m * kWords + codes[m]) * t.width, t.width);
+  const auto add = [&](auto known) {
+    const int64_t width = known.value ? known.value : t.width;
+    for (int64_t i = 0; i < n; ++i, out += t.padded) {
+      const at::Half* words = head.codec.words(head.h, 0);
+      for (int64_t stage = 0; stage < t.codes; stage += t.groups) {
+        const int64_t groups = std::min(t.groups, t.codes - stage);
+        for (int64_t g = 0; g < groups; ++g, words += kWords * width)
+          add_to(out + g * width, words + *codes++ * width, width, stage > 0);
+      }
+      std::fill(out + t.dim, out + t.padded, 0.f);
+    }
+  };
+  switch (t.width) {
+    case 8: return add(std::integral_constant<int64_t, 8>());
+    case 16: return add(std::integral_constant<int64_t, 16>());
+    default: add(std::integral_constant<int64_t, 0>());
   }
 }
 
@@ -122,7 +145,7 @@ class DecodedScores {
       }
       for (int64_t d = 2 * pairs; d < t_.dim; ++d) k[d] += mean[d];
     }
-    product<float>(scores, plain_.lanes, keys_, t_.padded, 1, plain_, plain_.lanes, n, plain_.lanes, t_.dim);
+    plain_.score(scores, keys_, t_.padded, n);
   }
 
  private:
@@ -131,7 +154,7 @@ class DecodedScores {
   const Tables& t_;
   const uint8_t* codes_;
   Buffer sums_, keys_, frame_cos_, frame_sin_, turn_cos_, turn_sin_;
-  Columns plain_;
+  Rows plain_;
 };
 
 // Scores of codes for many query rows, in the metric of their codewords: the queries are turned to each frame, and the
@@ -141,7 +164,9 @@ class FramedScores {
   FramedScores(const Call& c, int64_t b, int64_t h, int64_t rows, const float* q)
       : head_(c.key_tables[h]), t_(head_.tables), row_(c.key.start, b), codes_(c.key.codes_of(b, h)), q_(q), rows_(rows),
         turned_(rows * t_.padded), into_(rows * t_.padded), sums_(kBlock * t_.padded), cosine_(t_.pairs), sine_(t_.pairs),
-        coded_(rows, t_.dim), thin_(rows, t_.rank) {}
+        coded_(rows, t_.dim) {
+    thin_.fill(t_.rank * coded_.lanes);
+  }
 
   // How many of the slots [first, last) one call of `score` may take.
   int64_t together(int64_t first, int64_t last) const {
@@ -159,7 +184,8 @@ class FramedScores {
       turn_to(turned_at_ = position - turn);
       const float* into = t_.mean_into + head_.h * t_.dim * t_.padded_rank;
       product(into_, t_.padded_rank, turned_, t_.padded, 1, into, t_.padded_rank, rows_, t_.padded_rank, t_.dim);
-      thin_.set(into_, t_.padded_rank);
+      for (int64_t r = 0; r < rows_; ++r)
+        for (int64_t j = 0; j < t_.rank; ++j) thin_[j * lanes + r] = into_[r * t_.padded_rank + j];
     }
     if (position - place != framed_at_ && (t_.pairs || framed_at_ == kNever)) {
       turn_to(framed_at_ = t_.pairs ? position - place : 0);
@@ -168,9 +194,9 @@ class FramedScores {
       coded_.set(into_, t_.padded);
     }
     const float* mean = t_.mean_at + head_.h * t_.rank * kRotate + turn;
-    product<float>(scores, lanes, mean, 1, kRotate, thin_, lanes, n, lanes, t_.rank);
+    product(scores, lanes, mean, 1, kRotate, thin_, lanes, n, lanes, t_.rank);
     add_codewords(head_, codes_ + first * t_.codes, n, sums_);
-    product<float>(scores, lanes, sums_, t_.padded, 1, coded_, lanes, n, lanes, t_.dim, true);
+    coded_.score(scores, sums_, t_.padded, n, true);
   }
 
  private:
@@ -190,7 +216,8 @@ class FramedScores {
   const int64_t rows_;
   int64_t turned_at_ = kNever, framed_at_ = kNever;
   Buffer turned_, into_, sums_, cosine_, sine_;
-  Columns coded_, thin_;
+  Rows coded_;
+  Buffer thin_;  // [rank, lanes]
 };
 
 // Slots [first, last) of the codes for query rows [row0, row0 + rows); q is in the canonical order.
@@ -274,64 +301,6 @@ void merge_parts(PartAt part_at, int64_t splits, float sink, const Head& value, 
   const float* mean = t.mean + value.h * t.padded;
   const float scale = mass > 0 ? 1 / mass : 0.f;
   for (int64_t d = 0; d < t.dim; ++d) sum[d] = (sum[d] + coded_mass * mean[d]) * scale;
-}
-
-// What is held in full precision: the newest slots, from the window or the tails, and the sinks.
-template <typename T>
-void attend_dense(
-    const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* q, Part part) {
-  Timer timer;
-  const int64_t sink = RowStart(c.key.start, b).sink();
-  const int64_t* from_slot = c.dense_first.data() + b * c.queries;
-  const Packed* kv[2] = {&c.key, &c.value};
-  Columns columns(rows, c.dim);
-  columns.set(q, c.padded);
-  const int64_t lanes = columns.lanes;
-  Buffer keys, values, scores(kBlock * lanes);
-  for (Buffer* buffer : {&keys, &values}) buffer->fill(kBlock * c.padded);
-  int64_t slots[kBlock];
-  const auto block = [&](int64_t n, bool of_sinks) {
-    for (int which = 0; which < 2; ++which) {
-      const Packed& p = *kv[which];
-      const Tensor& tail = c.tails[which];
-      const bool tailed = tail.defined() && !of_sinks;
-      const Tensor& from = tailed ? tail : p.window;
-      const T* rows_of = from.const_data_ptr<T>() + b * from.stride(0) + h * from.stride(1);
-      float* out = which ? values : keys;
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t index = of_sinks ? slots[i] - sink
-            : tailed                   ? from.size(2) - (c.length - slots[i])
-                                       : p.sinks + slots[i] % p.ring;
-        at::vec::convert(rows_of + index * c.dim, out + i * c.padded, c.dim);
-      }
-    }
-    product<float>(scores, lanes, keys, c.padded, 1, columns, lanes, n, lanes, c.dim);
-    restrict_scores(c, b, h, row0, rows, slots, 0, n, scores, lanes, 1, [&](int64_t query, float* s) {
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t slot = slots[i];
-        const bool is_sink = slot >= sink && slot < sink + c.key.sinks;
-        if (slot > c.last[query] || is_sink != of_sinks || (!of_sinks && slot < from_slot[query])) s[i * lanes] = -kInf;
-      }
-    });
-    absorb(c.padded, part, rows, lanes, scores, n, values);
-  };
-  int64_t lowest = c.length, highest = -1;
-  for (int64_t r = row0; r < row0 + rows; ++r) {
-    lowest = std::min(lowest, from_slot[c.query_of(r)]);
-    highest = std::max(highest, c.last[c.query_of(r)]);
-  }
-  for (int64_t first = std::max(lowest, c.dense_low[b]); first < std::min(c.length, highest + 1); first += kBlock) {
-    const int64_t n = std::min(kBlock, c.length - first);
-    std::iota(slots, slots + n, first);
-    block(n, false);
-  }
-  for (int64_t first = 0; first < c.key.sinks; first += kBlock) {
-    const int64_t n = std::min({kBlock, c.key.sinks - first, c.length - sink - first});
-    if (n <= 0) break;
-    std::iota(slots, slots + n, sink + first);
-    block(n, true);
-  }
-  timer.lap(kDense);
 }
 
 }  // namespace

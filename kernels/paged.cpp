@@ -10,13 +10,13 @@
 
 #include <optional>
 
-#include "by_blocks.h"
+#include "exact.h"
 
 namespace gsrq {
 namespace {
 
 enum PagedView : int64_t { kChunkView = 0, kDecodeView = 1 };
-constexpr int64_t kSplit = 2048, kMostSplit = 16384, kSlots = 64;
+constexpr int64_t kSplit = 2048, kMostSplit = 16384, kNoLimit = std::numeric_limits<int64_t>::max() - 1;
 
 // Where the codes of each head lie on a page: bytes before those of a head, for each token of the page, and its own.
 struct Places {
@@ -31,8 +31,8 @@ struct Places {
   }
 };
 
-// The exact tokens of a step: the new ones, and pages of the window and of sinks.
-struct Exact {
+// The tokens of a step in full precision: the new ones, and pages of the window and of sinks.
+struct Held {
   Tensor k, v, window, sinks, window_table, sink_pages;
   int64_t sink_tokens, dim, padded;
 };
@@ -46,134 +46,33 @@ struct Request {
   bool plain;  // reads no codes: ordinary attention does it
 };
 
-// Tokens side by side in memory, keys and values.
+// What query rows [row0, row0 + rows) of head h of request i read in full precision.
 template <typename T>
-struct Piece {
-  const T *k, *v;
-  int64_t ld, n;
-};
-
-// What query rows [row0, row0 + rows) of a head read exactly.
-template <typename T>
-class ExactAttention {
- public:
-  ExactAttention(const Exact& e, const Call& c, const Request& r, int64_t index, int64_t h)
-      : e_(e), c_(c), r_(r), index_(index), h_(h) {}
-
-  void run(int64_t row0, int64_t rows, const float* q, Part part) {
-    row0_ = row0, rows_ = rows, part_ = part;
-    q_.emplace(rows, e_.dim);
-    q_->set(q, e_.padded);
-    scores_.resize(q_->lanes * kSlots);
-    int64_t low = r_.length, high = -1;
-    for (int64_t row = row0; row < row0 + rows; ++row) {
-      const int64_t query = c_.query_of(row);
-      low = std::min(low, r_.exact_from[query]), high = std::max(high, r_.held + query);
-    }
-    low = std::max(low, e_.sink_tokens);
-    if (low < r_.held) {
-      const int64_t size = e_.window.size(2);
-      const int32_t* table = e_.window_table.const_data_ptr<int32_t>() + index_ * e_.window_table.stride(0);
-      for (int64_t slot = low; slot < r_.held;) {
-        const int64_t n = std::min(r_.held, (slot / size + 1) * size) - slot;
-        add(on_page(e_.window, table[slot / size], slot % size, n), slot);
-        slot += n;
-      }
-    }
-    const T* k = e_.k.const_data_ptr<T>() + r_.first * e_.k.stride(0) + h_ * e_.k.stride(1);
-    const T* v = e_.v.const_data_ptr<T>() + r_.first * e_.v.stride(0) + h_ * e_.v.stride(1);
-    for (int64_t slot = std::max(low, r_.held); slot <= high; slot += kSlots) {
-      const int64_t n = std::min(kSlots, high + 1 - slot), at = slot - r_.held;
-      flush();
-      add(pair(k + at * e_.k.stride(0), e_.k.stride(0), v + at * e_.v.stride(0), e_.v.stride(0), n), slot);
-    }
-    flush();
-    if (!e_.sink_tokens) return;
-    const int32_t* page = e_.sink_pages.const_data_ptr<int32_t>() + index_ * e_.sink_pages.stride(0);
-    of_sinks_ = true;
-    add(on_page(e_.sinks, *page, 0, std::min(e_.sink_tokens, r_.length)), 0);
-    flush();
-  }
-
- private:
-  Piece<T> on_page(const Tensor& held, int64_t page, int64_t place, int64_t n) {
-    const T* k = held.const_data_ptr<T>() + page * held.stride(0) + h_ * held.stride(1) + place * held.stride(2);
-    return {k, k + e_.dim, held.stride(2), n};
-  }
-  Piece<T> pair(const T* k, int64_t ldk, const T* v, int64_t ldv, int64_t n) {
-    if (ldk == ldv) return {k, v, ldk, n};
-    if (keys_.empty()) keys_.resize(kSlots * e_.dim), values_.resize(kSlots * e_.dim);
-    for (int64_t i = 0; i < n; ++i) {
-      std::copy_n(k + i * ldk, e_.dim, keys_.data() + i * e_.dim);
-      std::copy_n(v + i * ldv, e_.dim, values_.data() + i * e_.dim);
-    }
-    return {keys_.data(), values_.data(), e_.dim, n};
-  }
-
-  void add(Piece<T> piece, int64_t slot) {
-    while (piece.n > 0) {
-      if (n_ == kSlots) flush();
-      const int64_t some = std::min(piece.n, kSlots - n_);
-      pieces_.push_back({piece.k, piece.v, piece.ld, some});
-      std::iota(slots_ + n_, slots_ + n_ + some, slot);
-      n_ += some, slot += some, piece.n -= some, piece.k += some * piece.ld, piece.v += some * piece.ld;
+void attend_exact(
+    const Held& e, const Call& c, const Request& r, int64_t i, int64_t h, int64_t row0, int64_t rows, const float* q, Part part) {
+  Exact<T> exact(c, i, h, row0, rows, q, part);
+  const auto on_page = [&](const Tensor& held, int64_t page, int64_t place, int64_t n) {
+    const T* k = held.const_data_ptr<T>() + page * held.stride(0) + h * held.stride(1) + place * held.stride(2);
+    return Piece<T>{k, k + e.dim, held.stride(2), held.stride(2), n};
+  };
+  const auto table_of = [&](const Tensor& table) { return table.const_data_ptr<int32_t>() + i * table.stride(0); };
+  auto [slot, end] = exact.seen();
+  end = std::min(end, r.length);
+  for (slot = std::max(slot, e.sink_tokens); slot < end;) {
+    if (slot < r.held) {
+      const int64_t size = e.window.size(2), n = std::min(std::min(r.held, end) - slot, size - slot % size);
+      exact.add(on_page(e.window, table_of(e.window_table)[slot / size], slot % size, n), slot);
+      slot += n;
+    } else {
+      const int64_t at = r.first + slot - r.held;
+      const auto of = [&](const Tensor& x) { return x.const_data_ptr<T>() + at * x.stride(0) + h * x.stride(1); };
+      exact.add({of(e.k), of(e.v), e.k.stride(0), e.v.stride(0), end - slot}, slot);
+      slot = end;
     }
   }
-
-  // Rows of floats, padded with zeros to whole vectors.
-  const float* floats(const T* x, int64_t& ld, int64_t n, Buffer& to) {
-    if constexpr (std::is_same_v<T, float>) {
-      if (e_.dim == e_.padded) return x;
-    }
-    to.resize(kSlots * e_.padded);
-    for (int64_t i = 0; i < n; ++i) {
-      float* row = to + i * e_.padded;
-      at::vec::convert(x + i * ld, row, e_.dim);
-      std::fill(row + e_.dim, row + e_.padded, 0.f);
-    }
-    ld = e_.padded;
-    return to;
-  }
-
-  void flush() {
-    if (!n_) return;
-    const int64_t lanes = q_->lanes;
-    int64_t at = 0;
-    for (const Piece<T>& piece : pieces_) {
-      int64_t ld = piece.ld;
-      const float* k = floats(piece.k, ld, piece.n, plain_);
-      product<float>(scores_ + at * lanes, lanes, k, ld, 1, *q_, lanes, piece.n, lanes, e_.dim);
-      at += piece.n;
-    }
-    restrict_scores(c_, 0, h_, row0_, rows_, slots_, 0, n_, scores_, lanes, 1, [&](int64_t query, float* s) {
-      const int64_t from = of_sinks_ ? 0 : r_.exact_from[query], last = r_.held + query;
-      for (int64_t i = 0; i < n_; ++i)
-        if (slots_[i] > last || slots_[i] < from) s[i * lanes] = -kInf;
-    });
-    soften(e_.padded, part_, rows_, lanes, scores_, n_);
-    at = 0;
-    for (const Piece<T>& piece : pieces_) {
-      int64_t ld = piece.ld;
-      const float* v = floats(piece.v, ld, piece.n, plain_);
-      product(part_.out, e_.padded, scores_ + at * lanes, 1, lanes, v, ld, rows_, e_.padded, piece.n, true);
-      at += piece.n;
-    }
-    pieces_.clear();
-    n_ = 0;
-  }
-
-  const Exact& e_;
-  const Call& c_;
-  const Request& r_;
-  const int64_t index_, h_;
-  int64_t row0_ = 0, rows_ = 0, n_ = 0, slots_[kSlots];
-  std::optional<Columns> q_;
-  Part part_{};
-  bool of_sinks_ = false;
-  std::vector<Piece<T>> pieces_;
-  std::vector<T> keys_, values_;
-  Buffer scores_, plain_;
-};
+  if (e.sink_tokens) exact.finish(on_page(e.sinks, *table_of(e.sink_pages), 0, std::min(e.sink_tokens, r.length)));
+  else exact.finish({});
+}
 
 // Codes of all requests side by side, as the parts of a cache of one row a request.
 class Gathered {
@@ -265,11 +164,13 @@ void limit(Call& c, const std::vector<Request>& requests, int64_t queries, int64
   const int64_t rows = only < 0 ? requests.size() : only + 1;
   c.batch = rows, c.group = group, c.queries = queries, c.rows = group * queries;
   c.code_limit.assign(rows * queries, 0), c.coded.assign(rows, 0);
+  for (int64_t i = 0; i < queries; ++i) c.last.push_back(only < 0 ? kNoLimit : requests[only].held + i);
   for (int64_t b = std::max<int64_t>(only, 0); b < rows; ++b) {
     if (requests[b].queries != queries) continue;
     std::copy(requests[b].exact_from.begin(), requests[b].exact_from.end(), c.code_limit.begin() + b * queries);
     c.coded[b] = requests[b].coded;
   }
+  c.dense_first = c.code_limit;
 }
 
 // Ordinary attention of a request that reads no codes and had no tokens before.
@@ -282,7 +183,7 @@ void attend_plain(const Request& r, const Tensor& q, const Tensor& k, const Tens
 }
 
 template <typename T>
-void attend(const Gathered& g, const Exact& e, std::vector<Request>& requests, const Tensor& q, double scale, Tensor& result) {
+void attend(const Gathered& g, const Held& e, std::vector<Request>& requests, const Tensor& q, double scale, Tensor& result) {
   const int64_t heads = g.key().codec.heads, group = q.size(1) / heads, padded = e.padded, count = requests.size();
   const Tables& any = requests.empty() ? *tables_of(g.key().codec.parts[0]) : requests[0].call->key_tables[0].tables;
   int64_t rows = 0, parts = 0, tasks = 0;
@@ -331,7 +232,7 @@ void attend(const Gathered& g, const Exact& e, std::vector<Request>& requests, c
       part.clear(some, padded);
       const int64_t first_row = (r.rows_before + h * c.rows + row0) * padded;
       if (index == r.splits) {
-        ExactAttention<T>(e, c, r, i, h).run(row0, some, plain + first_row, part);
+        attend_exact<T>(e, c, r, i, h, row0, some, plain + first_row, part);
         continue;
       }
       const int64_t first = index * r.split, last = std::min(r.coded, first + r.split);
@@ -374,7 +275,7 @@ Tensor paged_attention(
   std::vector<Request> requests = requests_of(query_start, lengths, held_from, sizes[2], sizes[3], view);
   const Gathered g(codes, table, requests, sizes[0], key_codec, key_integers, value_codec, value_integers, sizes[1]);
   Tensor result = at::zeros({q.size(0), q.size(1), q.size(2)}, q.options());
-  Exact e{k, v, window.value_or(Tensor()), sinks.value_or(Tensor()), window_table.value_or(Tensor()),
+  Held e{k, v, window.value_or(Tensor()), sinks.value_or(Tensor()), window_table.value_or(Tensor()),
           sink_pages.value_or(Tensor()), sizes[1], q.size(2), round_up(q.size(2), kWidth)};
   std::deque<Call> calls;
   const Call* single = nullptr;

@@ -1,10 +1,15 @@
 // What the CPU kernels share: small matrix products, rows of lanes, rotations, and the tables of a codec.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <array>
@@ -132,17 +137,17 @@ inline Vec load(const at::Half* p) {
 #endif
 }
 
-// out[i] += in[i], any n
-inline void add_to(float* out, const at::Half* in, int64_t n) {
+// out[i] (+)= in[i], any n
+inline void add_to(float* out, const at::Half* in, int64_t n, bool add = true) {
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) (load(out + i) + load(in + i)).store(out + i);
+  for (; i + kWidth <= n; i += kWidth) (add ? load(out + i) + load(in + i) : load(in + i)).store(out + i);
 #if defined(CPU_CAPABILITY_AVX512)
   for (; i + 8 <= n; i += 8) {  // a group of the default
     const __m256 more = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
-    _mm256_storeu_ps(out + i, _mm256_add_ps(_mm256_loadu_ps(out + i), more));
+    _mm256_storeu_ps(out + i, add ? _mm256_add_ps(_mm256_loadu_ps(out + i), more) : more);
   }
 #endif
-  for (; i < n; ++i) out[i] += static_cast<float>(in[i]);
+  for (; i < n; ++i) out[i] = (add ? out[i] : 0.f) + static_cast<float>(in[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -210,6 +215,46 @@ inline void product(
 
 inline float reduce_sum(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+// The sums of four vectors, in the first four elements; the others are zero.
+inline Vec sums_of(const Vec (&x)[4]) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto half = [](__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); };
+#else
+  const auto half = [](__m256 v) { return v; };
+#endif
+  const __m256 pairs[2] = {_mm256_hadd_ps(half(x[0]), half(x[1])), _mm256_hadd_ps(half(x[2]), half(x[3]))};
+  const __m256 four = _mm256_hadd_ps(pairs[0], pairs[1]);
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_zextps128_ps512(sums);
+#else
+  return _mm256_zextps128_ps256(sums);
+#endif
+#else
+  alignas(64) float each[kWidth] = {};
+  for (int i = 0; i < 4; ++i) each[i] = reduce_sum(x[i]);
+  return load(each);
+#endif
+}
+
+// Products of n rows of `a` with R rows of q, [R, dim]: (+)= out[t, r], in rows of whole vectors with zeros past R. dim
+// is a multiple of kWidth.
+template <int R>
+inline void dots(float* out, int64_t ldo, const float* a, int64_t lda, const float* q, int64_t n, int64_t dim, bool add) {
+  static_assert(R <= 4);
+  for (int64_t t = 0; t < n; ++t, a += lda, out += ldo) {
+    Vec sums[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
+    for (int64_t d = 0; d < dim; d += kWidth) {
+      const Vec x = load(a + d);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) sums[r] = at::vec::fmadd(x, load(q + r * dim + d), sums[r]);
+    }
+    const Vec found = sums_of(sums);
+    (add ? found + load(out) : found).store(out);
+  }
 }
 
 // Any n.
