@@ -304,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bits": lambda: short("compare", ("full precision", *_OURS)),
     "groups": lambda: groups("compare"),
     "longer-2k": lambda: longer("smollm2-2k"),
+    "longer-4k": lambda: longer("smollm2-4k"),
     "windows": lambda: windows("windows"),
     "qwen": lambda: compared("qwen"),
     "attention": lambda: attention("speed"),
