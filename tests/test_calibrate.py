@@ -41,11 +41,11 @@ def test_statistics_are_the_formulas(model, stats):
     def observer(layer, q, k, v, scaling, **_):
         seen[layer.layer_idx] = (q, k, v, scaling)
 
-    from torchgsrq.models import observed
+    from torchgsrq.models import observed, quick_products
 
-    with torch.no_grad(), observed(model, observer):
+    with torch.no_grad(), quick_products(model), observed(model, observer):
         model.base_model(TOKENS[None, 128:256], use_cache=False)
-    q, k, v, scaling = seen[1]
+    q, k, v, scaling = *(x.float() for x in seen[1][:3]), seen[1][3]
     got = stats[1]
     info = got.info
     k_weight, v_weight = torch.zeros(128), torch.zeros(128)

@@ -110,3 +110,27 @@ def test_memory_is_of_what_is_kept(monkeypatch):
     room = 4 * 128 * 2 * (2 * 32 + 8) * len(layers)
     assert [len(list(chunks(layers, windows, room))) for windows in (few, many)] == [1, 1]
     assert len(list(chunks(layers, many, room - 1))) == 2
+
+
+def test_reading_in_bfloat16(monkeypatch):
+    """With AMX, a float32 model's products are in bfloat16, the statistics of them are not; other models stay."""
+    model = tiny_llama()
+    seen = []
+
+    class Seen(statistics.Statistics):
+        def add(self, q, k, v, *args, **kwargs):
+            seen.append((v.dtype, torch.is_autocast_enabled("cpu")))
+            super().add(q, k, v, *args, **kwargs)
+
+    def metric(tiles):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+        return collect_statistics(model, inspect_layers(model), TOKENS[:2])[0].query_metric
+
+    monkeypatch.setattr(statistics, "Statistics", Seen)
+    plain, quick = metric(False), metric(True)
+    assert {*seen} == {(torch.float32, False), (torch.bfloat16, False)}
+    assert float((quick - plain).norm() / plain.norm()) < 0.02
+    seen.clear()
+    model.half()
+    metric(True)
+    assert {*seen} == {(torch.float16, False)}

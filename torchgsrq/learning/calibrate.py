@@ -32,7 +32,7 @@ log = logging.getLogger("torchgsrq")
 
 WINDOW = 1024  # tokens of a calibration sequence
 MEMORY = 2 << 30  # bytes of vectors held at a time
-RECIPE = 6  # increased when calibration changes, so that codebooks in the disk cache are learned again
+RECIPE = 7  # increased when calibration changes, so that codebooks in the disk cache are learned again
 
 
 @overload

@@ -187,7 +187,8 @@ def _backward(model: PreTrainedModel, window: Tensor, seed: int, observer: model
         _from_embeddings(model, model_with_head),
         torch.compiler.set_stance("force_eager"),
     ):
-        out = model_with_head(input_ids=window[None].to(device), use_cache=False)
+        with models.quick_products(model):
+            out = model_with_head(input_ids=window[None].to(device), use_cache=False)
         if getattr(out, "logits", None) is None:  # without a head: a random direction, relative to the output's size
             hidden = out[0].float()
             drawn = torch.randn(hidden.shape, generator=generator, dtype=torch.float32).to(hidden.device)

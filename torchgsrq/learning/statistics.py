@@ -169,7 +169,8 @@ def collect_cached(
     with torch.no_grad(), models.refusing(_what(model, windows)):
         for window in bar(windows, "reading"):
             cache = models.Recorder(models.text_config(model))
-            inner(input_ids=window[None].to(device), use_cache=True, **models.with_cache(inner, cache))
+            with models.quick_products(model):
+                inner(input_ids=window[None].to(device), use_cache=True, **models.with_cache(inner, cache))
             for index, *given in cache.given:
                 for x, s in zip(given, stats.get(index, ()), strict=False):
                     s.add_vectors(x)
@@ -211,7 +212,8 @@ def collect_statistics(model: PreTrainedModel, layers: Iterable[LayerInfo], wind
     inner, device = models.decoder(model), models.input_device(model)
     source = models.cached_by(layers)
     rotary = models.rotaries(model, layers)
-    with torch.no_grad(), models.observed(model, observer), models.refusing(_what(model, windows)):
+    seeing = models.observed(model, observer)
+    with torch.no_grad(), models.quick_products(model), seeing, models.refusing(_what(model, windows)):
         for window in bar(windows, "reading"):
             inner(input_ids=window[None].to(device), use_cache=False)
     return stats

@@ -135,11 +135,12 @@ def own_text(model: PreTrainedModel, tokens: int, window: int, seed: int) -> Ten
     ):
         torch.manual_seed(seed)
         writer = models.own_generation(model, do_sample=False, max_new_tokens=window - 1, pad_token_id=start)
-        written = writer.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            logits_processor=LogitsProcessorList([_sampler(ends, shown)]),
-        )
+        with models.quick_products(model):
+            written = writer.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                logits_processor=LogitsProcessorList([_sampler(ends, shown)]),
+            )
         if written.shape != (rows, window):
             raise ValueError(f"it wrote {list(written.shape)} tokens of {[rows, window]}")
         return written

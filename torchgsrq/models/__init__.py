@@ -13,6 +13,7 @@ from torchgsrq.models.observe import (
     observed,
     own_generation,
     plain_precision,
+    quick_products,
     refusing,
 )
 from torchgsrq.models.parts import (
@@ -70,6 +71,7 @@ __all__ = [
     "parameters",
     "path_to_decoder",
     "plain_precision",
+    "quick_products",
     "refusing",
     "returned_cache",
     "rope_span",

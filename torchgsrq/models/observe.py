@@ -38,6 +38,16 @@ def plain_precision(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
+def quick_products(model: nn.Module) -> Iterator[None]:
+    """Run the matrix products of a float32 model in bfloat16 on CPUs with tiles for it (AMX), for readings that average
+    over many tokens. Observers run outside of it (`notify`)."""
+    device, tiles = input_device(model).type, getattr(torch.cpu, "_is_amx_tile_supported", bool)
+    floats = next(model.parameters()).dtype == torch.float32
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cpu" and floats and tiles()):
+        yield
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run in evaluation mode, then restore every module's mode."""
     modes = [(module, module.training) for module in model.modules()]
@@ -100,7 +110,10 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
 def notify(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Callable[[Tensor], None] | None:
     """Report an attention call to this thread's newest observer; returns the observer's gradient hook, if any."""
     observers = _here.__dict__.get("observers")
-    return observers[-1](module, q, k, v, **kwargs) if observers else None
+    if not observers:
+        return None
+    with torch.autocast(q.device.type, enabled=False):
+        return observers[-1](module, q, k, v, **kwargs)
 
 
 def layer_index(module: nn.Module) -> int | None:
