@@ -6,8 +6,9 @@
 Sections, in this order; one that fails says so, and the others go on:
 
 - check: the kernels against the reference on this device, CUDA-graph replay at changing lengths, compiled models.
-- attention: a decode step of one layer against SDPA, FlexAttention and a split-KV kernel in Triton, all bfloat16.
-  Several layers take turns, so that no cache finds its tokens in the L2.
+- attention: a decode step of one layer, heads alike and with rates as far apart as a model's, against SDPA,
+  FlexAttention and a split-KV kernel in Triton, all bfloat16. Several layers take turns, so that no cache
+  finds its tokens in the L2.
 - encode: microseconds per token of all layers, against the prefill of the same tokens.
 - model: tokens per second of a random-weight model, compiled with CUDA graphs, against its bfloat16 static cache.
 - capacity: how many tokens fit beside the weights, and tokens per second when they do.
@@ -239,24 +240,28 @@ class Bench:
         best = min(times.values())
         for name, taken in times.items():
             self.record("attention", **facts, what=name, us=taken * 1e6, gb_per_s=full / taken / 1e9)
+        rates = [("bits by head, 1", GSRQConfig(bits=1))]
         for size in (8,) if self.small else (8, 64):
             for bits in (1.0,) if self.small else (2.0, 1.0, 0.5):
-                config = GSRQConfig(bits=bits, group_size=size)
-                # Every layer has codebooks of its own, as in a model.
-                books = sum(Codecs.of(c).nbytes() for c in random_codecs(heads, dim, config))
-                caches = [
-                    random_cache(batch, heads, dim, length, config, half, self.device)
-                    for _ in range(self.layers_for(int(full * bits / 16) + books))
-                ]
-                codecs = (caches[0][0].codec, caches[0][1].codec)
-                p = kernel.plan(codecs[0].first, q_heads // heads, length, batch * heads, count, True)
-                taken = self.seconds(functools.partial(self.attend_all, q, caches, p)) / len(caches)
-                name = f"gsrq groups of {size}, {bits:g}"
-                self.record("attention", **facts, what=name, us=taken * 1e6, over_best=best / taken)
-                del caches
-                self.free()
+                rates.append((f"groups of {size}, {bits:g}", GSRQConfig(bits=bits, group_size=size)))
+        for name, config in rates:
+            alike = name.startswith("groups")
+            books = sum(Codecs.of(c).nbytes() for c in random_codecs(heads, dim, config))
+            count_of = self.layers_for(int(full * config.bits / 16) + books)
+            # Every layer has codebooks of its own, as in a model, and its heads as many bits as in one.
+            each = None if alike else random_codebooks(count_of, heads, dim, config)
+            caches = [
+                random_cache(batch, heads, dim, length, config, half, self.device, None if each is None else each[i])
+                for i in range(count_of)
+            ]
+            first = caches[0][0].codec.first
+            p = kernel.plan(first, q_heads // heads, length, batch * heads, count, True) if alike else None
+            taken = self.seconds(functools.partial(self.attend_all, q, caches, p)) / len(caches)
+            self.record("attention", **facts, what=f"gsrq {name}", us=taken * 1e6, over_best=best / taken)
+            del caches
+            self.free()
 
-    def attend_all(self, q: Tensor, caches: Any, plan: kernel.Plan) -> None:
+    def attend_all(self, q: Tensor, caches: Any, plan: kernel.Plan | None) -> None:
         """A decode step of every layer."""
         for key, value in caches:
             kernel.attention(q, key.packed, value.packed, Options(scale=q.shape[-1] ** -0.5), plan_=plan)
@@ -448,6 +453,20 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+def table(rows: list[dict[str, Any]]) -> str:
+    """All rows as one Markdown table: where, what, and the figures."""
+    places = ("model", "layers", "batch", "context", "group_size")
+    lines = ["| section | size | what | figures |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        where = ", ".join(f"{name} {row[name]}" for name in places if name in row)
+        rest = {name: x for name, x in row.items() if name not in (*places, "section", "what", "failed")}
+        figures = ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in rest.items())
+        lines.append(
+            f"| {row['section']} | {where} | {row.get('what', '')} | {'failed' if 'failed' in row else figures} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -473,6 +492,7 @@ def main() -> int:
             bench.free()
         if args.json:
             args.json.write_text(json.dumps({"environment": evaluate.environment(), "rows": bench.rows}, indent=1))
+    print(f"\n{table(bench.rows)}", flush=True)
     wrong = [row["what"] for row in bench.rows if row.get("passed") is False]
     if wrong or failed:
         print(f"FAILED: {', '.join(wrong + failed)}")
