@@ -93,6 +93,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "hrm_text": {"num_hidden_layers": 1},  # of a stack, of which there are eight
     "inkling_text": {"swa_num_attention_heads": 4, "swa_head_dim": 16, "rel_extent": 64, "sliding_window_size": 32},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "longcat_flash": {"zero_expert_num": 4},
