@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from common import MODELS, fill, random_cache, random_codebooks, random_codecs
 from split_kv import decode as split_kv
+from tables import markdown
 from torch import Tensor
 from torchgsrq.kernels import attention as kernel
 from torchgsrq.kernels import encode as encoder
@@ -58,8 +59,7 @@ class Bench:
     def record(self, section: str, **facts: Any) -> None:
         """Print a row and keep it."""
         self.rows.append({"section": section, **facts})
-        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
-        print(f"{section}:", ", ".join(shown), flush=True)
+        print(f"{section}:", shown(facts), flush=True)
 
     def late(self, section: str, what: str) -> bool:
         """Whether the time is up; says what is left out."""
@@ -240,31 +240,27 @@ class Bench:
         best = min(times.values())
         for name, taken in times.items():
             self.record("attention", **facts, what=name, us=taken * 1e6, gb_per_s=full / taken / 1e9)
-        rates = [("bits by head, 1", GSRQConfig(bits=1))]
-        for size in (8,) if self.small else (8, 64):
-            for bits in (1.0,) if self.small else (2.0, 1.0, 0.5):
-                rates.append((f"groups of {size}, {bits:g}", GSRQConfig(bits=bits, group_size=size)))
-        for name, config in rates:
-            alike = name.startswith("groups")
-            books = sum(Codecs.of(c).nbytes() for c in random_codecs(heads, dim, config))
-            count_of = self.layers_for(int(full * config.bits / 16) + books)
-            # Every layer has codebooks of its own, as in a model, and its heads as many bits as in one.
-            each = None if alike else random_codebooks(count_of, heads, dim, config)
+        sizes, offered = ((8,), (1.0,)) if self.small else ((8, 64), (2.0, 1.0, 0.5))
+        for name, config, by_head in (
+            ("bits by head, 1", GSRQConfig(), True),
+            *((f"groups of {g}, {b:g}", GSRQConfig(bits=b, group_size=g), False) for g in sizes for b in offered),
+        ):
+            tables = sum(Codecs.of(c).nbytes() for c in random_codecs(heads, dim, config))
+            layers = self.layers_for(int(full * config.bits / 16) + tables)
+            # Every layer has codebooks of its own, as in a model.
+            books = random_codebooks(layers, heads, dim, config) if by_head else dict.fromkeys(range(layers))
             caches = [
-                random_cache(batch, heads, dim, length, config, half, self.device, None if each is None else each[i])
-                for i in range(count_of)
+                random_cache(batch, heads, dim, length, config, half, self.device, books[i]) for i in range(layers)
             ]
-            first = caches[0][0].codec.first
-            p = kernel.plan(first, q_heads // heads, length, batch * heads, count, True) if alike else None
-            taken = self.seconds(functools.partial(self.attend_all, q, caches, p)) / len(caches)
+            taken = self.seconds(functools.partial(self.attend_all, q, caches)) / layers
             self.record("attention", **facts, what=f"gsrq {name}", us=taken * 1e6, over_best=best / taken)
             del caches
             self.free()
 
-    def attend_all(self, q: Tensor, caches: Any, plan: kernel.Plan | None) -> None:
+    def attend_all(self, q: Tensor, caches: Any) -> None:
         """A decode step of every layer."""
         for key, value in caches:
-            kernel.attention(q, key.packed, value.packed, Options(scale=q.shape[-1] ** -0.5), plan_=plan)
+            kernel.attention(q, key.packed, value.packed, Options(scale=q.shape[-1] ** -0.5))
 
     def layers_for(self, size: int) -> int:
         """Layers that take turns, so that the L2 holds none of them."""
@@ -453,18 +449,21 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+def shown(facts: dict[str, Any]) -> str:
+    """Names and figures in one line."""
+    return ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in facts.items())
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """All rows as one Markdown table: where, what, and the figures."""
-    places = ("model", "layers", "batch", "context", "group_size")
-    lines = ["| section | size | what | figures |", "| --- | --- | --- | --- |"]
+    sizes = ("model", "layers", "batch", "context", "group_size")
+    lines = []
     for row in rows:
-        where = ", ".join(f"{name} {row[name]}" for name in places if name in row)
-        rest = {name: x for name, x in row.items() if name not in (*places, "section", "what", "failed")}
-        figures = ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in rest.items())
-        lines.append(
-            f"| {row['section']} | {where} | {row.get('what', '')} | {'failed' if 'failed' in row else figures} |"
-        )
-    return "\n".join(lines)
+        size = {name: row[name] for name in sizes if name in row}
+        rest = {name: x for name, x in row.items() if name not in (*sizes, "section", "what")}
+        figures = "failed" if "failed" in rest else shown(rest)
+        lines.append((row["section"], shown(size), row.get("what", ""), figures))
+    return markdown(("section", "size", "what", "figures"), lines)
 
 
 def main() -> int:
@@ -492,7 +491,7 @@ def main() -> int:
             bench.free()
         if args.json:
             args.json.write_text(json.dumps({"environment": evaluate.environment(), "rows": bench.rows}, indent=1))
-    print(f"\n{table(bench.rows)}", flush=True)
+    print(f"\n{table(bench.rows)}", end="", flush=True)
     wrong = [row["what"] for row in bench.rows if row.get("passed") is False]
     if wrong or failed:
         print(f"FAILED: {', '.join(wrong + failed)}")

@@ -9,6 +9,12 @@ namespace {
 
 constexpr int64_t kBlock = 64;      // tokens decoded at a time
 
+// out[j, r] = x[r, j]: rows of n elements, lanes apart.
+inline void as_columns(float* out, int64_t lanes, const float* x, int64_t ldx, int64_t rows, int64_t n) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t j = 0; j < n; ++j) out[j * lanes + r] = x[r * ldx + j];
+}
+
 // Query rows for products with blocks of tokens: scores come as [tokens, lanes], lanes past the rows zero.
 class Rows {
  public:
@@ -19,8 +25,8 @@ class Rows {
     data_.fill(dim * (few_ ? rows : lanes));
   }
   void set(const float* x, int64_t ldx) {
-    for (int64_t r = 0; r < rows_; ++r)
-      for (int64_t d = 0; d < dim_; ++d) data_[few_ ? r * dim_ + d : d * lanes + r] = x[r * ldx + d];
+    if (!few_) return as_columns(data_, lanes, x, ldx, rows_, dim_);
+    for (int64_t r = 0; r < rows_; ++r) std::copy_n(x + r * ldx, dim_, data_ + r * dim_);
   }
   // Scores (+)= the products of the rows with n tokens, lda apart.
   void score(float* scores, const float* a, int64_t lda, int64_t n, bool add = false) const {
@@ -184,8 +190,7 @@ class FramedScores {
       turn_to(turned_at_ = position - turn);
       const float* into = t_.mean_into + head_.h * t_.dim * t_.padded_rank;
       product(into_, t_.padded_rank, turned_, t_.padded, 1, into, t_.padded_rank, rows_, t_.padded_rank, t_.dim);
-      for (int64_t r = 0; r < rows_; ++r)
-        for (int64_t j = 0; j < t_.rank; ++j) thin_[j * lanes + r] = into_[r * t_.padded_rank + j];
+      as_columns(thin_, lanes, into_, t_.padded_rank, rows_, t_.rank);
     }
     if (position - place != framed_at_ && (t_.pairs || framed_at_ == kNever)) {
       turn_to(framed_at_ = t_.pairs ? position - place : 0);

@@ -33,7 +33,7 @@ class Exact {
     return {low, last + 1};
   }
 
-  // Tokens from `slot` on; sinks among them are left to `sinks`.
+  // Tokens from `slot` on; sinks among them are left to `finish`.
   void add(Piece<T> piece, int64_t slot) {
     while (piece.n > 0) {
       if (n_ == kBlock) flush();
@@ -60,8 +60,12 @@ class Exact {
     if constexpr (std::is_same_v<T, float>) {
       if (c_.dim == c_.padded) return x;
     }
-    plain_.fill(kBlock * c_.padded);
-    for (int64_t i = 0; i < n; ++i) at::vec::convert(x + i * ld, plain_ + i * c_.padded, c_.dim);
+    plain_.resize(kBlock * c_.padded);
+    for (int64_t i = 0; i < n; ++i) {
+      float* row = plain_ + i * c_.padded;
+      at::vec::convert(x + i * ld, row, c_.dim);
+      std::fill(row + c_.dim, row + c_.padded, 0.f);
+    }
     ld = c_.padded;
     return plain_;
   }

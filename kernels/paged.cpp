@@ -276,7 +276,7 @@ Tensor paged_attention(
   const Gathered g(codes, table, requests, sizes[0], key_codec, key_integers, value_codec, value_integers, sizes[1]);
   Tensor result = at::zeros({q.size(0), q.size(1), q.size(2)}, q.options());
   Held e{k, v, window.value_or(Tensor()), sinks.value_or(Tensor()), window_table.value_or(Tensor()),
-          sink_pages.value_or(Tensor()), sizes[1], q.size(2), round_up(q.size(2), kWidth)};
+         sink_pages.value_or(Tensor()), sizes[1], q.size(2), round_up(q.size(2), kWidth)};
   std::deque<Call> calls;
   const Call* single = nullptr;
   for (int64_t i = 0; i < static_cast<int64_t>(requests.size()); ++i) {

@@ -212,8 +212,12 @@ def collect_statistics(model: PreTrainedModel, layers: Iterable[LayerInfo], wind
     inner, device = models.decoder(model), models.input_device(model)
     source = models.cached_by(layers)
     rotary = models.rotaries(model, layers)
-    seeing = models.observed(model, observer)
-    with torch.no_grad(), models.quick_products(model), seeing, models.refusing(_what(model, windows)):
+    with (
+        torch.no_grad(),
+        models.quick_products(model),
+        models.observed(model, observer),
+        models.refusing(_what(model, windows)),
+    ):
         for window in bar(windows, "reading"):
             inner(input_ids=window[None].to(device), use_cache=False)
     return stats

@@ -38,12 +38,11 @@ def plain_precision(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def quick_products(model: nn.Module) -> Iterator[None]:
+def quick_products(model: PreTrainedModel) -> Iterator[None]:
     """Run the matrix products of a float32 model in bfloat16 on CPUs with tiles for it (AMX), for readings that average
     over many tokens. Observers run outside of it (`notify`)."""
     device, tiles = input_device(model).type, getattr(torch.cpu, "_is_amx_tile_supported", bool)
-    floats = next(model.parameters()).dtype == torch.float32
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cpu" and floats and tiles()):
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cpu" and model.dtype == torch.float32 and tiles()):
         yield
 
 
