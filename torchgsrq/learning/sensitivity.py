@@ -15,7 +15,7 @@ from torchgsrq.codec import Codecs, LayerCodec
 from torchgsrq.codec.layout import rates
 from torchgsrq.config import GSRQConfig
 from torchgsrq.learning.progress import bar
-from torchgsrq.learning.statistics import FAR, chunks, collect_statistics, seen
+from torchgsrq.learning.statistics import FAR, blocks, chunks, collect_statistics, seen
 from torchgsrq.learning.train import train
 from torchgsrq.models import LayerInfo
 
@@ -126,15 +126,12 @@ def _observer(
         def weigh(gradient: Tensor) -> None:  # [1, tokens, q_heads, head_dim]
             q, k, v = (x.float() for x in given)
             decoded = _decoded(k, key), _decoded(v, value)
+            sinks = None if s_aux is None else s_aux.detach().float().view(len(k), -1, 1, 1)
+            q, slope = (x.unflatten(0, (len(k), -1)) for x in (q, gradient[0].transpose(0, 1).float()))
             along = torch.zeros(2, *k.shape[:2], dtype=torch.float64, device=k.device)
-            group = q.shape[0] // k.shape[0]
-            sinks = None if s_aux is None else s_aux.detach().float()
-            for h in range(k.shape[0]):
-                some = slice(h * group, (h + 1) * group)
-                logits = None if sinks is None else sinks[some, None, None]
-                errors = _errors(q[some], k[h], v[h], decoded[0][h], decoded[1][h], scaling, softcap, logits, reach)
-                slope = gradient[0, :, some].transpose(0, 1).float()
-                along[:, h] = torch.stack([(error * slope).sum((0, 2)) for error in errors]).double()
+            for queries, past in blocks(k.shape[1]):
+                errors = _errors(q[:, :, queries], k, v, decoded, queries, past, scaling, softcap, sinks, reach)
+                along[:, :, queries] = torch.stack([(x * slope[:, :, queries]).sum((1, 3)) for x in errors]).double()
             bits = torch.tensor([key.bits, value.bits], dtype=torch.float64)
             costs[index] += (along @ along.mT).cpu() * 4 ** bits[:, None, None]
             weighed.add(index)
@@ -153,27 +150,32 @@ def _errors(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    coded_k: Tensor,
-    coded_v: Tensor,
+    decoded: tuple[Tensor, Tensor],
+    queries: slice,
+    past: slice,
     scaling: float,
     softcap: float,
     sinks: Tensor | None,
     reach: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Errors of the attention output ``[group, n, d]`` if distant keys are coded, and if distant values are coded.
+    """Errors of the attention output ``[heads, group, queries, d]`` if distant keys are coded, and if distant values
+    are coded.
 
-    q is ``[group, n, d]``, keys and values are ``[n, d]``, sink logits ``[group, 1, 1]``. Each query sees ``reach``
-    tokens, or all.
+    q is ``[heads, group, queries, d]``, a block of ``queries``, which read the slots ``past``; keys, values and what
+    their codes decode to are ``[heads, n, d]``, sink logits ``[heads, group, 1, 1]``. Each query sees ``reach`` tokens,
+    or all.
     """
-    slots = torch.arange(k.shape[0], device=k.device)
-    far = (slots[:, None] - slots >= FAR) & (slots >= 1)
+    slots = torch.arange(k.shape[1], device=k.device)
+    asking, read = slots[queries, None], slots[past]
+    k, v, coded_k, coded_v = (x[:, None, past] for x in (k, v, *decoded))
+    far = (asking - read >= FAR) & (read >= 1)
 
     def attend(scores: Tensor) -> Tensor:
-        return reference.probabilities(scores, softcap, seen(slots, slots, reach), sinks)
+        return reference.probabilities(scores, softcap, seen(slots[queries], read, reach), sinks)
 
-    exact = q @ k.T * scaling
+    exact = q @ k.mT * scaling
     p = attend(exact)
-    return (attend(torch.where(far, q @ coded_k.T * scaling, exact)) - p) @ v, (p * far) @ (coded_v - v)
+    return (attend(torch.where(far, q @ coded_k.mT * scaling, exact)) - p) @ v, (p * far) @ (coded_v - v)
 
 
 def _backward(model: PreTrainedModel, window: Tensor, seed: int, observer: models.Observer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -16,6 +16,7 @@ from torchgsrq.models import LayerInfo
 
 FAR = 32  # tokens nearer to a query are in the recent window and do not count
 _QUERY_STRIDE = 4  # every 4th query is enough
+_BLOCK = 64  # queries at a time
 KEPT = 24 << 10  # maximum number of vectors per head for training; longer texts are sampled
 KEY_POWER, VALUE_POWER = 0.5, 0.25  # training weights are powers of the cost of errors: docs/research/quality.md
 
@@ -120,26 +121,30 @@ class Statistics:
         info = self.info
         inv_freq = info.inv_freq if inv_freq is None else inv_freq.to(k.device)
         tokens = torch.arange(k.shape[2], device=k.device)
-        asking = tokens[_QUERY_STRIDE - 1 :: _QUERY_STRIDE]
-        some_q = q[:, :, asking].unflatten(1, (info.kv_heads, -1))  # [b, h, g, t/4, d]
-        scores = some_q @ k[:, :, None].transpose(-1, -2) * scaling
         sinks = None if sink_logits is None else sink_logits.view(1, info.kv_heads, -1, 1, 1)
-        p = reference.probabilities(scores, softcap, seen(asking, tokens, reach), sinks)
-        del scores
-        out = p @ v[:, :, None]
-        far = (asking[:, None] - tokens >= FAR) & (tokens >= 1)
-        p2 = p.square_().mul_(far)
-        spread = v.square().sum(-1)[:, :, None, None] + out.square().sum(-1, keepdim=True)
-        spread = spread.sub_(out @ v[:, :, None].transpose(-1, -2), alpha=2).clamp_min_(0).mul_(p2)
-        flat_q = rotate(some_q, -asking, inv_freq, info.interleaved)
-        weighted = flat_q * spread.sum(-1, keepdim=True).sqrt()
-        self.query_metric = self.query_metric + torch.einsum("bhgtd,bhgte->hde", weighted, flat_q)
+        key_costs, value_costs = k.new_zeros(2, *k.shape[:3])
+        for queries, past in blocks(len(tokens), _QUERY_STRIDE):
+            asking, keys, values = tokens[queries], k[:, :, None, past], v[:, :, None, past]
+            some_q = q[:, :, queries].unflatten(1, (info.kv_heads, -1))  # [b, h, g, queries, d]
+            scores = some_q @ keys.transpose(-1, -2) * scaling
+            p = reference.probabilities(scores, softcap, seen(asking, tokens[past], reach), sinks)
+            del scores
+            out = p @ values
+            far = (asking[:, None] - tokens[past] >= FAR) & (tokens[past] >= 1)
+            p2 = p.square_().mul_(far)
+            spread = values.square().sum(-1).unsqueeze(-2) + out.square().sum(-1, keepdim=True)
+            spread = spread.sub_(out @ values.transpose(-1, -2), alpha=2).clamp_min_(0).mul_(p2)
+            flat_q = rotate(some_q, -asking, inv_freq, info.interleaved)
+            weighted = flat_q * spread.sum(-1, keepdim=True).sqrt()
+            self.query_metric = self.query_metric + torch.einsum("bhgtd,bhgte->hde", weighted, flat_q)
+            key_costs[:, :, past] += spread.sum((2, 3))
+            value_costs[:, :, past] += p2.sum((2, 3))
         # Tokens are drawn by their training weights, so the drawn ones count about equally.
         for vectors, x, cost, power in (
-            (self.keys, rotate(k, -tokens, inv_freq, info.interleaved), spread, KEY_POWER),
-            (self.values, v, p2, VALUE_POWER),
+            (self.keys, rotate(k, -tokens, inv_freq, info.interleaved), key_costs, KEY_POWER),
+            (self.values, v, value_costs, VALUE_POWER),
         ):
-            weight = cost.sum((2, 3)).transpose(0, 1).flatten(1)
+            weight = cost.transpose(0, 1).flatten(1)
             self._keep(vectors, x, weight, weight.pow(power))
 
     def add_vectors(self, x: Tensor) -> None:
@@ -180,6 +185,14 @@ def collect_cached(
 def _what(model: PreTrainedModel, windows: Tensor) -> str:
     tokens = windows.shape[1]
     return f"{type(model).__name__} cannot be calibrated: a forward of {tokens} tokens, as its config allows, failed"
+
+
+def blocks(tokens: int, stride: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Every ``stride``-th token of a text as a query, a block at a time: the slice of the block's queries, and that of
+    the tokens up to its last query. Probabilities of a block stay in the processor's caches."""
+    for start in range(stride - 1, tokens, stride * _BLOCK):
+        queries = range(start, tokens, stride)[:_BLOCK]
+        yield slice(queries.start, queries.stop, stride), slice(queries[-1] + 1)
 
 
 def seen(queries: Tensor, keys: Tensor, reach: int | None) -> Tensor:
