@@ -1,5 +1,5 @@
 # make demo   sets up and runs the main job on the embedded model
-# make test   sets up and runs the checks: lint, types, the documents' site, tests
+# make test   sets up and runs the checks: lint, types, spelling, the documents' site, tests
 # make docs   builds the documents' site into build/site
 # make vllm   sets up vLLM's CPU build in an environment of its own, and tests the plugin in it
 .PHONY: setup environments demo test lint docs quick oldest vllm clean
@@ -46,6 +46,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

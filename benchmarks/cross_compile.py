@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for NVIDIA GPUs, without one, and tell what each takes of the chip.
+"""Compile every Triton kernel for NVIDIA GPUs, without one, and print the resources that each takes.
 
     python benchmarks/cross_compile.py --capability 80 --capability 90 --json kernels.json
 

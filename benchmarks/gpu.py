@@ -44,7 +44,7 @@ from torchgsrq.codec.packed import LAST_ALIGNED, Options
 from torchgsrq.measure import evaluate
 
 SECTIONS = ("check", "attention", "encode", "model", "capacity")
-BUDGET = 450.0  # seconds; rows that would begin later are left out, and said to be
+BUDGET = 450.0  # seconds; rows that would begin later are left out, with a note
 
 
 class Bench:

@@ -34,13 +34,13 @@ LABELS = {
     "gskm": "GSKM",
     "gskm-public": "GSKM, public variant",
 }
-COLOURS = ("#56B4E9", "#0072B2", "#D55E00", "#E69F00")  # Okabe and Ito's
+COLORS = ("#56B4E9", "#0072B2", "#D55E00", "#E69F00")  # Okabe and Ito's
 
 
 def learn(x: Tensor, method: str) -> Tensor:
     """256 codewords of ``x [heads, n, width]``: the methods of `cluster`, plain updates from GSKM's start, and GSKM as
     in the authors' published code, whose gains are rounded to bfloat16 and at least 1e-4, and whose shape is the
-    normalised sum of the inputs and gain their mean projection on the previous shape."""
+    normalized sum of the inputs and gain their mean projection on the previous shape."""
     if method in ("kmeans", "gskm"):
         return cluster(x, method=method)
     x, generator = x.float(), torch.Generator().manual_seed(0)
@@ -107,9 +107,9 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
             mine = [next(r for r in rows if (r["vectors"], r["joined"], r["method"]) == (*k, method)) for k in kinds]
             at = [k + (i - 1.5) * 0.2 for k in range(len(kinds))]
             axis.bar(
-                at, [r[f"{metric}, held out"] for r in mine], 0.18, color="white", edgecolor=COLOURS[i], hatch="///"
+                at, [r[f"{metric}, held out"] for r in mine], 0.18, color="white", edgecolor=COLORS[i], hatch="///"
             )
-            axis.bar(at, [r[metric] for r in mine], 0.18, color=COLOURS[i], label=LABELS[method])
+            axis.bar(at, [r[metric] for r in mine], 0.18, color=COLORS[i], label=LABELS[method])
         names = [f"{what}, {'heads joined' if joined else 'each head'}" for what, joined in kinds]
         axis.set_xticks(range(len(kinds)), names, fontsize=8)
         axis.set(ylabel=f"{metric} error" if metric == "cosine" else "squared error, relative")

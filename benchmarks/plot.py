@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 
 from torchgsrq.measure.recommend import SHAPES, full_precision, settings
 
-# Okabe and Ito's colours, which the colour-blind tell apart; and a marker each.
+# Okabe and Ito's colors, distinct for the color-blind; and a marker each.
 STYLES = {
     "gsrq": ("GSRQ", "#D55E00", "o"),
     "gsrq-paper": ("GSRQ, the paper's recipe", "#0072B2", "v"),
@@ -62,13 +62,13 @@ SPEED = {
 def speed(rows: list[dict[str, Any]], picture: Path) -> None:
     """Attention of one layer, and ``generate`` of a whole model, as times the speed of full precision."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name, (label, colour, marker) in SPEED.items():
+    for name, (label, color, marker) in SPEED.items():
         for axis, section, field in ((axes[0], "attention", "over_sdpa"), (axes[1], "generate", "over_full")):
             own = [r for r in rows if r["section"] == section and r["what"] == name]
             own = [r for r in own if r.get("model", "SmolLM2-135M") == "SmolLM2-135M"]
             if own:
                 xy = [r["context"] for r in own], [r[field] for r in own]
-                axis.plot(*xy, label=label, color=colour, marker=marker, linewidth=2 if "gsrq" in name else 1.2)
+                axis.plot(*xy, label=label, color=color, marker=marker, linewidth=2 if "gsrq" in name else 1.2)
     figure.suptitle("decode speed on a CPU, higher is faster")
     axes[0].set(title="attention of one layer, heads of 64, 1 thread", ylabel="times the fastest SDPA")
     axes[1].set(title="generate, SmolLM2-135M, 2 threads", ylabel="times DynamicCache")
@@ -86,7 +86,7 @@ def speed(rows: list[dict[str, Any]], picture: Path) -> None:
 def quality(results: dict[str, dict[str, Any]], picture: Path) -> None:
     """Bits against KL divergence, with 95% intervals."""
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for family, (label, colour, marker) in STYLES.items():
+    for family, (label, color, marker) in STYLES.items():
         rows: list[dict[str, Any]] = sorted(
             (r for name, r in results.items() if r["family"] == family and "groups" not in name),
             key=lambda r: r["bits_without_codebooks"],
@@ -95,7 +95,7 @@ def quality(results: dict[str, dict[str, Any]], picture: Path) -> None:
             continue
         bits, kl = ([r[what] for r in rows] for what in ("bits", "kl"))
         around = [[abs(r["kl"] - r[end]) for r in rows] for end in ("kl_low", "kl_high")]
-        style = {"color": colour, "marker": marker, "markersize": 7, "linewidth": 2 if family == "gsrq" else 1.2}
+        style = {"color": color, "marker": marker, "markersize": 7, "linewidth": 2 if family == "gsrq" else 1.2}
         axis.errorbar(bits, kl, around, label=label, capsize=3, **style)
     axis.set(yscale="log", ylabel="KL divergence, nats (lower is better)", xlim=(0, 4.8))
     axis.set(xlabel="bits per element, all counted, of a cache of 128k tokens", title="SmolLM2-135M, WikiText-2")
@@ -114,11 +114,11 @@ def memory(picture: Path) -> None:
     figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
     full = [full_precision(config, n) / 2**20 for n in contexts]
     axis.plot(contexts, full, label="bfloat16", color="black", marker="s", linewidth=1.2)
-    for bits, colour, marker in ((2.0, "#0072B2", "v"), (1.0, "#E69F00", "o"), (0.5, "#009E73", "D")):
+    for bits, color, marker in ((2.0, "#0072B2", "v"), (1.0, "#E69F00", "o"), (0.5, "#009E73", "D")):
         found = [next(s for s in settings(config, n) if s.bits == bits and s.group_size == 8) for n in contexts]
         sizes = [(s.cache + s.codebooks) / 2**20 for s in found]
         label = f"{bits:g} bit{'s' if bits > 1 else ''}, with codebooks"
-        axis.plot(contexts, sizes, label=label, color=colour, marker=marker, linewidth=2)
+        axis.plot(contexts, sizes, label=label, color=color, marker=marker, linewidth=2)
     axis.set(xscale="log", yscale="log", xlabel="tokens held", ylabel="MiB")
     axis.set(title="KV cache of one sequence, 8B model (32 layers, 8 KV heads of 128)")
     axis.set_xticks(contexts, [f"{n // 1024}k" for n in contexts])

@@ -176,7 +176,7 @@ class Bench:
             self.each_rate(section, "own")
         elif section == "uniform":
             self.each_rate(section, allocation=section)
-        elif section == "eta":  # what the encoder minimises, keys and values each alone
+        elif section == "eta":  # what the encoder minimizes, keys and values each alone
             for bits in self.bits:
                 config = GSRQConfig(bits=bits)
                 books = self.train(config)

@@ -124,7 +124,7 @@ class Engine:
         self.facts = self.answer()
 
     def answer(self) -> dict:
-        """The next fact that the child tells."""
+        """The next fact that the child prints."""
         for line in self.process.stdout:
             if line.startswith("@ "):
                 return json.loads(line[2:])

@@ -321,7 +321,7 @@ def filled(page: str) -> str:
     """A page with its tables as the results have them now.
 
     Raises:
-        KeyError: it names a table that there is not.
+        KeyError: it names a table that does not exist.
     """
     return _MARKED.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[4]}", page)
 

@@ -137,7 +137,7 @@ def cpu_library() -> Path | None:
 
 
 def load() -> bool:
-    """Load the compiled kernels, building them first if need be: the CPU implementations of the ops.
+    """Load the compiled kernels, building them first if necessary: the CPU implementations of the ops.
 
     Returns:
         Whether they run; a warning says why not, but where ``TORCHGSRQ_KERNELS=0`` asks for the reference.

@@ -72,7 +72,7 @@ def plan(key: Codec, rows: int, capacity: int, programs: int, processors: int, h
 
 
 def frame_of(key: Codec | Codecs) -> int:
-    """Tokens of a frame; without RoPE, all there are."""
+    """Tokens of a frame; without RoPE, all tokens."""
     return key.frame if key.inv_freq.numel() else 1 << 20
 
 
@@ -270,7 +270,7 @@ def coded_split(
         turned = (turned / size[:, None]).to(CODE)
         lower = tl.maximum(begin, frame * (FRAME // BT))
         upper = tl.minimum(end, (frame + 1) * (FRAME // BT))
-        if PAIRS:  # the query where the first tile begins; a tile further on it is turned by as much again
+        if PAIRS:  # the query where the first tile begins; a tile further on it is rotated by as much again
             cos, sin = turn(lower * BT, freq)
             here_a = xa * cos[None, :] + xb * sin[None, :]
             here_b = xb * cos[None, :] - xa * sin[None, :]

@@ -48,7 +48,7 @@ class Shape:
         return {"PAIRS": self.pairs, "BP": pairs, "BR": rest, "INTERLEAVED": self.interleaved}
 
 
-MOST_HEADS = 64  # of a layer; those of a codec are the bits of a number, so that no tensor is needed to tell kernels
+MOST_HEADS = 64  # of a layer; those of a codec are the bits of a number, so that kernels need no tensor of them
 
 
 def bits_of(heads: tuple[int, ...]) -> int:

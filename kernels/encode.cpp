@@ -113,7 +113,7 @@ class Search {
   const Tables& t_;
   const int64_t head_;
   const float extra_;  // eta - 1
-  Buffer words_;                       // [stages, 256, width]: of the group at hand
+  Buffer words_;                       // [stages, 256, width]: of the current group
   Buffer whole_, unit_, rest_, pull_;  // [width, kTile]: vectors y, y/|y|, what the other stages leave, see `several`
   Buffer codes_;                       // [stages, kTile]
 };
@@ -125,7 +125,7 @@ void encode_rows(const Head& head, int64_t n, Source x, Position position, uint8
   Search search(head);
   Buffer vectors(kStretch * t.padded), y(kStretch * t.padded), frame_cos(t.pairs), frame_sin(t.pairs), turn_cos(t.pairs),
       turn_sin(t.pairs), plain(t.padded);
-  int64_t framed = std::numeric_limits<int64_t>::min(), turned = framed;  // where the angles at hand begin
+  int64_t framed = std::numeric_limits<int64_t>::min(), turned = framed;  // where the current angles begin
   for (int64_t first = 0; first < n; first += kStretch) {
     const int64_t some = std::min(kStretch, n - first);
     for (int64_t i = 0; i < some; ++i) {

@@ -378,7 +378,7 @@ Least least_words(const float* const (&x)[kSums], const float* words, const floa
   return least;
 }
 
-// Up to kTile rows of x, side by side: [width, kTile], with zeros for those that there are not.
+// Up to kTile rows of x, side by side: [width, kTile], with zeros for those past the last.
 inline void side_by_side(float* out, const float* x, int64_t ldx, int64_t n, int64_t width) {
   for (int64_t r = 0; r < kTile; ++r)
     for (int64_t e = 0; e < width; ++e) out[e * kTile + r] = r < n ? x[r * ldx + e] : 0.f;

@@ -1,5 +1,5 @@
 """What a quantized cache must do, by other means: the *unquantized* model on a cache that keeps every token exactly and
-hands out what the README says. Attention, masks, beams and crops are transformers' own; only the codec's reference is
+returns what the README says. Attention, masks, beams and crops are transformers' own; only the codec's reference is
 shared with what is tested."""
 
 from __future__ import annotations

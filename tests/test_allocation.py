@@ -44,7 +44,7 @@ def test_equal_costs_get_equal_rates_and_too_few_bits_are_refused():
     for cost in (2.0, 0.0):
         units = dict.fromkeys(range(6), cost)
         assert set(allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, RATES), 1).values()) == {1}
-    with pytest.raises(ValueError, match=r"bits=0.5 is less than the lowest mean rate that can be had, 1\b"):
+    with pytest.raises(ValueError, match=r"bits=0.5 is less than the lowest mean rate that is possible, 1\b"):
         allocate(units, dict.fromkeys(units, 64), dict.fromkeys(units, (1, 2)), 0.5)
 
 
@@ -81,9 +81,9 @@ def test_a_drawn_tokens_slope_is_that_of_its_log_likelihood():
     drawn = slope.argmax(1, keepdim=True)
     logits.log_softmax(-1).gather(1, drawn).sum().backward()
     torch.testing.assert_close(slope, logits.grad, atol=1e-6, rtol=1e-5)
-    told = torch.tensor([[0.2, 0.3, 0.5]]).log().expand(20000, -1)  # and tokens are drawn as often as is told
-    often = _towards_drawn(told, torch.Generator().manual_seed(2)).argmax(1).bincount(minlength=3) / 20000
-    torch.testing.assert_close(often, told[0].exp(), atol=0.02, rtol=0)
+    wanted = torch.tensor([[0.2, 0.3, 0.5]]).log().expand(20000, -1)  # and tokens are drawn in proportion
+    often = _towards_drawn(wanted, torch.Generator().manual_seed(2)).argmax(1).bincount(minlength=3) / 20000
+    torch.testing.assert_close(often, wanted[0].exp(), atol=0.02, rtol=0)
 
 
 def test_heads_are_weighed_alone():
@@ -117,7 +117,7 @@ def test_what_an_estimate_says_is_what_happens():
 
 
 def test_several_rates_from_one_reading(tmp_path, caplog):
-    """Each as if it had been asked for alone; and what heads were given is told."""
+    """Each as if it had been asked for alone; and `describe` lists the bits of heads."""
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.mul_(0.01)
@@ -129,9 +129,9 @@ def test_several_rates_from_one_reading(tmp_path, caplog):
         assert found.bits <= config.bits and found.metadata == alone.metadata
         assert all(found[i][kind].head_bits == alone[i][kind].head_bits for i in found for kind in (0, 1))
         assert found[0].key.bits > found[1].key.bits
-    told, each = books.describe().splitlines(), dict.fromkeys(books[0].key.head_bits)
+    lines, each = books.describe().splitlines(), dict.fromkeys(books[0].key.head_bits)
     rates = ", ".join(f"{bits:g}" for bits in (each if len(each) == 1 else books[0].key.head_bits))
-    assert len(told) == 3 and told[1].startswith(f"layer 0: keys {rates} bits, values ") and "% of" in told[1]
+    assert len(lines) == 3 and lines[1].startswith(f"layer 0: keys {rates} bits, values ") and "% of" in lines[1]
     books.save(tmp_path / "books.safetensors")
     again = Codebooks.load(tmp_path / "books.safetensors")
     assert again.digest == books.digest and repr(again).startswith("Codebooks(2 layers, 1 bits")
@@ -145,7 +145,7 @@ def test_several_rates_from_one_reading(tmp_path, caplog):
     short, negative, words = ({"0": good, "1": bad} for bad in (good[1:], [[1, 1], [1, -1]], [["a", "b"], [1, 1]]))
     for wrong in ({"0": good}, {"0": [1.0, 1.0], "1": [1.0, 1.0]}, short, negative, words, 3):
         Codebooks(books.layers, {**books.metadata, "sensitivity": wrong}).save(tmp_path / "wrong.safetensors")
-        with pytest.raises(ValueError, match=r"wrong.safetensors (says nothing|is damaged)"):
+        with pytest.raises(ValueError, match=r"wrong.safetensors (has invalid costs|is damaged)"):
             Codebooks.load(tmp_path / "wrong.safetensors")
 
 
@@ -164,7 +164,7 @@ def test_a_model_without_gradients_gets_the_same_bits_everywhere(monkeypatch, ca
     model = tiny_llama()  # of whose first layer no gradient arrives, though the pass succeeds
     project = model.model.layers[0].self_attn.o_proj
     monkeypatch.setattr(project, "forward", lambda x: torch.nn.functional.linear(x.detach(), project.weight))
-    with pytest.raises(ValueError, match=r"no gradient came back to the attention of layers 0\b"):
+    with pytest.raises(ValueError, match=r"no gradient reached the attention of layers 0\b"):
         tiny_books(model, asked)
 
     model = tiny_llama()

@@ -77,8 +77,8 @@ def test_the_codec_codes_what_it_was_trained_on(model, stats):
             float(torch.einsum("bhnd,hde,bhne->", back - k, root / root.norm(dim=(1, 2), keepdim=True), back - k))
         )
     assert errors[0] > errors[1] > errors[2]
-    centred = rotate(torch.stack(stats[0].keys.x) - codec.mean[:, None], at[:, None], stats[0].info.inv_freq)
-    whole = torch.einsum("bhnd,hde,bhne->", centred, root / root.norm(dim=(1, 2), keepdim=True), centred)
+    centered = rotate(torch.stack(stats[0].keys.x) - codec.mean[:, None], at[:, None], stats[0].info.inv_freq)
+    whole = torch.einsum("bhnd,hde,bhne->", centered, root / root.norm(dim=(1, 2), keepdim=True), centered)
     assert errors[2] < 0.5 * float(whole)
 
 
@@ -198,7 +198,7 @@ def test_how_much_is_read_by_default(model, monkeypatch):
 
 
 def test_recall_windows(model):
-    """Half of a window twice, and lists told twice in two orders; half as many as there are windows."""
+    """Half of a window twice, and lists that come twice, in two orders; half as many as there are windows."""
     words = Words()
     for size in (128, 256):
         windows = torch.randint(3, 100, (6, size), generator=torch.Generator().manual_seed(0))

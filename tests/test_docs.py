@@ -168,3 +168,35 @@ def test_every_page_is_in_the_navigation():
     for page in (ROOT / "docs").rglob("*.md"):
         name = page.relative_to(ROOT / "docs")
         assert f": {name}\n" in nav, name
+
+
+# Private words of this project, and what the field says.
+WORDS = {
+    r"hands|handed|hand the|at hand": "passes, returns; available, current",
+    r"deals?(?! with)|dealt": "allocates, assigns",
+    r"told|tells (it|them)": "passed, stated, reported",
+    r"speakers?": "the field's own term",
+    r"come back with|comes back with|came back with|gives? (nothing )?back": "returns",
+    r"turned by": "rotated by",
+    r"(be|is|was|were) had": "is available, exists",
+    r"said to (be|hold|have)": "should be; has in the metadata",
+    r"is no (file|folder|dict)|(is|are) no multiple": "is not a file",
+    r"if need be": "if necessary",
+    r"(which|what|who) else (is|are|was|were|has|have)": "the other ... are",
+    r"that there (is|are|was|were) not": "that does not exist",
+    r"what (it|they) lacks? (the|a|it|they)": "subject, verb, object: the model writes the rest",
+}
+PROSE = [*PAGES, *(p for top in ("torchgsrq", "kernels", "tutorials", "benchmarks") for p in (ROOT / top).rglob("*.*"))]
+
+
+def test_words_are_those_of_the_field():
+    """In documents, docstrings, comments and messages; phrases are found across line ends too."""
+    found = []
+    for file in PROSE:
+        if file.suffix in (".md", ".py", ".cpp", ".h"):
+            text = re.sub(r"""(\s*f?["']\s*\n\s*f?["']|\s*\n[\s#/>*-]*)""", " ", file.read_text())
+            for pattern, instead in WORDS.items():
+                for said in re.finditer(rf"\b({pattern})\b", text, re.I):
+                    around = text[max(said.start() - 40, 0) : said.end() + 20]
+                    found.append(f"{file.relative_to(ROOT)}: ...{around}...: {instead}")
+    assert not found, "\n".join(found)

@@ -124,7 +124,7 @@ def test_no_figure_of_a_run_without_codes(llama):
     config = GSRQConfig(bits=1)
     with pytest.raises(ValueError, match="all of the 100 tokens fit the sinks and the window"):
         evaluate.quality(model, [PROMPT.flatten().repeat(2)[:100]], {"": (config, books)})
-    with pytest.raises(ValueError, match="came back with a DynamicCache: nothing was quantized"):
+    with pytest.raises(ValueError, match="returned a DynamicCache: nothing was quantized"):
         evaluate.check_read_codes(DynamicCache())
     assert evaluate.quality(model, [PROMPT[0]], {"": (SMALL, books)})[""].kl > 0
 

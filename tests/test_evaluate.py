@@ -59,7 +59,7 @@ def test_tasks(task):
             answer = words.decode(question.tokens[question.answer])
             for piece in answer.split():
                 assert piece in context
-            if task in ("passkey", "keys", "lookup"):  # told in the words in which it is asked
+            if task in ("passkey", "keys", "lookup"):  # stated in the words of the question
                 asked = words.decode(question.tokens).strip().split("? ")[-1]
                 assert asked in context
     assert not torch.equal(made[0].context, made[1].context)

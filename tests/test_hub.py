@@ -77,7 +77,7 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
             read(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("no/such", "three/part/name"):
-        with pytest.raises(FileNotFoundError, match=f"'{name}' is no folder here"):
+        with pytest.raises(FileNotFoundError, match=f"'{name}' is not a folder here"):
             Codebooks.from_pretrained(name)
     (tmp_path / "codebooks.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(ValueError, match="damaged"):

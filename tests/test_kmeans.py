@@ -153,7 +153,7 @@ def test_never_worse_than_one_codeword(n, width, seed, method):
 
 
 def loss(y, weight, layout, codebook, codes, eta):
-    """What the encoder minimises, group by group, as its docstring writes it."""
+    """What the encoder minimizes, group by group, as its docstring writes it."""
     total = 0.0
     for g in range(layout.groups):
         part = y[..., layout.start(g) : layout.start(g) + layout.width].double()

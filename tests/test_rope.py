@@ -1,4 +1,4 @@
-"""RoPE in all its kinds: recognised, followed where it changes with the length, or refused by name."""
+"""RoPE in all its kinds: recognized, followed where it changes with the length, or refused by name."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_rope_that_cannot_be_followed_is_refused():
         quantize_kv_(model, CONFIG)
 
 
-def test_rope_that_is_not_recognised_is_told(caplog):
+def test_rope_that_is_not_recognized_is_reported(caplog):
     """HunYuan scales keys after the rotation, which is no rotation any more."""
     model = build("HunYuanDenseV1Config", {})
     with torch.no_grad():

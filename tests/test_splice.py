@@ -1,4 +1,4 @@
-"""A text read elsewhere is put behind what a cache holds: the same codes, moved by whole frames."""
+"""A text read elsewhere is appended to a cache: the same codes, moved by whole frames."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ def test_what_is_refused_by_name(llama):
     model, books = llama
     with quantized(model, SMALL, books):
         cache = read(model, IDS[:, :20])
-        with pytest.raises(ValueError, match="cannot be put behind itself"):
+        with pytest.raises(ValueError, match="cannot be appended to itself"):
             cache.splice(cache, skip=0)
 
 

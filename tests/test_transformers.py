@@ -601,11 +601,11 @@ def test_static_generation_with_mixed_layers():
     ("name", "rope"),
     [("Llama", "half-split"), ("Gemma3", "half-split"), ("GLM, interleaved", "interleaved"), ("GPT-2", "none"), ("OPT", "none")],
 )  # fmt: skip
-def test_rope_is_recognised(name, rope):
+def test_rope_is_recognized(name, rope):
     from torchgsrq.models import inspect_layers
 
     infos = inspect_layers(architecture(name))
-    expected = "not recognised" if rope == "none" else rope
+    expected = "not recognized" if rope == "none" else rope
     # Learned positions move the keys too, but by no rotation.
     assert {info.rope for info in infos} <= {rope, expected}
     assert all((info.inv_freq.numel() > 0) == (rope != "none") for info in infos)

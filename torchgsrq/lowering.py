@@ -1,5 +1,5 @@
 """What Inductor makes of the ops: `decode` and the first half of `encode` become plain aten and fuse with their
-neighbours; the others stay calls of kernels."""
+neighbors; the others stay calls of kernels."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def encode(x: Tensor, position: Tensor, codec: list[Tensor], integers: list[int]
 
 @functools.cache
 def register() -> bool:
-    """Tell Inductor, the first time that one of the ops is traced.
+    """Register the lowerings with Inductor, the first time that one of the ops is traced.
 
     Returns:
-        Whether this torch could be told; the API is internal, and without it the plain ops are called.
+        Whether this torch has the API, which is internal; without it the plain ops are called.
     """
     try:
         from torch._inductor import decomposition

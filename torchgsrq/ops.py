@@ -68,7 +68,7 @@ def _on_first_use(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
 @functools.cache
 def use_kernels() -> bool:
-    """Hand the CPU implementations over to the compiled kernels, building them first if need be.
+    """Replace the CPU implementations by the compiled kernels, which are built first if necessary.
 
     Returns:
         Whether they run; without a compiler, or with ``TORCHGSRQ_KERNELS=0``, the reference does.
@@ -84,7 +84,7 @@ def use_kernels() -> bool:
 
 
 def nothing(*_: object) -> None:
-    """The fake of an op that gives nothing back."""
+    """The fake of an op that returns nothing."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,7 +412,7 @@ def _kernel(
         return getattr(module, name)
     if _capturing():
         raise RuntimeError(
-            f"{name} runs in plain PyTorch for this codec (frames that are no multiple of 16, more than 8 residual "
+            f"{name} runs in plain PyTorch for this codec (frames that are not a multiple of 16, more than 8 residual "
             "stages, more than 64 heads, or keys whose heads share codecs otherwise than values), for positions that "
             "do not count up with the slots, for tensors of several dtypes, or without triton, and cannot be captured "
             "in a CUDA graph: choose another compile mode (in generate, disable_compile=True)"

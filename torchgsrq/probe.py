@@ -70,7 +70,7 @@ def _check_cache(model: PreTrainedModel, what: str, layers: Iterable[int], run: 
     if cache is None and not isinstance(model, GenerationMixin):
         return  # a head that drops its decoder's cache
     if not isinstance(cache, GSRQCache):
-        what = f"{what} came back with a {type(cache).__name__} instead of a GSRQCache, so no text would be quantized"
+        what = f"{what} returned a {type(cache).__name__} instead of a GSRQCache, so no text would be quantized"
         raise ValueError(f"{name} is not supported: {what}; {version}")
     empty = [str(i) for i in layers if not int(cache.layers[i].get_seq_length())]
     if empty:

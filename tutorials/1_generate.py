@@ -118,9 +118,9 @@ left.plot(lengths, [r.total / MiB for r in reports], color=blue, marker="o", lab
 left.set(xlabel="tokens held", ylabel="KV cache, MiB", title="What it saves", ylim=(0, None))
 left.legend()
 bottom = [0.0] * len(reports)
-for part, colour in (("window", orange), ("sinks", green), ("codes", blue)):
+for part, color in (("window", orange), ("sinks", green), ("codes", blue)):
     sizes = [getattr(r, part) / MiB for r in reports]
-    right.bar([str(n) for n in lengths], sizes, bottom=bottom, color=colour, label=part)
+    right.bar([str(n) for n in lengths], sizes, bottom=bottom, color=color, label=part)
     bottom = [a + b for a, b in zip(bottom, sizes, strict=True)]
 right.set(xlabel="tokens held", ylabel="KV cache at 1 bit, MiB", title="Where the bytes are", ylim=(0, 14))
 right.tick_params(axis="x", labelrotation=30)

@@ -120,16 +120,16 @@ for name, q in found.items():
 blue, orange, green = "#0072B2", "#E69F00", "#009E73"
 figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained", width_ratios=(6, 5))
 layers = list(books)
-for kind, shift, colour, label in ((0, -0.2, blue, "keys"), (1, 0.2, orange, "values")):
-    left.bar([i + shift for i in layers], [books[i][kind].bits for i in layers], 0.4, color=colour, label=label)
+for kind, shift, color, label in ((0, -0.2, blue, "keys"), (1, 0.2, orange, "values")):
+    left.bar([i + shift for i in layers], [books[i][kind].bits for i in layers], 0.4, color=color, label=label)
     for i in layers:  # a dot for each head
         left.plot([i + shift] * books[i][kind].heads, books[i][kind].head_bits, ".", color="black", ms=3)
 left.axhline(books.bits, color="black", ls="--", lw=1, label="mean")
 left.set(xlabel="layer", ylabel="bits per element", title="Who gets the bits", ylim=(0, 4.8))
 left.legend(ncols=3, loc="upper left")
 kl = [found[name] for name in candidates]
-for i, (q, colour) in enumerate(zip(kl, (blue,) * 2 + (orange, green), strict=True)):
-    right.bar(i, q.kl, color=colour)
+for i, (q, color) in enumerate(zip(kl, (blue,) * 2 + (orange, green), strict=True)):
+    right.bar(i, q.kl, color=color)
     right.errorbar(i, q.kl, [[q.kl - q.kl_low], [q.kl_high - q.kl]], color="black", capsize=3)
 right.set_xticks(range(len(kl)), ["1 bit", "0.5", "own text\n1 bit", "your text\n1 bit"])
 right.axvspan(1.5, 3.5, color="#EEEEEE", zorder=0)

@@ -219,8 +219,8 @@ by_rate = [calibrate_qkv(attention_inputs(), GSRQConfig(bits=rate), inv_freq=INV
 learned = torch.tensor([attention_error(some) for some in by_rate])
 
 figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-for i, colour, marker in ((0, "#0072B2", "o"), (1, "#E69F00", "s")):
-    axes.plot(rates, learned[:, i], color=colour, marker=marker, label=f"layer {i}")
+for i, color, marker in ((0, "#0072B2", "o"), (1, "#E69F00", "s")):
+    axes.plot(rates, learned[:, i], color=color, marker=marker, label=f"layer {i}")
 axes.set(xscale="log", yscale="log", xlabel="bits per element", ylabel="relative squared error")
 axes.set(title="Output of attention on codes, 3000 tokens")
 axes.set_xticks(rates, [f"{rate:g}" for rate in rates])

@@ -21,7 +21,7 @@ from torchgsrq.reference import decode, encode, search_group
 
 here = Path(__file__).parent
 torch.manual_seed(0)
-blue, orange, green, pink, grey = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
+blue, orange, green, pink, gray = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#999999"
 
 # %% [markdown]
 # ## 1. Residual stages
@@ -51,7 +51,7 @@ for stage, (given, codewords, codes) in enumerate(figure_parts):
     axes[stage].scatter(*given.T, s=3, c=codes, cmap="cividis", alpha=0.6)
     axes[stage].scatter(*codewords.T, s=60, c=orange, marker="X", edgecolors="black")
     axes[stage].set_title("the vectors, 8 codewords" if stage == 0 else f"what stage {stage} left over")
-axes[3].scatter(*points.T, s=3, c=grey, alpha=0.4)
+axes[3].scatter(*points.T, s=3, c=gray, alpha=0.4)
 axes[3].scatter(*sums.unique(dim=0).T, s=6, c=blue)
 axes[3].set_title("all sums of 3 codewords")
 for ax in axes:
@@ -90,7 +90,7 @@ for method in METHODS:
     errors[method] = float(error.mean() / points.square().sum(1).mean()), float(1 - cosine)
     print(f"{method:7} squared error {errors[method][0]:.4f}, cosine error {errors[method][1]:.4f}")
     if method == "gskm":
-        left.scatter(*points.T, s=3, c=grey, alpha=0.4)
+        left.scatter(*points.T, s=3, c=gray, alpha=0.4)
         left.quiver(
             *torch.zeros(2, 16), *codewords[0].T, color=blue, angles="xy", scale_units="xy", scale=1, width=0.008
         )
@@ -164,25 +164,25 @@ print("codes without frames:", encode(one_key, places[None], unframed)[0, 0].tol
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
 x = keys_at(torch.arange(256))[0, 0]
-left.scatter(x[:, 3], x[:, 7], s=8, c=grey, alpha=0.6, label="positions 0 to 255")
-for first, colour, marker in ((512, orange, "^"), (832, pink, "s")):
+left.scatter(x[:, 3], x[:, 7], s=8, c=gray, alpha=0.6, label="positions 0 to 255")
+for first, color, marker in ((512, orange, "^"), (832, pink, "s")):
     positions = first + torch.arange(64)
     x = keys_at(positions)[0, 0]
     turned_back = rotate(x, -(positions // FRAME * FRAME), inv_freq)
-    left.scatter(x[:, 3], x[:, 7], s=12, c=colour, marker=marker, label=f"{first} to {first + 63}")
+    left.scatter(x[:, 3], x[:, 7], s=12, c=color, marker=marker, label=f"{first} to {first + 63}")
 left.scatter(turned_back[:, 3], turned_back[:, 7], s=12, c=blue, marker="x", label="both, turned back")
 left.set(aspect="equal", xlabel="element 3", ylabel="element 7", title="The slowest pair of keys", ylim=(-3.6, 3))
 left.legend(fontsize=8, loc="lower right")
 starts = torch.arange(0, 2048, FRAME)
-for codec, colour, label in ((unframed, orange, "without frames"), (framed, blue, "frames of 64 tokens")):
+for codec, color, label in ((unframed, orange, "without frames"), (framed, blue, "frames of 64 tokens")):
     curve = []
     for first in starts:
         positions = first + torch.arange(FRAME)
         x = keys_at(positions)
         found = decode(encode(x, positions[None], codec), positions[None], codec)
         curve.append(float((found - x).square().sum() / x.square().sum()))
-    right.plot(starts, curve, color=colour, label=label)
-right.axvspan(0, 256, color=grey, alpha=0.25, label="positions learned from")
+    right.plot(starts, curve, color=color, label=label)
+right.axvspan(0, 256, color=gray, alpha=0.25, label="positions learned from")
 right.set(
     xlabel="position, tokens", ylabel="relative squared error of keys", title="Errors by position", ylim=(0, None)
 )
@@ -238,20 +238,20 @@ for eta in (1, 8):
     print(f"eta={eta}: along {error[eta][0]:.4f}, across {error[eta][1]:.4f} per direction, score {error[eta][2]:.4f}")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-left.scatter(*words.T, s=14, c=grey)
+left.scatter(*words.T, s=14, c=gray)
 turn = torch.linspace(0, 6.3, 200)[:, None]
-for eta, colour, label in ((1, orange, "nearest (eta 1)"), (8, blue, "least loss (eta 8)")):
+for eta, color, label in ((1, orange, "nearest (eta 1)"), (8, blue, "least loss (eta 8)")):
     e = words[pick[eta]] - vector
     loss = e @ e + (eta - 1) * (e @ along) ** 2
-    left.plot(*(vector + loss.sqrt() * (turn.cos() * along / eta**0.5 + turn.sin() * across)).T, color=colour)
-    left.scatter(*words[pick[eta]], s=60, c=colour, edgecolors="black", label=label, zorder=3)
+    left.plot(*(vector + loss.sqrt() * (turn.cos() * along / eta**0.5 + turn.sin() * across)).T, color=color)
+    left.scatter(*words[pick[eta]], s=60, c=color, edgecolors="black", label=label, zorder=3)
 left.annotate("", vector, (0, 0), arrowprops={"arrowstyle": "->", "lw": 2})
 left.set(xlabel="first element", ylabel="second element", title="One vector, and codewords", aspect="equal")
 left.set(xlim=(-0.3, 3.7), ylim=(-0.3, 2.7))
 left.legend(fontsize=8, loc="lower right")
-for i, (eta, colour) in enumerate(((1, orange), (8, blue))):
+for i, (eta, color) in enumerate(((1, orange), (8, blue))):
     sizes = [mine / plain for mine, plain in zip(error[eta], error[1], strict=True)]
-    right.bar([x + 0.4 * i - 0.2 for x in range(3)], sizes, 0.4, color=colour, label=f"eta {eta}")
+    right.bar([x + 0.4 * i - 0.2 for x in range(3)], sizes, 0.4, color=color, label=f"eta {eta}")
 right.set_xticks(range(3), ["along\nthe vector", "across,\nper direction", "score of an\naligned query"])
 right.set(ylabel="mean squared error (eta 1: 1)", title="Errors of 4096 vectors")
 right.legend()

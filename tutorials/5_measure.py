@@ -145,13 +145,13 @@ for name, candidate in settings.items():
 
 # %%
 contexts = [2**n for n in range(9, 18)]
-for rate, some, colour, marker in ((1, books, blue, "o"), (0.5, half, green, "s")):
+for rate, some, color, marker in ((1, books, blue, "o"), (0.5, half, green, "s")):
     bits = [true_bits(GSRQConfig(bits=rate), some, n) for n in contexts]
     print(
         f"{rate:g} bit: "
         + ", ".join(f"{b:.2f} at {n // 1024}k" for b, n in zip(bits, contexts, strict=True) if n > 8000)
     )
-    right.plot(contexts, bits, color=colour, marker=marker, label=f"{rate:g} bit, all counted")
+    right.plot(contexts, bits, color=color, marker=marker, label=f"{rate:g} bit, all counted")
 right.axhline(16, color="black", ls="--", lw=1, label="bfloat16")
 right.set(xscale="log", yscale="log", xlabel="tokens", ylabel="bits per element", title="True bits of one cache")
 right.set_xticks(contexts[::2], ["512", "2k", "8k", "32k", "128k"])

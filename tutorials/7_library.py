@@ -123,9 +123,9 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained
 left.bar(list(took), [sorted(times)[1] for times in took.values()], color=[blue, orange])
 left.set(ylabel="seconds", title="60 + 700 tokens")
 places = torch.arange(4, 96, 8)
-for name, colour, marker in (("no document", green, "^"), ("spliced", orange, "s"), ("read", blue, "o")):
+for name, color, marker in (("no document", green, "^"), ("spliced", orange, "s"), ("read", blue, "o")):
     mean = torch.stack(kl[name]).mean(0).view(-1, 8).mean(1)
-    right.plot(places, mean, color=colour, marker=marker, label=name)
+    right.plot(places, mean, color=color, marker=marker, label=name)
 right.set(xlabel="token after the document", ylabel="KL divergence, nats", yscale="log", title="1 bit, three documents")
 right.legend()
 figure.savefig(here / "7_library.png", dpi=110)

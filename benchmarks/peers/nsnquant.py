@@ -1,7 +1,7 @@
-"""NSNQuant-1b (arXiv 2505.18231): normalise, shift, normalise, rotate; then codewords of a Gaussian, without data.
+"""NSNQuant-1b (arXiv 2505.18231): normalize, shift, normalize, rotate; then codewords of a Gaussian, without data.
 
 In blocks of 64 tokens: each token is divided by its norm, the block's mean is taken off, each is divided by its norm
-again and turned by a Hadamard matrix; 8 elements share one of 256 codewords trained on a Gaussian. The two norms are
+again and rotated by a Hadamard matrix; 8 elements share one of 256 codewords trained on a Gaussian. The two norms are
 stored in 8 bits each (16 steps to the octave), the block's mean in 16. From the paper's description; the authors
 fine-tune the codebook. Keys before RoPE.
 """

@@ -3,7 +3,7 @@
 VQLLM (arXiv 2410.15704): channels divided by their standard deviation, residual stages in groups of 32 channels. Stages
 of 256 codewords where the paper has 2048, at the same bits; no exponential moving averages.
 
-CQ (arXiv 2405.03917), 8c8b: one of 256 codewords for 8 neighbouring channels, clustered with attention weights where
+CQ (arXiv 2405.03917), 8c8b: one of 256 codewords for 8 neighboring channels, clustered with attention weights where
 the paper has squared gradients.
 
 TaSQ-like (arXiv 2610.03027, from its published description, not its code): channels of keys weighed by the queries

@@ -265,7 +265,7 @@ class GSRQCache(Cache):
     def _check_piece(self, piece: GSRQCache, skip: int) -> None:
         """Refuse a piece that cannot be moved, or does not fit this cache."""
         if piece is self:
-            raise ValueError("splice: a cache cannot be put behind itself; save it, and load it into another one")
+            raise ValueError("splice: a cache cannot be appended to itself; save it, and load it into another one")
         if self.unmovable:
             raise ValueError(f"splice: {self.unmovable}, so nothing that was read elsewhere can be moved; read it here")
         if piece.codebooks.digest != self.codebooks.digest:

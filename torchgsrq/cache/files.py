@@ -66,7 +66,7 @@ def fill(cache: Any, source: str | bytes, name: str) -> None:
     for i, (layer, state, length) in enumerate(zip(cache.layers, states, lengths, strict=True)):
         wrong = _wrong_with(layer, state, length, rows, linear_states[i])
         if length not in (longest, 0) and not wrong:
-            wrong = f"is said to hold {length} tokens, others {longest}"
+            wrong = f"has {length} tokens in the metadata, others have {longest}"
         if wrong:
             raise ValueError(f"{name} is damaged, not a whole cache file: layer {i} {wrong}")
     CACHE.check_sum(tensors, meta, name)

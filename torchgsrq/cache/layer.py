@@ -202,8 +202,8 @@ class GSRQLayer(CacheLayerMixin):
         if not self.is_empty:
             raise ValueError(
                 f"layer {self.index}: the model's RoPE frequencies changed with the length of the input, while the "
-                f"cache holds {int(self.get_seq_length())} tokens that were turned by others; read the whole text with "
-                "a new cache, in one forward"
+                f"cache holds {int(self.get_seq_length())} tokens that were rotated by others; read the whole text "
+                "with a new cache, in one forward"
             )
         turned = self.codec.key.with_frequencies(inv_freq).inv_freq.to(self.device)
         self._hold(self.keys.with_frequencies(turned), self.values)
@@ -353,14 +353,14 @@ class GSRQLayer(CacheLayerMixin):
             window, start, held, encoded = (state[f"{name}.{part}"] for part in PARTS)
             slots = c.sink_tokens + c.recent_tokens + c.block_tokens
             if held.shape != () or held.dtype != torch.int32:
-                return f"has a {name}.length that is no int32 number"
+                return f"has a {name}.length that is not an int32 number"
             if encoded.shape != (rows,) or encoded.dtype != torch.int32:
                 return f"has a {name}.encoded of {encoded.dtype} {list(encoded.shape)}"
             least, coded = (int(encoded.min()), int(encoded.max())) if rows else (length, 0)
             if int(held) != length or least < 0 or coded > length or length - least > c.recent_tokens + c.block_tokens:
                 return (
-                    f"holds {int(held)} tokens in its {name}, {least} to {coded} of them in codes, where {length} are "
-                    "said to be"
+                    f"holds {int(held)} tokens in its {name}, {least} to {coded} of them in codes; the metadata has "
+                    f"{length} tokens"
                 )
             for which, (heads, part) in zip(several, codec.parts, strict=True):
                 codes, shape = state[which], (rows, len(heads), coded, part.layout.codes)

@@ -71,7 +71,7 @@ def check(pairs: Pairs, whole: int) -> None:
                 f"splice: the piece has {source.batch_size} rows, this cache {layer.batch_size}; 1 or as many fit"
             )
         if not empty and not torch.equal(layer.keys.inv_freq, source.keys.inv_freq.to(layer.device)):
-            raise ValueError("splice: the piece was turned by other RoPE frequencies (those of another length)")
+            raise ValueError("splice: the piece was rotated by other RoPE frequencies (those of another length)")
 
 
 def _written(pairs: Pairs) -> Pairs:

@@ -67,7 +67,7 @@ def read(text: Path | None) -> str:
     if text is None:
         return document()
     if not text.is_file():
-        raise typer.BadParameter(f"{text} is no file", param_hint="--text")
+        raise typer.BadParameter(f"{text} is not a file", param_hint="--text")
     return text.read_text()
 
 

@@ -34,7 +34,7 @@ def allocate(
     left = bits * sum(sizes[unit] for unit in costs) - sum(rates[unit] * sizes[unit] for unit in costs)
     if left < 0:
         mean = bits - left / sum(sizes[unit] for unit in costs)
-        raise ValueError(f"bits={bits} is less than the lowest mean rate that can be had, {mean:g}")
+        raise ValueError(f"bits={bits} is less than the lowest mean rate that is possible, {mean:g}")
     queue: list[tuple[float, float, int, Unit]] = []
 
     def offer(order: int, unit: Unit) -> None:

@@ -49,7 +49,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[int, LayerCodec], dict[str,
         CODEBOOKS.check_sum(held, meta, name)
         metadata = json.loads(meta["metadata"])
         if not _makes_sense(metadata, layers):
-            raise ValueError(f"{name} says nothing that makes sense of how much its heads matter")
+            raise ValueError(f"{name} has invalid costs of heads")
     except (KeyError, TypeError, IndexError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{name} is damaged, not a whole codebook file: {error}") from error
     return layers, metadata

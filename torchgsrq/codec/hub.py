@@ -29,7 +29,7 @@ def find(name: str | os.PathLike[str], revision: str | None = None, token: str |
         return str(hf_hub_download(os.fspath(name), FILE, revision=revision, token=token))
     except Exception as error:  # the network, the hub and its checks of names raise various types
         raise FileNotFoundError(
-            f"{os.fspath(name)!r} is no folder here, and no {FILE} was had from a repository of that name "
+            f"{os.fspath(name)!r} is not a folder here, and no {FILE} was found in a repository of that name "
             f"({type(error).__name__}: {error})"
         ) from error
 

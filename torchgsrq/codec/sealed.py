@@ -77,7 +77,7 @@ class Format:
                 with safe_open(source, framework="pt") as file:
                     meta = file.metadata() or {}
                     self._check_format(meta, name)  # before reading tensors: those of a model may fill the memory
-                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+                    tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is not a dict)
         except SafetensorError as error:
             raise ValueError(f"{name} is damaged, not a whole {self.what}: {error}") from error
         return tensors, meta

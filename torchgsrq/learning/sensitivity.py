@@ -34,7 +34,7 @@ def sensitivity(
     To second order, an error ``e`` of a layer's attention output changes the distribution of the next tokens by a KL
     divergence of ``E[(g . e)^2] / 2``, where ``g`` is the gradient of the log-likelihood of tokens drawn from the model
     itself (its Fisher information). The errors are those of codecs that are quick to train, at one rate, with sinks and
-    near neighbours exact. Each additional bit quarters the cost.
+    near neighbors exact. Each additional bit quarters the cost.
 
     Args:
         model: a model that is not quantized.
@@ -75,7 +75,7 @@ def sensitivity(
             _backward(model, window, seed, _observer(model, layers, codecs, costs, weighed))
             if weighed != set(costs):
                 missed = ", ".join(map(str, sorted(set(costs) - weighed)))
-                raise RuntimeError(f"no gradient came back to the attention of layers {missed}")
+                raise RuntimeError(f"no gradient reached the attention of layers {missed}")
     if not torch.stack([cost.sum() for cost in costs.values()]).isfinite().all():
         raise ValueError(
             f"gradients of {name} in {model.dtype}, by which heads are given their bits, are not "

@@ -151,7 +151,7 @@ def check_read_codes(cache: Any) -> None:
         ValueError: the cache is not a `GSRQCache`, or all of its tokens fit its sinks and window.
     """
     if not isinstance(cache, GSRQCache):
-        raise ValueError(f"the run came back with a {type(cache).__name__}: nothing was quantized, nothing to measure")
+        raise ValueError(f"the run returned a {type(cache).__name__}: nothing was quantized, nothing to measure")
     layers = [layer for layer in cache.quantized_layers if layer.is_initialized]
     if not any(int(layer.keys.encoded.max()) > cache.config.sink_tokens for layer in layers):
         c, held = cache.config, int(cache.get_seq_length())

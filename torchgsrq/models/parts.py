@@ -27,7 +27,7 @@ class LayerInfo:
         q_heads, kv_heads, head_dim: its shape.
         inv_freq: RoPE frequencies ``[pairs]``; empty if no RoPE was recognized, negative if it rotates in the other
             direction.
-        interleaved: RoPE pairs are neighbours.
+        interleaved: RoPE pairs are neighbors.
         rope: one word for the report.
         rotary: if the frequencies depend on the length of the input, the dotted name of the decoder's buffer with the
             current ones; empty if they are fixed.

@@ -13,7 +13,7 @@ from torchgsrq.codec.rope import rotate
 from torchgsrq.models.observe import Seen
 from torchgsrq.models.parts import LayerInfo, decoder
 
-NO_ROPE, UNKNOWN_ROPE = "none", "not recognised"
+NO_ROPE, UNKNOWN_ROPE = "none", "not recognized"
 
 
 def difference(x: Tensor, want: Tensor) -> float:
@@ -100,7 +100,7 @@ def unmovable(layers: list[LayerInfo]) -> str:
     """Why cached tokens cannot be moved to other positions; "" if they can."""
     kinds = {one.rope for info in layers for one in (info, info.value) if one}
     if UNKNOWN_ROPE in kinds:
-        return "the model's RoPE was not recognised"
+        return "the model's RoPE was not recognized"
     return "the model's positions are not RoPE" if kinds == {NO_ROPE} else ""
 
 

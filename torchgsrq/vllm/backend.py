@@ -84,7 +84,7 @@ class PagesBackend(AttentionBackend):
 @functools.cache
 def codes_backend(block: int, token_bytes: int, page: int, alike: bool) -> type[PagesBackend]:
     """The backend of layers whose pages hold ``block`` tokens of so many bytes. vLLM lets a backend change the spec of
-    a layer without saying of which, so each size has a class of its own."""
+    a layer but does not pass the layer, so each size has a class of its own."""
     changes = {
         "block_size": block,
         "dtype": torch.uint8,

@@ -1,4 +1,4 @@
-"""Attention of one layer in vLLM, and what a step tells it."""
+"""Attention of one layer in vLLM, and its metadata of a step."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class RingManager(SingleTypeKVCacheManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Pages that the ring still lacks for so many tokens."""
+        """Pages that the ring still needs for this number of tokens."""
         before = self.before.get(request_id, cdiv(total_computed_tokens, self.block_size))
         return self._growth(request_id, num_tokens, before)
 

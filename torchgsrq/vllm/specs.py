@@ -27,7 +27,7 @@ class RingSpec(AttentionSpec):
 
     @property
     def prefix_cacheable(self) -> bool:
-        """Never: what a hit lacks of the window is read from codes."""
+        """Never: a hit reads the missing tokens of the window from codes."""
         return False
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
@@ -82,7 +82,7 @@ class SinkSpec(AttentionSpec):
 
 
 def register_specs() -> None:
-    """Tell vLLM which manager serves which spec."""
+    """Register the manager of each spec with vLLM."""
     from torchgsrq.vllm.managers import RingManager, SharedWindowManager, SinkManager
 
     KVCacheSpecRegistry._ensure_registered()  # vLLM registers its own only while the list is empty
