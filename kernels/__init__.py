@@ -19,7 +19,7 @@ log = logging.getLogger("torchgsrq")
 _FOLDER = Path(__file__).parent
 # The second of each pair is compiled together with the first: headers and templates cost more than half of the time.
 UNITS = (("attention.cpp", "paged.cpp"), ("encode.cpp", "cluster.cpp"))
-HEADERS = ("vector.h", "tables.h", "call.h", "by_tables.h", "by_blocks.h", "exact.h")
+HEADERS = ("vector.h", "tiles.h", "tables.h", "call.h", "by_tables.h", "by_blocks.h", "exact.h")
 FILES = (*UNITS[0], *UNITS[1], *HEADERS, "__init__.py")  # what a library is made from
 
 

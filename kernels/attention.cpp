@@ -116,7 +116,7 @@ Tensor attention(
   c.batch = q.size(0), c.heads = heads, c.group = q.size(1) / heads, c.queries = q.size(2);
   c.rows = c.group * c.queries, c.dim = dim, c.length = length;
   if (c.batch * c.rows == 0) return result.to(q.scalar_type());
-  c.padded = c.key_tables[0].tables.padded, c.softcap = softcap;
+  c.padded = c.key_tables[0].tables.padded, c.softcap = softcap, c.bfloat16 = q.scalar_type() == at::kBFloat16;
   c.q = q.to(at::kFloat).mul(scale).contiguous();
   if (mask.has_value()) {
     TORCH_CHECK_VALUE(

@@ -3,11 +3,16 @@
 #pragma once
 
 #include "by_tables.h"
+#include "tiles.h"
 
 namespace gsrq {
 namespace {
 
-constexpr int64_t kBlock = 64;      // tokens decoded at a time
+constexpr int64_t kBlock = 64;    // tokens decoded at a time
+constexpr int64_t kPadding = 16;  // rows of a left factor are a multiple of it: each size is a program of its own
+
+// Whether matrix tiles multiply so many query rows with blocks of tokens: in the precision of the model alone.
+inline bool by_tiles(const Call& c, int64_t rows) { return c.bfloat16 && rows >= 2 * kWidth && has_tiles(); }
 
 // out[j, r] = x[r, j]: rows of n elements, lanes apart.
 inline void as_columns(float* out, int64_t lanes, const float* x, int64_t ldx, int64_t rows, int64_t n) {
@@ -15,21 +20,31 @@ inline void as_columns(float* out, int64_t lanes, const float* x, int64_t ldx, i
     for (int64_t j = 0; j < n; ++j) out[j * lanes + r] = x[r * ldx + j];
 }
 
-// Query rows for products with blocks of tokens: scores come as [tokens, lanes], lanes past the rows zero.
+// Query rows for products with blocks of tokens: scores come as [tokens, lanes], lanes past the rows zero. Behind them must be
+// room for kPadding tokens less one.
 class Rows {
  public:
   const int64_t lanes;
 
-  Rows(int64_t rows, int64_t dim)
-      : lanes(round_up(rows, kWidth)), rows_(rows), dim_(dim), few_(rows <= 4 && dim % kWidth == 0) {
-    data_.fill(dim * (few_ ? rows : lanes));
+  Rows(const Call& c, int64_t rows)
+      : lanes(round_up(rows, kWidth)), rows_(rows), dim_(c.dim), few_(rows <= 4 && dim_ % kWidth == 0),
+        tiled_(by_tiles(c, rows)) {
+    if (!tiled_) data_.fill(dim_ * (few_ ? rows : lanes));
   }
   void set(const float* x, int64_t ldx) {
+    if (tiled_) {
+      left_.rows(x, ldx, rows_, dim_);
+      return right_.transpose(left_, rows_, dim_ / 2, lanes);
+    }
     if (!few_) return as_columns(data_, lanes, x, ldx, rows_, dim_);
     for (int64_t r = 0; r < rows_; ++r) std::copy_n(x + r * ldx, dim_, data_ + r * dim_);
   }
   // Scores (+)= the products of the rows with n tokens, lda apart.
-  void score(float* scores, const float* a, int64_t lda, int64_t n, bool add = false) const {
+  void score(float* scores, const float* a, int64_t lda, int64_t n, bool add = false) {
+    if (tiled_) {
+      left_.rows(a, lda, n, dim_);
+      return tiled_product(scores, lanes, left_, right_, round_up(n, kPadding), lanes, dim_, add);
+    }
     if (!few_) return product(scores, lanes, a, lda, 1, data_, lanes, n, lanes, dim_, add);
     switch (rows_) {
       case 1: return dots<1>(scores, lanes, a, lda, data_, n, dim_, add);
@@ -41,18 +56,63 @@ class Rows {
 
  private:
   const int64_t rows_, dim_;
-  const bool few_;
+  const bool few_, tiled_;
   Buffer data_;
+  Pairs left_, right_;
+};
+
+// The values of query rows, weighted by their probabilities: in part.out, or, where tiles add them, in columns until `finish`.
+class Outputs {
+ public:
+  Outputs(const Call& c, Part part, int64_t rows)
+      : part_(part), rows_(rows), lanes_(round_up(rows, kWidth)), padded_(c.padded), tiled_(by_tiles(c, rows)) {
+    if (tiled_) columns_.fill(padded_ * lanes_);
+  }
+  // Multiplies the outputs of `some` rows from r on, at most kWidth.
+  void fade(int64_t r, int64_t some, const float* by) {
+    if (std::all_of(by, by + some, [](float x) { return x == 1.f; })) return;
+    if (tiled_) {
+      const Vec factors = load(by);
+      for (float *x = columns_ + r, *end = x + padded_ * lanes_; x < end; x += lanes_) (load(x) * factors).store(x);
+      return;
+    }
+    for (int64_t l = 0; l < some; ++l) {
+      float* o = part_.out + (r + l) * padded_;
+      for (int64_t d = 0; d < padded_ && by[l] != 1.f; d += kWidth) (load(o + d) * Vec(by[l])).store(o + d);
+    }
+  }
+  // Adds n values [n, padded], ld apart, by probabilities [n, lanes].
+  void add(const float* p, const float* values, int64_t ld, int64_t n) {
+    if (!tiled_) return product(part_.out, padded_, p, 1, lanes_, values, ld, rows_, padded_, n, true);
+    const int64_t terms = round_up(n, 32);
+    right_.paired_rows(values, ld, n, padded_, terms);
+    left_.transpose(right_, terms / 2, padded_, terms / 2);
+    right_.paired_rows(p, lanes_, n, lanes_, terms);
+    tiled_product(columns_, lanes_, left_, right_, padded_, lanes_, terms, true);
+  }
+  void finish() {
+    if (!tiled_) return;
+    for (int64_t d = 0; d < padded_; ++d)
+      for (int64_t r = 0; r < rows_; ++r) part_.out[r * padded_ + d] = columns_[d * lanes_ + r];
+    release_tiles();
+  }
+
+ private:
+  const Part part_;
+  const int64_t rows_, lanes_, padded_;
+  const bool tiled_;
+  Buffer columns_;
+  Pairs left_, right_;
 };
 
 // Online softmax over a block of n tokens: scores [n, lanes] become probabilities, by which their values are to be added.
-void soften(int64_t padded, Part part, int64_t rows, int64_t lanes, float* scores, int64_t n) {
+void soften(Part part, Outputs& outputs, int64_t rows, int64_t lanes, float* scores, int64_t n) {
   for (int64_t r = 0; r < rows; r += kWidth) {
     const int64_t some = std::min(kWidth, rows - r);
     float* s = scores + r;
     Vec high(-kInf);
     for (int64_t t = 0; t < n; ++t) high = at::vec::maximum(high, load(s + t * lanes));
-    alignas(64) float now[kWidth], fade[kWidth];
+    alignas(64) float now[kWidth], fade[kWidth] = {};
     high.store(now);
     for (int64_t l = 0; l < some; ++l) {
       float& top = part.top[r + l];
@@ -73,19 +133,9 @@ void soften(int64_t padded, Part part, int64_t rows, int64_t lanes, float* score
       sum = sum + p;
     }
     sum.store(now);
-    for (int64_t l = 0; l < some; ++l) {
-      part.mass[r + l] += now[l];
-      if (fade[l] == 1.f) continue;
-      float* o = part.out + (r + l) * padded;
-      for (int64_t d = 0; d < padded; d += kWidth) (load(o + d) * Vec(fade[l])).store(o + d);
-    }
+    for (int64_t l = 0; l < some; ++l) part.mass[r + l] += now[l];
+    outputs.fade(r, some, fade);
   }
-}
-
-// The same, and their values [n, padded].
-void absorb(int64_t padded, Part part, int64_t rows, int64_t lanes, float* scores, int64_t n, const float* values) {
-  soften(padded, part, rows, lanes, scores, n);
-  product(part.out, padded, scores, 1, lanes, values, padded, rows, padded, n, true);
 }
 
 // Sums of codewords of tokens, from the first of `codes` on, in the metric: [n, padded].
@@ -110,19 +160,15 @@ void add_codewords(const Head& head, const uint8_t* codes, int64_t n, float* out
   }
 }
 
-// Scores of codes for many query rows, by their keys as plain vectors in the canonical order: for frames too short to turn
-// the queries instead.
+// Scores of codes, by their keys as plain vectors in the canonical order.
 class DecodedScores {
  public:
   DecodedScores(const Call& c, int64_t b, int64_t h, int64_t rows, const float* q)
       : row_(c.key.start, b), head_(c.key_tables[h]), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded),
         keys_(kBlock * t_.padded), frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs),
-        plain_(rows, t_.dim) {
+        plain_(c, rows) {
     plain_.set(q, t_.padded);
   }
-
-  // How many of the slots [first, last) one call of `score` may take.
-  int64_t together(int64_t first, int64_t last) const { return std::min(kBlock, last - first); }
 
   // Scores of n slots from `first` on, [n, lanes].
   void score(float* scores, int64_t first, int64_t n) {
@@ -163,70 +209,7 @@ class DecodedScores {
   Rows plain_;
 };
 
-// Scores of codes for many query rows, in the metric of their codewords: the queries are turned to each frame, and the
-// mean's part comes through its thin factors (see MeanScores).
-class FramedScores {
- public:
-  FramedScores(const Call& c, int64_t b, int64_t h, int64_t rows, const float* q)
-      : head_(c.key_tables[h]), t_(head_.tables), row_(c.key.start, b), codes_(c.key.codes_of(b, h)), q_(q), rows_(rows),
-        turned_(rows * t_.padded), into_(rows * t_.padded), sums_(kBlock * t_.padded), cosine_(t_.pairs), sine_(t_.pairs),
-        coded_(rows, t_.dim) {
-    thin_.fill(t_.rank * coded_.lanes);
-  }
-
-  // How many of the slots [first, last) one call of `score` may take.
-  int64_t together(int64_t first, int64_t last) const {
-    const int64_t position = row_.position(first);
-    int64_t end = std::min({last, first + kBlock, first + kRotate - floor_mod(position, kRotate)});
-    if (t_.pairs) end = std::min(end, first + t_.frame - floor_mod(position, t_.frame));
-    return row_.end_of_run(first, end) - first;
-  }
-
-  // Scores of n slots from `first` on, [n, lanes].
-  void score(float* scores, int64_t first, int64_t n) {
-    const int64_t position = row_.position(first), turn = floor_mod(position, kRotate);
-    const int64_t place = t_.pairs ? floor_mod(position, t_.frame) : 0, lanes = coded_.lanes;
-    if (position - turn != turned_at_) {
-      turn_to(turned_at_ = position - turn);
-      const float* into = t_.mean_into + head_.h * t_.dim * t_.padded_rank;
-      product(into_, t_.padded_rank, turned_, t_.padded, 1, into, t_.padded_rank, rows_, t_.padded_rank, t_.dim);
-      as_columns(thin_, lanes, into_, t_.padded_rank, rows_, t_.rank);
-    }
-    if (position - place != framed_at_ && (t_.pairs || framed_at_ == kNever)) {
-      turn_to(framed_at_ = t_.pairs ? position - place : 0);
-      const float* inverse = t_.inverse_t + head_.h * t_.dim * t_.padded;
-      product(into_, t_.padded, turned_, t_.padded, 1, inverse, t_.padded, rows_, t_.padded, t_.dim);
-      coded_.set(into_, t_.padded);
-    }
-    const float* mean = t_.mean_at + head_.h * t_.rank * kRotate + turn;
-    product(scores, lanes, mean, 1, kRotate, thin_, lanes, n, lanes, t_.rank);
-    add_codewords(head_, codes_ + first * t_.codes, n, sums_);
-    coded_.score(scores, sums_, t_.padded, n, true);
-  }
-
- private:
-  static constexpr int64_t kNever = std::numeric_limits<int64_t>::min();
-
-  void turn_to(int64_t position) {
-    cos_sin(cosine_, sine_, t_.inv_freq.data(), t_.pairs, position);
-    for (int64_t r = 0; r < rows_; ++r)
-      rotate_back(turned_ + r * t_.padded, q_ + r * t_.padded, cosine_, sine_, t_.pairs, t_.padded);
-  }
-
-  const Head head_;
-  const Tables& t_;
-  const RowStart row_;
-  const uint8_t* codes_;
-  const float* q_;
-  const int64_t rows_;
-  int64_t turned_at_ = kNever, framed_at_ = kNever;
-  Buffer turned_, into_, sums_, cosine_, sine_;
-  Rows coded_;
-  Buffer thin_;  // [rank, lanes]
-};
-
 // Slots [first, last) of the codes for query rows [row0, row0 + rows); q is in the canonical order.
-template <typename Scores>
 void attend_by_blocks(
     const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q,
     Part part) {
@@ -236,12 +219,13 @@ void attend_by_blocks(
   int64_t widest = 0;
   for (int64_t r = row0; r < row0 + rows; ++r) widest = std::max(widest, limits[c.query_of(r)]);
   last = std::min(last, widest);
-  Scores scored(c, b, h, rows, q);
+  DecodedScores scored(c, b, h, rows, q);
   const int64_t lanes = round_up(rows, kWidth);
+  Outputs outputs(c, part, rows);
   const Head value = c.value_tables[h];
   Buffer values(kBlock * c.padded), scores(kBlock * lanes);
   for (int64_t slot = first; slot < last;) {
-    const int64_t n = scored.together(slot, last);
+    const int64_t n = std::min(kBlock, last - slot);
     scored.score(scores, slot, n);
     timer.lap(kScores);
     restrict_scores(c, b, h, row0, rows, nullptr, slot, n, scores, lanes, 1, [&](int64_t query, float* s) {
@@ -250,26 +234,28 @@ void attend_by_blocks(
     });
     timer.lap(kSoftmax);
     add_codewords(value, c.value.codes_of(b, h) + slot * value.tables.codes, n, values);
-    absorb(c.padded, part, rows, lanes, scores, n, values);
+    soften(part, outputs, rows, lanes, scores, n);
+    outputs.add(scores, values, c.padded, n);
     timer.lap(kValues);
     slot += n;
   }
+  outputs.finish();
 }
 
-// How query rows of a KV head are cut up, and which form reads their codes.
+// How query rows of a KV head are cut up, and which form reads their codes: look-up tables of scores, or decoded blocks.
 struct Cut {
-  bool framed, by_tables;
+  bool by_tables;
   int64_t tile;  // rows at a time
 
-  Cut(const Tables& any, int64_t rows) : framed(!any.pairs || any.frame >= kShortestFrame), by_tables(rows <= kTableRows && framed) {
-    tile = std::max<int64_t>(1, std::min(rows, by_tables ? kMaxLanes : kRowTile));
+  Cut(const Tables& any, int64_t rows) : by_tables(rows <= kTableRows && (!any.pairs || any.frame >= kShortestFrame)) {
+    const int64_t most = by_tables ? kMaxLanes : kRowTile;
+    tile = rows <= most ? std::max<int64_t>(rows, 1) : by_tables ? most : ceil_div(rows, ceil_div(rows, most));
   }
 
   void attend(
       const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, int64_t first, int64_t last, const float* q,
       Part part) const {
-    if (!framed) attend_by_blocks<DecodedScores>(c, b, h, row0, rows, first, last, q, part);
-    else if (!by_tables) attend_by_blocks<FramedScores>(c, b, h, row0, rows, first, last, q, part);
+    if (!by_tables) attend_by_blocks(c, b, h, row0, rows, first, last, q, part);
     else if (rows <= 4) attend_by_tables<4>(c, b, h, row0, rows, first, last, q, part);
     else if (rows <= 8) attend_by_tables<8>(c, b, h, row0, rows, first, last, q, part);
     else attend_by_tables<16>(c, b, h, row0, rows, first, last, q, part);

@@ -42,6 +42,7 @@ struct Call {
   Tensor mask;      // bool or float32, strides expanded to [batch, query heads, queries, width]; undefined for none
   Tensor tails[2];  // full-precision keys and values of the newest slots, or undefined
   double softcap;
+  bool bfloat16;    // the model's precision
   std::vector<int64_t> code_limit;   // per row of the batch and query: codes of lower slots take part
   std::vector<int64_t> dense_first;  // the same: full-precision slots from here on take part
   std::vector<int64_t> last;         // per query: the causal limit

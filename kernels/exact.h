@@ -18,8 +18,8 @@ template <typename T>
 class Exact {
  public:
   Exact(const Call& c, int64_t b, int64_t h, int64_t row0, int64_t rows, const float* q, Part part)
-      : c_(c), b_(b), h_(h), row0_(row0), rows_(rows), sink_(RowStart(c.key.start, b).sink()), part_(part), q_(rows, c.dim),
-        scores_(kBlock * q_.lanes) {
+      : c_(c), b_(b), h_(h), row0_(row0), rows_(rows), sink_(RowStart(c.key.start, b).sink()), part_(part), q_(c, rows),
+        outputs_(c, part, rows), scores_((kBlock + kPadding - 1) * q_.lanes) {
     q_.set(q, c.padded);
   }
 
@@ -50,6 +50,7 @@ class Exact {
     of_sinks_ = true;
     add(sinks, sink_);
     flush();
+    outputs_.finish();
   }
 
  private:
@@ -87,12 +88,12 @@ class Exact {
         if (slot > c_.last[query] || is_sink != of_sinks_ || (!of_sinks_ && slot < from_slot(query))) s[i * lanes] = -kInf;
       }
     });
-    soften(c_.padded, part_, rows_, lanes, scores_, n_);
+    soften(part_, outputs_, rows_, lanes, scores_, n_);
     scores = scores_;
     for (const Piece<T>& piece : pieces_) {
       int64_t ld = piece.ldv;
       const float* v = floats(piece.v, ld, piece.n);
-      product(part_.out, c_.padded, scores, 1, lanes, v, ld, rows_, c_.padded, piece.n, true);
+      outputs_.add(scores, v, ld, piece.n);
       scores += piece.n * lanes;
     }
     pieces_.clear();
@@ -103,6 +104,7 @@ class Exact {
   const int64_t b_, h_, row0_, rows_, sink_;
   const Part part_;
   Rows q_;
+  Outputs outputs_;
   bool of_sinks_ = false;
   int64_t n_ = 0, slots_[kBlock];
   std::vector<Piece<T>> pieces_;

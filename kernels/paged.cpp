@@ -288,6 +288,7 @@ Tensor paged_attention(
     }
     Call& c = calls.emplace_back(g.key(), g.value());
     c.heads = g.key().codec.heads, c.dim = e.dim, c.padded = e.padded, c.softcap = softcap, c.length = r.length;
+    c.bfloat16 = q.scalar_type() == at::kBFloat16;
     limit(c, requests, r.queries, r.queries == 1 ? -1 : i, group);
     r.call = &c;
     if (r.queries == 1) single = &c;

@@ -16,6 +16,8 @@ from torchgsrq.codec.allocation import allocate, head_rates
 from torchgsrq.config import BITS, RATES
 from torchgsrq.learning.sensitivity import _towards_drawn, by_head, sensitivity
 
+pytestmark = pytest.mark.core
+
 TOKENS = torch.randint(3, 100, (8, 64), generator=torch.Generator().manual_seed(0))
 
 

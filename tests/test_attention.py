@@ -16,6 +16,8 @@ from torchgsrq.codec.layout import Layout
 from torchgsrq.codec.packed import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMING, UPPER_LEFT, Options
 from torchgsrq.codec.rope import rotate
 
+pytestmark = pytest.mark.core
+
 
 def oracle(q, k, v, mask=None, scale=None, softcap=0.0, sink_logits=None):
     """Attention in float64, all at once. mask is bool or additive, or None; fully masked rows give zeros."""

@@ -18,6 +18,8 @@ from torchgsrq.codec.layout import Layout
 from torchgsrq.codec.rope import rotate
 from torchgsrq.reference import codeword_sum, decode, encode, search_group
 
+pytestmark = pytest.mark.core
+
 LAYOUTS = {
     "whole": Layout(16, 1, 3),
     "groups": Layout(16, 2, 4),

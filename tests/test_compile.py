@@ -59,6 +59,7 @@ def generate(step, steps: int = 40):
     return torch.stack(logits), key, value
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_the_dequantized_twin_says_the_same():
     """Swapped for plain buffers that hold what the quantized ones decode to, every step's logits are the same."""
@@ -75,6 +76,7 @@ def test_the_dequantized_twin_says_the_same():
         ids, slots = got[:, -1:].argmax(-1), torch.tensor([20 + i])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_equals_eager(backend, repeat):
@@ -90,6 +92,7 @@ def test_compiled_equals_eager(backend, repeat):
     assert counter.frame_count == 2, "one graph for the prompt and one for every length after it"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @torch.no_grad()
 def test_symbolic_sizes(backend):
@@ -115,12 +118,14 @@ def test_symbolic_sizes(backend):
     assert len(set(graphs)) == 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("backend", "size"), [("aot_eager", 96), ("inductor", None)])
 @torch.no_grad()
-def test_a_new_cache_of_symbolic_sizes(llama, backend, size):
+def test_a_new_cache_of_symbolic_sizes(backend, size):
     """One graph allocates the buffers and reads prompts of every size into them, one decodes; alone in a batch, where
     torch takes 1 for a constant, too."""
-    model, books = llama
+    model = tiny_llama(num_hidden_layers=1)
+    books = tiny_books(model)
     with quantized(model, SMALL, books):
         counter = CompileCounterWithBackend(backend)
         step = torch.compile(model, fullgraph=True, backend=counter, dynamic=True)
@@ -140,6 +145,7 @@ def test_a_new_cache_of_symbolic_sizes(llama, backend, size):
         assert graphs[1] == graphs[-1], "sizes that come later need no graphs of their own"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_graph_makes_a_buffer(dynamic):
     codec = make_codec(2)
@@ -155,6 +161,7 @@ def test_a_graph_makes_a_buffer(dynamic):
             assert a.dtype == b.dtype and torch.equal(a, b)
 
 
+@pytest.mark.core
 def test_no_copy_of_the_cache_in_the_generated_code():
     """Neither the codes nor the window are allocated, cloned or copied."""
     key, value, _, _ = make_pair(2, 2, 16, CAPACITY, length=20)
@@ -421,9 +428,9 @@ def test_buffers_of_a_static_cache_are_static_inputs(llama):
 @torch.no_grad()
 def test_layers_compiled_one_by_one():
     """One code object serves layers whose heads have rates of their own; with symbolic sizes none takes another's."""
-    model = tiny_llama(num_hidden_layers=4, num_key_value_heads=4, num_attention_heads=8, head_dim=16)
+    model = tiny_llama(num_key_value_heads=4, num_attention_heads=8, head_dim=16)
     for i, layer in enumerate(model.model.layers):  # so that heads differ, in every layer otherwise
-        layer.self_attn.o_proj.weight.mul_(4.0**-i)[:, : 32 + 32 * (i % 3)].mul_(8)
+        layer.self_attn.o_proj.weight.mul_(4.0**-i)[:, : 32 + 32 * i].mul_(8)
     books = tiny_books(model)
     assert len({tuple(heads for heads, _ in books[i].key.parts) for i in books}) > 1
     prompt = torch.randint(3, 100, (2, 20), generator=torch.Generator().manual_seed(2))

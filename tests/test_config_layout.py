@@ -12,6 +12,8 @@ from torchgsrq import GSRQConfig
 from torchgsrq.codec.layout import Layout, num_codes, rates
 from torchgsrq.config import BITS, encoded_tokens
 
+pytestmark = pytest.mark.core
+
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
 

@@ -125,6 +125,22 @@ def test_formats_are_those_of_files(tmp_path):
     assert f"| format | {' | '.join(formats)} |" in (ROOT / "docs" / "reference" / "files.md").read_text()
 
 
+def test_divergences_beside_other_methods_are_those_measured():
+    methods = json.loads((ROOT / "benchmarks" / "results" / "compare.json").read_text())["methods"]
+    page = (ROOT / "docs" / "coming-from.md").read_text()
+    for label, method in {
+        "`QuantizedCache`, quanto int4": "QuantizedCache, quanto int4",
+        "`QuantizedCache`, quanto int2": "QuantizedCache, quanto int2",
+        "KIVI, 2 bit": "KIVI 2 bit",
+        "`torchgsrq`, 2 bits": "GSRQ 2 bit",
+        "`torchgsrq`, 1 bit": "GSRQ 1 bit",
+    }.items():
+        (said,) = re.findall(rf"^\| {re.escape(label)} \|.*\| ([\d.]+)[^|]*\|$", page, re.M)
+        assert said == f"{methods[method]['kl']:.3f}", label
+    one, kivi = (f"{methods[name]['kl']:.3f}" for name in ("GSRQ 1 bit", "KIVI 2 bit"))
+    assert f"KL divergence is {kivi} at 3 bits (our reading of KIVI), and {one} at 1 bit here" in page
+
+
 @pytest.fixture
 def hooks():
     """docs/hooks.py, which mkdocs runs."""

@@ -127,7 +127,7 @@ def test_bad_command_lines_say_what_is_wrong():
     runner = CliRunner()
     for arguments, says in (
         (["demo", "--bits", "3"], "2 bits and fewer"),
-        (["demo", "--text", "/no/such/file"], "no file"),
+        (["demo", "--text", "/no/such/file"], "is not a file"),
         (["evaluate", "--recipe", "pq"], "gsrq-paper"),
     ):
         result = runner.invoke(app, arguments)

@@ -12,6 +12,8 @@ import torch
 from tests.conftest import SMALL
 from torchgsrq import Codebooks, dequantize_kv_, quantize_kv_
 
+pytestmark = pytest.mark.core
+
 
 def test_a_folder_has_the_codebooks_and_a_card(llama, tmp_path):
     model, books = llama

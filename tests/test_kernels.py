@@ -19,10 +19,13 @@ from torchgsrq.codec.packed import EXACT_TAIL, LAST_ALIGNED, NOT_CAUSAL, STREAMI
 from torchgsrq.codec.rope import rotate
 from torchgsrq.ops import use_kernels
 
-pytestmark = pytest.mark.skipif(
-    not kernels.compiler() or os.environ.get("TORCHGSRQ_KERNELS") == "0",
-    reason="there are no compiled kernels without a C++ compiler, nor with TORCHGSRQ_KERNELS=0",
-)
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(
+        not kernels.compiler() or os.environ.get("TORCHGSRQ_KERNELS") == "0",
+        reason="there are no compiled kernels without a C++ compiler, nor with TORCHGSRQ_KERNELS=0",
+    ),
+]
 gsrq = torch.ops.torchgsrq
 
 CODECS = {

@@ -12,6 +12,8 @@ from torchgsrq import reference
 from torchgsrq.codec.kmeans import METHODS, cluster, fit_to_loss, nearest, train_codebook
 from torchgsrq.codec.layout import Layout
 
+pytestmark = pytest.mark.core
+
 
 def points(n: int = 400, width: int = 3, batch: int = 2, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, n, width, generator=torch.Generator().manual_seed(seed))

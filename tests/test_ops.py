@@ -8,6 +8,8 @@ import torch
 from tests.conftest import make_pair
 from torchgsrq import reference
 
+pytestmark = pytest.mark.core
+
 ops = torch.ops.torchgsrq
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -12,6 +12,8 @@ from torchgsrq.learning.statistics import collect_statistics
 from torchgsrq.learning.train import train
 from torchgsrq.models import inspect_layers, observed
 
+pytestmark = pytest.mark.core
+
 
 @pytest.fixture(scope="module")
 def given():

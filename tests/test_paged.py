@@ -12,6 +12,8 @@ from torchgsrq.codec.layout import Layout
 from torchgsrq.reference import paged as reference
 from torchgsrq.reference.paged import CHUNK, DECODE, Pages, Requests, head_bytes
 
+pytestmark = pytest.mark.core
+
 HEADS, GROUP, DIM, BLOCK, WINDOW = 3, 2, 16, 16, 4
 CONFIG = GSRQConfig(sink_tokens=3, recent_tokens=6, block_tokens=4)
 ops = torch.ops.torchgsrq

@@ -16,6 +16,8 @@ from torchgsrq.cli import app
 from torchgsrq.measure.evaluate import quantized
 from torchgsrq.measure.recommend import choose, full_precision, settings
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("size", [8, 32])
 @torch.no_grad()

@@ -13,6 +13,8 @@ from torchgsrq.learning.statistics import chunks, collect_statistics, drawn, sha
 from torchgsrq.learning.train import _weights, train
 from torchgsrq.models import inspect_layers
 
+pytestmark = pytest.mark.core
+
 TOKENS = torch.randint(3, 100, (8, 128), generator=torch.Generator().manual_seed(0))
 
 

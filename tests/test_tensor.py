@@ -15,6 +15,8 @@ from tests.conftest import make_codec, make_pair
 from torchgsrq import GSRQConfig, GSRQTensor
 from torchgsrq.config import encoded_tokens
 
+pytestmark = pytest.mark.core
+
 
 def parts(*buffers: GSRQTensor) -> list[torch.Tensor]:
     return [p.clone() for b in buffers for p in b.parts[: b.owned]]

@@ -28,6 +28,8 @@ import triton.language as tl
 from torchgsrq.kernels import paged  # after the interpreter was chosen (conftest.py)
 from torchgsrq.kernels.attention import Plan
 
+pytestmark = pytest.mark.core
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3}
 HEADS, NOWHERE = 2, 1 << 20  # the latter in tables where nothing may be looked up
