@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import itertools
 import json
 import resource
 import shlex
@@ -129,11 +130,12 @@ class Bench:
 
     def queries(self) -> None:
         """Several queries, and batches."""
-        for model, (q_heads, heads, dim) in SHAPES.items():
-            for batch, queries in ((4, 1), (1, 4), (1, 8), (1, 16), (1, 64)):
-                key, value = random_cache(batch, heads, dim, 8192, GSRQConfig())
-                q = torch.randn(batch, q_heads, queries, dim)
-                k, v = key.dequantize(), value.dequantize()
+        kinds = ((4, 1), (1, 4), (1, 8), (1, 16), (1, 64))
+        for dtype, (model, (q_heads, heads, dim)) in itertools.product((torch.float32, torch.bfloat16), SHAPES.items()):
+            for batch, queries in kinds:
+                key, value = random_cache(batch, heads, dim, 8192, GSRQConfig(), dtype)
+                q = torch.randn(batch, q_heads, queries, dim, dtype=dtype)
+                k, v = key.dequantize().to(dtype), value.dequantize().to(dtype)
                 mask = None if queries == 1 else torch.ones(queries, 8192, dtype=torch.bool).tril(8192 - queries)
                 rows = q.reshape(batch, heads, -1, dim)
                 tall = None if mask is None else mask.repeat(q_heads // heads, 1)
@@ -149,6 +151,7 @@ class Bench:
                 self.record(
                     section="queries",
                     model=model,
+                    what=str(dtype).removeprefix("torch."),
                     context=8192,
                     batch=batch,
                     queries=queries,

@@ -163,9 +163,9 @@ def queries(name: str) -> str:
     rows = [row for row in read(name)["rows"] if row["section"] == "queries"]
     kinds = list(dict.fromkeys((row["batch"], row["queries"]) for row in rows))
     lines = []
-    for model in dict.fromkeys(row["model"] for row in rows):
-        found = {(row["batch"], row["queries"]): row["over_sdpa"] for row in rows if row["model"] == model}
-        lines.append((model, *(f"{found[kind]:.2f}" for kind in kinds)))
+    for shapes in dict.fromkeys((row["model"], row["what"]) for row in rows):
+        found = {(x["batch"], x["queries"]): x["over_sdpa"] for x in rows if (x["model"], x["what"]) == shapes}
+        lines.append((", ".join(shapes), *(f"{found[kind]:.2f}" for kind in kinds)))
     heads = (f"{batch} rows, 1 query" if batch > 1 else f"{several} queries" for batch, several in kinds)
     return markdown(["shapes of", *heads], lines)
 

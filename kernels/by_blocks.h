@@ -12,7 +12,7 @@ constexpr int64_t kBlock = 64;    // tokens decoded at a time
 constexpr int64_t kPadding = 16;  // rows of a left factor are a multiple of it: each size is a program of its own
 
 // Whether matrix tiles multiply so many query rows with blocks of tokens: in the precision of the model alone.
-inline bool by_tiles(const Call& c, int64_t rows) { return c.bfloat16 && rows >= 2 * kWidth && has_tiles(); }
+inline bool by_tiles(const Call& c, int64_t rows) { return c.bfloat16 && rows > 2 * kWidth && has_tiles(); }
 
 // out[j, r] = x[r, j]: rows of n elements, lanes apart.
 inline void as_columns(float* out, int64_t lanes, const float* x, int64_t ldx, int64_t rows, int64_t n) {
@@ -166,15 +166,22 @@ class DecodedScores {
   DecodedScores(const Call& c, int64_t b, int64_t h, int64_t rows, const float* q)
       : row_(c.key.start, b), head_(c.key_tables[h]), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded),
         keys_(kBlock * t_.padded), frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs),
-        plain_(c, rows) {
+        tiled_(by_tiles(c, rows)), plain_(c, rows) {
     plain_.set(q, t_.padded);
+    if (tiled_) inverse_.paired_rows(t_.inverse + head_.h * t_.dim * t_.padded, t_.padded, t_.dim, t_.padded, t_.dim);
   }
 
   // Scores of n slots from `first` on, [n, lanes].
   void score(float* scores, int64_t first, int64_t n) {
     int64_t turned = std::numeric_limits<int64_t>::min(), framed = turned;
     add_codewords(head_, codes_ + first * t_.codes, n, sums_);
-    product(keys_, t_.padded, sums_, t_.padded, 1, t_.inverse + head_.h * t_.dim * t_.padded, t_.padded, n, t_.padded, t_.dim);
+    if (tiled_) {
+      left_.rows(sums_, t_.padded, n, t_.dim);
+      tiled_product(keys_, t_.padded, left_, inverse_, round_up(n, kPadding), t_.padded, t_.dim, false);
+    } else {
+      const float* inverse = t_.inverse + head_.h * t_.dim * t_.padded;
+      product(keys_, t_.padded, sums_, t_.padded, 1, inverse, t_.padded, n, t_.padded, t_.dim);
+    }
     const int64_t pairs = t_.pairs;
     for (int64_t i = 0; i < n; ++i) {
       const int64_t position = row_.position(first + i);
@@ -206,6 +213,8 @@ class DecodedScores {
   const Tables& t_;
   const uint8_t* codes_;
   Buffer sums_, keys_, frame_cos_, frame_sin_, turn_cos_, turn_sin_;
+  const bool tiled_;
+  Pairs left_, inverse_;
   Rows plain_;
 };
 
@@ -247,7 +256,9 @@ struct Cut {
   bool by_tables;
   int64_t tile;  // rows at a time
 
-  Cut(const Tables& any, int64_t rows) : by_tables(rows <= kTableRows && (!any.pairs || any.frame >= kShortestFrame)) {
+  Cut(const Call& c, int64_t rows) {
+    const Tables& any = c.key_tables[0].tables;  // what heads differ in is not asked of it
+    by_tables = !by_tiles(c, rows) && 4 * rows <= 3 * any.dim && (!any.pairs || any.frame >= kShortestFrame);
     const int64_t most = by_tables ? kMaxLanes : kRowTile;
     tile = rows <= most ? std::max<int64_t>(rows, 1) : by_tables ? most : ceil_div(rows, ceil_div(rows, most));
   }
@@ -263,7 +274,6 @@ struct Cut {
 
  private:
   static constexpr int64_t kShortestFrame = 64;  // shorter frames do not pay for their tables
-  static constexpr int64_t kTableRows = 48;      // up to which look-up tables are faster, kMaxLanes at a time
   static constexpr int64_t kRowTile = 384;       // that share a block
 };
 
