@@ -81,7 +81,10 @@ class Exact {
       q_.score(scores, k, ld, piece.n);
       scores += piece.n * lanes;
     }
+    const int64_t first = slots_[0], last = slots_[n_ - 1];  // slots ascend
+    const bool with_sinks = of_sinks_ || (first < sink_ + c_.key.sinks && last >= sink_);
     restrict_scores(c_, b_, h_, row0_, rows_, slots_, 0, n_, scores_, lanes, 1, [&](int64_t query, float* s) {
+      if (!with_sinks && first >= from_slot(query) && last <= c_.last[query]) return;  // nothing is hidden
       for (int64_t i = 0; i < n_; ++i) {
         const int64_t slot = slots_[i];
         const bool is_sink = slot >= sink_ && slot < sink_ + c_.key.sinks;
