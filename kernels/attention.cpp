@@ -2,8 +2,8 @@
 //
 // Each KV head is cut into parts: splits of the codes, and what is held in full precision. A part gives its highest
 // score, its probability mass and its weighted sum for every query row; parts are merged at the end. Codes are read by
-// look-up tables and probability histograms when the query rows are few (by_tables.h), and as sums of codewords, block by
-// block, when they are many (by_blocks.h).
+// look-up tables and probability histograms when the query rows are few (by_tables.h), and decoded, block by block, when they
+// are many (by_blocks.h).
 
 #include <torch/library.h>
 

@@ -1,5 +1,4 @@
-// Many query rows: blocks of keys and values as vectors, sums of codewords or held in full precision. For attention.cpp
-// and paged.cpp.
+// Many query rows: blocks of keys and values as vectors, decoded or held in full precision. For attention.cpp and paged.cpp.
 #pragma once
 
 #include "by_tables.h"
