@@ -90,7 +90,8 @@ void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result
       const int64_t bh = i / c.rows, h = bh % c.heads, row = i % c.rows;
       const float sink = logits ? logits[h * c.group + row / c.queries] : -kInf;
       merge_parts([&](int64_t part) { return part_at(part, bh, row); }, splits, sink, c.value_tables[h], coded_sum, sum);
-      std::copy_n(static_cast<float*>(sum), c.dim, out + i * c.dim);
+      if (all_finite(q + i * c.dim, c.dim)) std::copy_n(static_cast<float*>(sum), c.dim, out + i * c.dim);
+      else std::fill_n(out + i * c.dim, c.dim, kNaN);
     }
   });
   timer.lap(kMerge);

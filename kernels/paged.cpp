@@ -249,6 +249,7 @@ void attend(const Gathered& g, const Held& e, std::vector<Request>& requests, co
       for (int64_t row = 0; row < group * r.queries; ++row) {
         const Head value = r.call->value_tables[h];
         merge_parts([&](int64_t part) { return part_at(r, part, h, row); }, r.splits, -kInf, value, coded_sum, sum);
+        if (!all_finite(plain + (r.rows_before + h * group * r.queries + row) * padded, padded)) std::fill_n(static_cast<float*>(sum), e.dim, kNaN);
         T* out = result.mutable_data_ptr<T>() + (r.first + row % r.queries) * result.stride(0) + (h * group + row / r.queries) * result.stride(1);
         std::copy_n(static_cast<float*>(sum), e.dim, out);
       }

@@ -28,6 +28,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kWidth = Vec::size();  // floats in a vector register
 constexpr int64_t kWords = 256;          // codewords of a table
 constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // A dtype as Python prints it.
 inline std::string name_of(at::ScalarType type) {
@@ -211,6 +212,13 @@ inline void product(
     float* c, int64_t ldc, const float* a, int64_t am, int64_t ak, const Buffer& b, int64_t ldb, int64_t m, int64_t n,
     int64_t k, bool add = false) {
   product<float>(c, ldc, a, am, ak, b, ldb, m, n, k, add);
+}
+
+// Whether none of n floats is NaN or infinite.
+inline bool all_finite(const float* x, int64_t n) {
+  float zero = 0;
+  for (int64_t i = 0; i < n; ++i) zero += x[i] * 0.f;
+  return zero == 0;
 }
 
 inline float reduce_sum(const Vec& x) {

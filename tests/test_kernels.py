@@ -163,6 +163,17 @@ def test_attention_in_half_precision(dtype, queries):
     equal(run(q, key, value, causal=LAST_ALIGNED), specified(q, key, value, causal=LAST_ALIGNED), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("queries", [1, 20, 60])
+def test_a_query_that_is_not_a_number_is_seen(queries, dtype):
+    """Its row is NaN, as SDPA's and the reference's are; no other row is touched."""
+    key, value, g = buffers(64, 300, dtype=dtype)
+    q = torch.randn(2, 4, queries, 64, generator=g).to(dtype)
+    q[1, 2, -1, 5] = torch.nan
+    for out in (run(q, key, value), specified(q, key, value)):
+        assert out[1, 2, -1].isnan().all() and out.isnan().sum() == 64
+
+
 @pytest.mark.parametrize("queries", [1, 40])
 def test_views_of_buffers(queries):
     """Slices have strides of their own."""
