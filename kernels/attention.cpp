@@ -40,7 +40,7 @@ void attend_exact(const Call& c, int64_t b, int64_t h, int64_t row0, int64_t row
 template <typename T>
 void run(const Call& c, const c10::optional<Tensor>& sink_logits, Tensor& result) {
   const Tables& any = c.key_tables[0].tables;  // what heads differ in is not asked of it
-  const Cut cut(c, c.rows);
+  const Cut cut(c);
   const int64_t tile = cut.tile, tiles = std::max<int64_t>(1, ceil_div(c.rows, tile));
   // The cut depends on sizes alone, never on the number of threads, so that results do not either: enough parts for a
   // few threads, but a part's histograms and first tables should serve many tokens.

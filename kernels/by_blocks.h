@@ -38,18 +38,18 @@ class Rows {
     if (!few_) return as_columns(data_, lanes, x, ldx, rows_, dim_);
     for (int64_t r = 0; r < rows_; ++r) std::copy_n(x + r * ldx, dim_, data_ + r * dim_);
   }
-  // Scores (+)= the products of the rows with n tokens, lda apart.
-  void score(float* scores, const float* a, int64_t lda, int64_t n, bool add = false) {
+  // The products of the rows with n tokens, lda apart.
+  void score(float* scores, const float* a, int64_t lda, int64_t n) {
     if (tiled_) {
       left_.rows(a, lda, n, dim_);
-      return tiled_product(scores, lanes, left_, right_, round_up(n, kPadding), lanes, dim_, add);
+      return tiled_product(scores, lanes, left_, right_, round_up(n, kPadding), lanes, dim_, false);
     }
-    if (!few_) return product(scores, lanes, a, lda, 1, data_, lanes, n, lanes, dim_, add);
+    if (!few_) return product(scores, lanes, a, lda, 1, data_, lanes, n, lanes, dim_);
     switch (rows_) {
-      case 1: return dots<1>(scores, lanes, a, lda, data_, n, dim_, add);
-      case 2: return dots<2>(scores, lanes, a, lda, data_, n, dim_, add);
-      case 3: return dots<3>(scores, lanes, a, lda, data_, n, dim_, add);
-      default: return dots<4>(scores, lanes, a, lda, data_, n, dim_, add);
+      case 1: return dots<1>(scores, lanes, a, lda, data_, n, dim_);
+      case 2: return dots<2>(scores, lanes, a, lda, data_, n, dim_);
+      case 3: return dots<3>(scores, lanes, a, lda, data_, n, dim_);
+      default: return dots<4>(scores, lanes, a, lda, data_, n, dim_);
     }
   }
 
@@ -76,8 +76,9 @@ class Outputs {
       return;
     }
     for (int64_t l = 0; l < some; ++l) {
+      if (by[l] == 1.f) continue;
       float* o = part_.out + (r + l) * padded_;
-      for (int64_t d = 0; d < padded_ && by[l] != 1.f; d += kWidth) (load(o + d) * Vec(by[l])).store(o + d);
+      for (int64_t d = 0; d < padded_; d += kWidth) (load(o + d) * Vec(by[l])).store(o + d);
     }
   }
   // Adds n values [n, padded], ld apart, by probabilities [n, lanes].
@@ -163,11 +164,12 @@ void add_codewords(const Head& head, const uint8_t* codes, int64_t n, float* out
 class DecodedScores {
  public:
   DecodedScores(const Call& c, int64_t b, int64_t h, int64_t rows, const float* q)
-      : row_(c.key.start, b), head_(c.key_tables[h]), t_(head_.tables), codes_(c.key.codes_of(b, h)), sums_(kBlock * t_.padded),
+      : row_(c.key.start, b), head_(c.key_tables[h]), t_(head_.tables), codes_(c.key.codes_of(b, h)),
+        inverse_(t_.inverse + head_.h * t_.dim * t_.padded), sums_(kBlock * t_.padded),
         keys_(kBlock * t_.padded), frame_cos_(t_.pairs), frame_sin_(t_.pairs), turn_cos_(t_.pairs), turn_sin_(t_.pairs),
         tiled_(by_tiles(c, rows)), plain_(c, rows) {
     plain_.set(q, t_.padded);
-    if (tiled_) inverse_.paired_rows(t_.inverse + head_.h * t_.dim * t_.padded, t_.padded, t_.dim, t_.padded, t_.dim);
+    if (tiled_) pairs_of_inverse_.paired_rows(inverse_, t_.padded, t_.dim, t_.padded, t_.dim);
   }
 
   // Scores of n slots from `first` on, [n, lanes].
@@ -176,10 +178,9 @@ class DecodedScores {
     add_codewords(head_, codes_ + first * t_.codes, n, sums_);
     if (tiled_) {
       left_.rows(sums_, t_.padded, n, t_.dim);
-      tiled_product(keys_, t_.padded, left_, inverse_, round_up(n, kPadding), t_.padded, t_.dim, false);
+      tiled_product(keys_, t_.padded, left_, pairs_of_inverse_, round_up(n, kPadding), t_.padded, t_.dim, false);
     } else {
-      const float* inverse = t_.inverse + head_.h * t_.dim * t_.padded;
-      product(keys_, t_.padded, sums_, t_.padded, 1, inverse, t_.padded, n, t_.padded, t_.dim);
+      product(keys_, t_.padded, sums_, t_.padded, 1, inverse_, t_.padded, n, t_.padded, t_.dim);
     }
     const int64_t pairs = t_.pairs;
     for (int64_t i = 0; i < n; ++i) {
@@ -211,9 +212,10 @@ class DecodedScores {
   const Head head_;
   const Tables& t_;
   const uint8_t* codes_;
+  const float* inverse_;
   Buffer sums_, keys_, frame_cos_, frame_sin_, turn_cos_, turn_sin_;
   const bool tiled_;
-  Pairs left_, inverse_;
+  Pairs left_, pairs_of_inverse_;
   Rows plain_;
 };
 
@@ -255,7 +257,8 @@ struct Cut {
   bool by_tables;
   int64_t tile;  // rows at a time
 
-  Cut(const Call& c, int64_t rows) {
+  explicit Cut(const Call& c) {
+    const int64_t rows = c.rows;
     const Tables& any = c.key_tables[0].tables;  // what heads differ in is not asked of it
     by_tables = !by_tiles(c, rows) && 4 * rows <= 3 * any.dim && (!any.pairs || any.frame >= kShortestFrame);
     const int64_t most = by_tables ? kMaxLanes : kRowTile;

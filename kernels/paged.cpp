@@ -190,7 +190,7 @@ void attend(const Gathered& g, const Held& e, std::vector<Request>& requests, co
   std::vector<int64_t> task_end;
   for (Request& r : requests) {
     const int64_t mine = group * r.queries;
-    r.tile = Cut(*r.call, mine).tile, r.tiles = ceil_div(mine, r.tile);
+    r.tile = Cut(*r.call).tile, r.tiles = ceil_div(mine, r.tile);
     r.split = std::clamp(ceil_div(r.coded, 2), kSplit, kMostSplit), r.splits = ceil_div(r.coded, r.split);
     r.rows_before = rows, r.parts_before = parts;
     if (!r.plain) {
@@ -237,7 +237,7 @@ void attend(const Gathered& g, const Held& e, std::vector<Request>& requests, co
       }
       const int64_t first = index * r.split, last = std::min(r.coded, first + r.split);
       const float* rows_of = canonical + first_row;
-      Cut(c, c.rows).attend(c, i, h, row0, some, first, last, rows_of, part);
+      Cut(c).attend(c, i, h, row0, some, first, last, rows_of, part);
     }
   });
   at::parallel_for(0, count * heads, 1, [&](int64_t begin, int64_t end) {

@@ -248,10 +248,10 @@ inline Vec sums_of(const Vec (&x)[4]) {
 #endif
 }
 
-// Products of n rows of `a` with R rows of q, [R, dim]: (+)= out[t, r], in rows of whole vectors with zeros past R. dim
+// Products of n rows of `a` with R rows of q, [R, dim]: out[t, r], in rows of whole vectors with zeros past R. dim
 // is a multiple of kWidth.
 template <int R>
-inline void dots(float* out, int64_t ldo, const float* a, int64_t lda, const float* q, int64_t n, int64_t dim, bool add) {
+inline void dots(float* out, int64_t ldo, const float* a, int64_t lda, const float* q, int64_t n, int64_t dim) {
   static_assert(R <= 4);
   for (int64_t t = 0; t < n; ++t, a += lda, out += ldo) {
     Vec sums[4] = {Vec(0.f), Vec(0.f), Vec(0.f), Vec(0.f)};
@@ -260,8 +260,7 @@ inline void dots(float* out, int64_t ldo, const float* a, int64_t lda, const flo
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) sums[r] = at::vec::fmadd(x, load(q + r * dim + d), sums[r]);
     }
-    const Vec found = sums_of(sums);
-    (add ? found + load(out) : found).store(out);
+    sums_of(sums).store(out);
   }
 }
 
